@@ -20,8 +20,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rvconvert.rules.quadrature import (
-    INV_SQRT_2PI,
     KINKED_NODES,
+    SMOOTH_NODES,
+    STEEP_NODES,
     Activation,
     WeightedMoments,
     activation_gain,
@@ -172,7 +173,10 @@ class _TwoSlopes(torch.autograd.Function):
         *_, small, small_var, large, large_var = _sides(mean, var)
         positive = mean > 0
         up, down = torch.where(positive, large, small), torch.where(positive, small, large)
-        up_var, down_var = torch.where(positive, large_var, small_var), torch.where(positive, small_var, large_var)
+        up_var, down_var = (
+            torch.where(positive, large_var, small_var),
+            torch.where(positive, small_var, large_var),
+        )
         return up - c * down, up_var + c * c * down_var + 2 * c * up * down
 
     @staticmethod
@@ -315,11 +319,13 @@ def _reach(t: Tensor) -> Tensor:
 
 
 def _between(lower: Tensor, upper: Tensor):
-    """Nodes z and weights of the standard normal law on [lower, upper], wherever that lies."""
+    """Nodes z and weights of the standard normal law on [lower, upper], wherever that lies: two panels."""
     left, right = torch.clamp(lower, min=0.0), torch.clamp(-upper, min=0.0)
     top = torch.minimum(upper, left + _reach(left))
     bottom = torch.maximum(lower, -right - _reach(right))
-    return panel(bottom, top, KINKED_NODES)
+    middle = torch.minimum(torch.maximum(torch.zeros_like(bottom), bottom), top)
+    yield from panel(bottom, middle, SMOOTH_NODES)
+    yield from panel(middle, top, SMOOTH_NODES)
 
 
 def _clamp_geometry(mean, var, lo, hi):
@@ -452,13 +458,13 @@ class _HardswishLower(torch.autograd.Function):
     @staticmethod
     def forward(ctx, mean, var):
         ctx.save_for_backward(mean, var)
-        s, lower, upper, start, at_mean, phi, mills, h1, h2, nodes = _HardswishLower._parts(mean, var)
+        s, lower, _, start, at_mean, phi, mills, h1, h2, nodes = _HardswishLower._parts(mean, var)
         moments, slopes = WeightedMoments(mean), phi * mills
         moments.add(_ndtr(lower), -at_mean)
         excess = h1 / mills
         moments.add(phi * mills, 3.0 - at_mean + s * excess, s * s * (h2 / mills - excess * excess))
         for _, w, d in nodes:
-            moments.add(w, d * (2 * start + d + 3.0) / 6.0)
+            moments.add(w, d * ((2 * start + 3.0) + d) / 6.0)
             slopes = slopes + w * (2 * (start + d) + 3.0) / 6.0
         ratio = var / (s * s)
         return at_mean + ratio * moments.mean, ratio * moments.var, slopes
@@ -473,7 +479,7 @@ class _HardswishLower(torch.autograd.Function):
         dg, dgz = step * above + s * phi * h1, step * phi + s * phi * (upper * h1 + h2)
         inside = torch.zeros_like(mean)
         for z, w, d in nodes:
-            increment, slope = d * (2 * start + d + 3.0) / 6.0, (2 * (start + d) + 3.0) / 6.0
+            increment, slope = d * ((2 * start + 3.0) + d) / 6.0, (2 * (start + d) + 3.0) / 6.0
             d1, g, gz, inside = d1 + w * increment, g + w * slope, gz + w * slope * z, inside + w
             dg, dgz = dg + w * increment * slope, dgz + w * increment * slope * z
         # f'' = 1/3 inside, and f' jumps by -1/2 at -3 and at 3.
@@ -629,7 +635,13 @@ class _Gelu(torch.autograd.Function):
         root = torch.sqrt(widened)
         h = mean / root
         peak = density(h) / root
-        return widened, h, peak, _ndtr(h) + mean * peak / widened, peak * (2 - (mean * mean / widened + var) / widened)
+        return (
+            widened,
+            h,
+            peak,
+            _ndtr(h) + mean * peak / widened,
+            peak * (2 - (mean * mean / widened + var) / widened),
+        )
 
     @staticmethod
     def _tilted(mean, var, rho):
@@ -684,6 +696,11 @@ class _Gelu(torch.autograd.Function):
 # ---- functions by quadrature -----------------------------------------------------------------------------------
 
 
+def _exp_increment(m: Tensor, d: Tensor) -> Tensor:
+    """e^(m + d) - e^m from the larger of the two, which cannot overflow on the way."""
+    return torch.copysign(torch.exp(m + torch.clamp(d, min=0.0)) * -torch.expm1(-d.abs()), d)
+
+
 def _sigmoid_increment(m: Tensor, d: Tensor) -> Tensor:
     x = m + d
     size = torch.sigmoid(torch.maximum(m, x)) * torch.sigmoid(-torch.minimum(m, x)) * -torch.expm1(-d.abs())
@@ -699,6 +716,7 @@ _TANH = Activation(
     torch.tanh,
     lambda m, d: 2 * _sigmoid_increment(2 * m, 2 * d),
     lambda x: 4 * _sigmoid_slope(2 * x),
+    STEEP_NODES,
 )
 _SILU = Activation(
     F.silu,
@@ -708,14 +726,24 @@ _SILU = Activation(
 
 
 def _softplus_increment(m: Tensor, d: Tensor) -> Tensor:
-    # log1p(sigmoid(m) expm1(d)), linear where expm1 would overflow.
-    return torch.log1p(torch.sigmoid(m) * torch.expm1(torch.clamp(d, max=80.0))) + torch.clamp(d - 80.0, min=0.0)
+    # softplus(x) = x + softplus(-x) brings m to the lower half, where values only cancel for small steps.
+    positive = m > 0
+    m, e = torch.where(positive, -m, m), torch.where(positive, -d, d)
+    near = torch.log1p(torch.sigmoid(m) * torch.expm1(torch.clamp(e, max=2.0)))
+    step = torch.where(e > 2.0, F.softplus(m + e) - F.softplus(m), near)
+    return torch.where(positive, d + step, step)
 
 
 _SOFTPLUS = Activation(F.softplus, _softplus_increment, torch.sigmoid)
 
+_LOGSIGMOID = Activation(F.logsigmoid, lambda m, d: -_softplus_increment(-m, -d), lambda x: torch.sigmoid(-x))
+
 _GELU_RATE = 2 * math.sqrt(2 / math.pi)
 _GELU_CUBIC = 0.044715
+
+
+def _gelu_tanh_value(x: Tensor) -> Tensor:
+    return x * torch.sigmoid(_GELU_RATE * x * (1 + _GELU_CUBIC * x * x))
 
 
 def _gelu_tanh_increment(m: Tensor, d: Tensor) -> Tensor:
@@ -730,7 +758,8 @@ def _gelu_tanh_slope(x: Tensor) -> Tensor:
     return torch.sigmoid(inner) * (1 + rate * torch.sigmoid(-inner))
 
 
-_GELU_TANH = Activation(lambda x: F.gelu(x, approximate="tanh"), _gelu_tanh_increment, _gelu_tanh_slope)
+# torch's own float32 value cancels below -4; x sigmoid(...) is the same function without that.
+_GELU_TANH = Activation(_gelu_tanh_value, _gelu_tanh_increment, _gelu_tanh_slope, STEEP_NODES)
 
 _MISH_END = 20.0  # tanh(softplus(x)) is 1 beyond
 
@@ -743,8 +772,10 @@ def _mish_gate(x: Tensor) -> tuple[Tensor, Tensor]:
 
 def _mish_increment(m: Tensor, d: Tensor) -> Tensor:
     (w0, n0), (w, n) = _mish_gate(m), _mish_gate(m + d)
-    step = torch.where(m < _MISH_END, torch.clamp(d, max=_MISH_END - m), torch.clamp(d + (m - _MISH_END), max=0.0))
-    gate_step = 2 * w0 * torch.expm1(torch.clamp(step, max=80.0)) * (w + w0 + 2) / (n + 2) / (n0 + 2)
+    step = torch.where(
+        m < _MISH_END, torch.clamp(d, max=_MISH_END - m), torch.clamp(d + (m - _MISH_END), max=0.0)
+    )
+    gate_step = 2 * _exp_increment(torch.clamp(m, max=_MISH_END), step) * (w + w0 + 2) / (n + 2) / (n0 + 2)
     return d * (n / (n + 2)) + m * gate_step
 
 
@@ -761,13 +792,15 @@ def _softsign_increment(m: Tensor, d: Tensor) -> Tensor:
     return (d + (x * m.abs() - m * x.abs())) / ((1 + m.abs()) * (1 + x.abs()))
 
 
-_SOFTSIGN = Activation(F.softsign, _softsign_increment, lambda x: (1 + x.abs()) ** -2, kinked=True)
+_SOFTSIGN = Activation(
+    F.softsign, _softsign_increment, lambda x: (1 + x.abs()) ** -2, KINKED_NODES, kinked=True
+)
 
 
 def _elu_increment(m: Tensor, d: Tensor, alpha: float, rate: float) -> Tensor:
     low, high = torch.clamp(m, max=0.0), torch.clamp(m, min=0.0)
     up, down = torch.maximum(low + d, -high), torch.minimum(high + d, -low)
-    return up + alpha * torch.exp(rate * low) * torch.expm1(rate * down)
+    return up + alpha * _exp_increment(rate * low, rate * down)
 
 
 def _elu_slope(x: Tensor, alpha: float, rate: float) -> Tensor:
@@ -778,7 +811,7 @@ def _elu_value(x: Tensor, alpha: float, rate: float) -> Tensor:
     return torch.clamp(x, min=0.0) + alpha * torch.expm1(rate * torch.clamp(x, max=0.0))
 
 
-_ELU = Activation(_elu_value, _elu_increment, _elu_slope, kinked=True)
+_ELU = Activation(_elu_value, _elu_increment, _elu_slope, KINKED_NODES, kinked=True)
 
 
 def _by_quadrature(activation: Activation, name: str, doc: str):
@@ -797,9 +830,10 @@ def _by_quadrature(activation: Activation, name: str, doc: str):
 
 
 sigmoid = _by_quadrature(_SIGMOID, "sigmoid", "1/(1 + e^-x), by quadrature of 28 nodes.")
-tanh = _by_quadrature(_TANH, "tanh", "tanh x, by quadrature of 28 nodes.")
+tanh = _by_quadrature(_TANH, "tanh", "tanh x, by quadrature of 34 nodes.")
 silu = _by_quadrature(_SILU, "silu", "x sigmoid(x), by quadrature of 28 nodes.")
 mish = _by_quadrature(_MISH, "mish", "x tanh(softplus(x)), by quadrature of 28 nodes.")
+logsigmoid = _by_quadrature(_LOGSIGMOID, "logsigmoid", "log sigmoid(x), by quadrature of 28 nodes.")
 softsign = _by_quadrature(_SOFTSIGN, "softsign", "x/(1 + abs(x)), by quadrature of two panels of 18 nodes.")
 
 
@@ -841,19 +875,9 @@ def _softplus_gain(mean: Tensor, var: Tensor, beta: float = 1.0, threshold: floa
 
 
 @_widened
-def logsigmoid(mean: Tensor, var: Tensor) -> Moments:
-    """log sigmoid(x) = -softplus(-x), by quadrature of 28 nodes."""
-    out, out_var = activation_moments(_SOFTPLUS, -mean, var)
-    return -out, out_var
-
-
-@_gain_of(logsigmoid)
-def _logsigmoid_gain(mean: Tensor, var: Tensor) -> Tensor:
-    return activation_gain(_SOFTPLUS, -mean, var)
-
-
-@_widened
-def elu(mean: Tensor, var: Tensor, alpha: float = 1.0, scale: float = 1.0, input_scale: float = 1.0) -> Moments:
+def elu(
+    mean: Tensor, var: Tensor, alpha: float = 1.0, scale: float = 1.0, input_scale: float = 1.0
+) -> Moments:
     """scale (x above 0, alpha (e^(input_scale x) - 1) below), by quadrature of two panels of 18 nodes."""
     out, out_var = activation_moments(_ELU, mean, var, alpha, input_scale)
     return scale * out, scale * scale * out_var
@@ -912,7 +936,9 @@ def power(mean: Tensor, var: Tensor, exponent: float) -> Moments:
         m2 = mean * mean
         return mean * (m2 + 3 * var), 3 * var * (3 * m2 * m2 + 12 * m2 * var + 5 * var * var)
     first = exponent * torch.pow(mean, exponent - 1)
-    return delta(torch.pow(mean, exponent), first, exponent * (exponent - 1) * torch.pow(mean, exponent - 2), var)
+    return delta(
+        torch.pow(mean, exponent), first, exponent * (exponent - 1) * torch.pow(mean, exponent - 2), var
+    )
 
 
 @_gain_of(power)
@@ -966,6 +992,3 @@ def log(mean: Tensor, var: Tensor) -> Moments:
 def _log_gain(mean: Tensor, var: Tensor) -> Tensor:
     inverse = 1.0 / mean
     return inverse + inverse**3 * var
-
-
-

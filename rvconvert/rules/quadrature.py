@@ -8,6 +8,7 @@ identities instead of from stored nodes. `quadrature` takes any elementwise call
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -16,8 +17,9 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 INV_SQRT_2PI = 0.3989422804014327
-SMOOTH_NODES = 14  # per panel, two panels
-KINKED_NODES = 18
+SMOOTH_NODES = 14  # per panel, two panels: functions as smooth as the sigmoid
+STEEP_NODES = 17  # as steep as tanh
+KINKED_NODES = 18  # a panel may have to cover the whole window
 
 
 def legendre(n: int) -> list[tuple[float, float]]:
@@ -26,7 +28,7 @@ def legendre(n: int) -> list[tuple[float, float]]:
     return [(float(x), float(w)) for x, w in zip(nodes, weights, strict=True)]
 
 
-_RULES = {n: legendre(n) for n in (SMOOTH_NODES, KINKED_NODES)}
+_RULES = {n: legendre(n) for n in (SMOOTH_NODES, STEEP_NODES, KINKED_NODES)}
 
 
 def density(z: Tensor) -> Tensor:
@@ -48,14 +50,14 @@ def window(mean: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
     return -6.25 - shift, 6.25 - shift
 
 
-def _split(mean: Tensor, s: Tensor, kinked: bool) -> Iterator[tuple[Tensor, Tensor]]:
+def _split(mean: Tensor, s: Tensor, n: int, kinked: bool) -> Iterator[tuple[Tensor, Tensor]]:
     """Nodes and weights of N(0, 1) over two panels that meet at x = 0 where that lies in the window."""
     low, high = window(mean, s)
     zero = -mean / s
     if kinked:
-        middle, n = torch.where((zero > low) & (zero < high), zero, torch.zeros_like(zero)), KINKED_NODES
+        middle = torch.where((zero > low) & (zero < high), zero, torch.zeros_like(zero))
     else:
-        middle, n = torch.clamp(zero, -2.5, 2.5), SMOOTH_NODES
+        middle = torch.clamp(zero, -2.5, 2.5)
     yield from panel(low, middle, n)
     yield from panel(middle, high, n)
 
@@ -69,12 +71,14 @@ class WeightedMoments:
         self.sum_of_squares = torch.zeros_like(like)
 
     def add(self, weight: Tensor, value: Tensor, inner_var: Tensor | None = None) -> None:
-        self.total = self.total + weight
-        share = weight / self.total
+        before, self.total = self.total, self.total + weight
+        inverse = 1.0 / self.total
         deviation = value - self.mean
-        self.mean = self.mean + share * deviation
-        square = deviation * deviation * (1.0 - share)
-        self.sum_of_squares = self.sum_of_squares + weight * (square if inner_var is None else square + inner_var)
+        self.mean = self.mean + (weight * inverse) * deviation
+        square = deviation * deviation * (before * inverse)
+        self.sum_of_squares = self.sum_of_squares + weight * (
+            square if inner_var is None else square + inner_var
+        )
 
     @property
     def var(self) -> Tensor:
@@ -85,12 +89,13 @@ class Activation(NamedTuple):
     """A scalar function for quadrature; `p` are its float parameters.
 
     value(x, *p) = f(x); increment(m, d, *p) = f(m + d) - f(m) without cancellation; slope(x, *p) = f'(x).
-    kinked: f' or f'' jumps at x = 0, so no panel may cross it.
+    nodes: per panel, of two. kinked: f' or f'' jumps at x = 0, so no panel may cross it.
     """
 
     value: Callable[..., Tensor]
     increment: Callable[..., Tensor]
     slope: Callable[..., Tensor]
+    nodes: int = SMOOTH_NODES
     kinked: bool = False
 
 
@@ -111,7 +116,7 @@ class _Moments(torch.autograd.Function):
         v = floored(var, smallest_deviation(mean.dtype, 1e-6, 1e-9))
         s, ratio = torch.sqrt(v), var / v
         moments = WeightedMoments(mean)
-        for z, w in _split(mean, s, activation.kinked):
+        for z, w in _split(mean, s, activation.nodes, activation.kinked):
             moments.add(w, activation.increment(mean, s * z, *p))
         ctx.save_for_backward(mean, var)
         ctx.activation, ctx.p = activation, p
@@ -126,7 +131,7 @@ class _Moments(torch.autograd.Function):
         s = torch.sqrt(v)
         centre = activation.slope(mean, *p)
         total = d = g = gz = dg = dgz = torch.zeros_like(mean)
-        for z, w in _split(mean, s, activation.kinked):
+        for z, w in _split(mean, s, activation.nodes, activation.kinked):
             increment, slope = activation.increment(mean, s * z, *p), activation.slope(mean + s * z, *p)
             total, d = total + w, d + w * increment
             g, gz = g + w * (slope - centre), gz + w * (slope - centre) * z
@@ -151,7 +156,7 @@ class _Gain(torch.autograd.Function):
         s = torch.sqrt(floored(var, smallest_deviation(mean.dtype, 1e-6, 1e-9)))
         centre = activation.slope(mean, *p)
         gain = torch.zeros_like(mean)
-        for z, w in _split(mean, s, activation.kinked):
+        for z, w in _split(mean, s, activation.nodes, activation.kinked):
             gain = gain + w * (activation.slope(mean + s * z, *p) - centre)
         ctx.save_for_backward(mean, var)
         ctx.activation, ctx.p = activation, p
@@ -164,7 +169,7 @@ class _Gain(torch.autograd.Function):
         s = torch.sqrt(floored(var, smallest_deviation(mean.dtype, 3e-2, 1e-3)))
         centre = activation.slope(mean, *p)
         first = second = torch.zeros_like(mean)
-        for z, w in _split(mean, s, activation.kinked):
+        for z, w in _split(mean, s, activation.nodes, activation.kinked):
             weighted = w * (activation.slope(mean + s * z, *p) - centre)
             first, second = first + weighted * z, second + weighted * (z * z - 1)
         return grad * first / s, grad * second / (2 * s * s), None, None
@@ -178,24 +183,35 @@ def activation_gain(activation: Activation, mean: Tensor, var: Tensor, *p: float
     return _Gain.apply(mean, var, activation, p)
 
 
-def _generic_panels(mean: Tensor, s: Tensor, kinks: Sequence[float | Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+def _generic_panels(
+    mean: Tensor, s: Tensor, kinks: Sequence[float | Tensor]
+) -> Iterator[tuple[Tensor, Tensor]]:
     if not kinks:
-        yield from _split(mean, s, kinked=False)
+        yield from _split(mean, s, STEEP_NODES, kinked=False)
         return
     low, high = window(mean, s)
     ends = [low, *(torch.minimum(torch.maximum((kink - mean) / s, low), high) for kink in kinks), high]
-    for left, right in zip(ends, ends[1:], strict=False):
+    for left, right in pairwise(ends):
         yield from panel(left, right, KINKED_NODES)
 
 
-def _generic_deviation(var: Tensor) -> tuple[Tensor, Tensor]:
-    v = floored(var, smallest_deviation(var.dtype, 1e-2, 1e-4))
+def _generic_deviation(mean: Tensor, var: Tensor, kinks: Sequence[float | Tensor]) -> tuple[Tensor, Tensor]:
+    """Deviation to integrate with, and var over its square.
+
+    Nodes closer than a floor would lose f(x) - f(mean) to rounding; below it both moments of a smooth f are linear in
+    var. Near a kink they are not (E[relu(X)] grows as s), so there the floor is next to nothing.
+    """
+    floor = torch.full_like(var, smallest_deviation(var.dtype, 1e-2, 1e-4) ** 2)
+    for kink in kinks:
+        floor = torch.where(
+            (mean - kink) ** 2 < 64 * floor, smallest_deviation(var.dtype, 1e-6, 1e-9) ** 2, floor
+        )
+    v = torch.maximum(var, floor)
     return torch.sqrt(v), var / v
 
 
 def _quadrature(f, mean, var, kinks):
-    # Nodes closer than the floor would lose f(x) - f(m) to rounding; there both moments are linear in var.
-    s, ratio = _generic_deviation(var)
+    s, ratio = _generic_deviation(mean.detach(), var, kinks)
     at_mean = f(mean)
     moments = WeightedMoments(at_mean)
     for z, w in _generic_panels(mean.detach(), s.detach(), kinks):
@@ -209,7 +225,7 @@ def quadrature(
     """Moments of f(X) for any elementwise f.
 
     f maps a tensor of the shape of `mean` to one of the same shape, and may close over tensors that broadcast
-    with it; they get their gradients. It is called 29 times, or 18 (len(kinks) + 1) + 1 times.
+    with it; they get their gradients. It is called 35 times, or 18 (len(kinks) + 1) + 1 times.
     kinks: ascending positions, floats or broadcastable tensors, where f or a derivative jumps; the panels of
     integration end there. Without kinks f should be smooth at the scale of 1 about 0 or at the scale of the
     deviation. Var is a sum of squares; at var = 0 the result is exactly (f(mean), 0).
@@ -224,7 +240,7 @@ def quadrature_gain(
     f: Callable[[Tensor], Tensor], mean: Tensor, var: Tensor, kinks: Sequence[float | Tensor] = ()
 ) -> Tensor:
     """E[f'(X)] = E[(f(X) - f(mean)) Z] / s (Stein), by the same nodes as `quadrature`."""
-    s, _ = _generic_deviation(var)
+    s, _ = _generic_deviation(mean.detach(), var, kinks)
     at_mean = f(mean)
     total = gain = torch.zeros_like(mean)
     for z, w in _generic_panels(mean.detach(), s.detach(), kinks):

@@ -1,0 +1,357 @@
+"""The moments of elementwise functions against float64 integration (benchmarks/accuracy.py holds the reference)."""
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from scipy import special
+
+from rvconvert.rules import gaussian
+
+_path = Path(__file__).parents[1] / "benchmarks" / "accuracy.py"
+_spec = importlib.util.spec_from_file_location("accuracy", _path)
+accuracy = sys.modules["accuracy"] = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(accuracy)
+
+BY_NAME = {case.name: case for case in accuracy.CASES}
+# A rate of 3 on deviations up to 3 is a deviation of 9: outside the range that the nodes are chosen for.
+WITHIN_RANGE = [case for case in accuracy.CASES if case.name != "softplus (beta 3)"]
+DIFFERENTIABLE = [case for case in WITHIN_RANGE if case.name not in ("hardshrink", "threshold")]
+GRID = accuracy.grid(means=25, deviations=10)
+
+named = pytest.mark.parametrize
+
+
+@named("dtype", [torch.float32, torch.float64], ids=str)
+@named("case", WITHIN_RANGE, ids=lambda case: case.name)
+def test_accuracy(case, dtype):
+    mean_error, var_error, gain_error, where, negative = accuracy.errors(case, dtype, GRID)
+    assert mean_error <= 1e-5, where
+    assert var_error <= 1e-4, where
+    assert gain_error <= 1e-4
+    assert not negative
+
+
+def test_softplus_with_a_steep_beta():
+    mean_error, var_error, *_ = accuracy.errors(BY_NAME["softplus (beta 3)"], torch.float32, GRID)
+    assert mean_error <= 1e-5
+    assert var_error <= 1e-3
+
+
+@named("case", DIFFERENTIABLE, ids=lambda case: case.name)
+def test_gradients_against_differences_of_the_reference(case):
+    m, v = (
+        a.ravel() for a in np.meshgrid(np.array([-4.3, -1.1, -0.2, 0.37, 2.6]), np.array([1e-3, 0.3, 4.0]))
+    )
+    mean, var = (torch.tensor(a, requires_grad=True) for a in (m, v))
+    out, out_var = case.moments(mean, var, *case.arguments)
+    got = [
+        *torch.autograd.grad(out.sum(), (mean, var), retain_graph=True),
+        *torch.autograd.grad(out_var.sum(), (mean, var)),
+    ]
+
+    def slope(index, step_m, step_v):
+        def at(k):
+            return accuracy.reference(case, m + k * step_m, v + k * step_v, panels=12)[index]
+
+        return (8 * (at(1) - at(-1)) - (at(2) - at(-2))) / 12
+
+    hm, hv = 1e-2 * np.sqrt(v), 1e-2 * v
+    expected = [slope(0, hm, 0) / hm, slope(0, 0, hv) / hv, slope(1, hm, 0) / hm, slope(1, 0, hv) / hv]
+    # The natural size of each: dVar/dm can vanish by symmetry, so it is measured against dVar/dv and s.
+    size = [np.abs(e) for e in expected]
+    floor = [1e-2 * size[0], 1e-2 * size[0] / np.sqrt(v), 1e-2 * size[3] * np.sqrt(v), 1e-2 * size[3]]
+    for name, g, e, a, b in zip(
+        ("dE/dm", "dE/dv", "dVar/dm", "dVar/dv"), got, expected, size, floor, strict=True
+    ):
+        error = np.abs(g.numpy() - e) / np.maximum(np.maximum(a, b), 1e-6)
+        assert error.max() <= 3e-3, (name, error.max(), m[error.argmax()], v[error.argmax()])
+
+
+@named("case", DIFFERENTIABLE, ids=lambda case: case.name)
+def test_gain_is_the_derivative_of_the_mean_and_differentiable(case):
+    m, v = (
+        a.ravel() for a in np.meshgrid(np.array([-4.3, -1.1, -0.2, 0.37, 2.6]), np.array([1e-2, 0.3, 4.0]))
+    )
+    mean, var = (torch.tensor(a, requires_grad=True) for a in (m, v))
+    gain = gaussian.gain(case.moments, mean, var, *case.arguments)
+    (by_mean,) = torch.autograd.grad(case.moments(mean, var, *case.arguments)[0].sum(), mean)
+    torch.testing.assert_close(gain.detach(), by_mean, rtol=3e-4, atol=3e-5)
+    if not gain.requires_grad:
+        assert torch.equal(gain, torch.ones_like(gain))
+        return
+    by_mean, by_var = torch.autograd.grad(gain.sum(), (mean, var), allow_unused=True)
+    hm, hv = 1e-2 * np.sqrt(v), 1e-2 * v
+
+    def at(a, b):
+        return accuracy.reference(case, a, b, panels=12)[2][0]
+
+    scale = np.abs(at(m, v)) + 1e-3
+    # A reference that steps over a kink of f' is good to 1e-3 of E[f'] / s only.
+    for got, expected, unit in (
+        (by_mean, (at(m + hm, v) - at(m - hm, v)) / (2 * hm), np.sqrt(v)),
+        (by_var, (at(m, v + hv) - at(m, v - hv)) / (2 * hv), v),
+    ):
+        got = np.zeros_like(m) if got is None else got.numpy()
+        assert (np.abs(got - expected) * unit / scale).max() <= 3e-3
+
+
+TORCH = {
+    "relu": F.relu, "leaky_relu": F.leaky_relu, "prelu": lambda x: F.leaky_relu(x, 0.25), "relu6": F.relu6,
+    "hardtanh": F.hardtanh, "hardsigmoid": F.hardsigmoid, "hardswish": F.hardswish, "softshrink": F.softshrink,
+    "hardshrink": F.hardshrink, "threshold": lambda x: F.threshold(x, 0.1, -0.3), "elu": F.elu, "selu": F.selu,
+    "celu": lambda x: F.celu(x, 0.5), "gelu": F.gelu, "gelu (tanh)": lambda x: F.gelu(x, approximate="tanh"),
+    "silu": F.silu, "tanh": torch.tanh, "sigmoid": torch.sigmoid, "softplus": F.softplus,
+    "softplus (beta 3)": lambda x: F.softplus(x, 3.0), "logsigmoid": F.logsigmoid, "mish": F.mish,
+    "softsign": F.softsign, "abs": torch.abs, "exp": torch.exp, "expm1": torch.expm1, "square": torch.square,
+    "cube": lambda x: x**3, "sin": torch.sin, "cos": torch.cos, "erf": torch.erf,
+}  # fmt: skip
+
+
+@named("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@named("case", accuracy.CASES, ids=lambda case: case.name)
+def test_zero_variance(case, dtype):
+    mean = torch.tensor([-30.0, -6, -3, -1, -0.5, 0, 1e-3, 0.5, 1, 3, 6, 30], dtype=dtype, requires_grad=True)
+    var = torch.zeros_like(mean, requires_grad=True)
+    out, out_var = case.moments(mean, var, *case.arguments)
+    assert out.dtype == out_var.dtype == dtype
+    eps = torch.finfo(dtype).eps
+    torch.testing.assert_close(out, TORCH[case.name](mean), rtol=4 * eps, atol=8 * eps)
+    assert (out_var == 0).all()
+    gain = gaussian.gain(case.moments, mean, var, *case.arguments)
+    for result in (out, out_var, gain):
+        if result.requires_grad:
+            for grad in torch.autograd.grad(result.sum(), (mean, var), retain_graph=True, allow_unused=True):
+                assert grad is None or grad.isfinite().all()
+
+
+@named("case", accuracy.CASES, ids=lambda case: case.name)
+def test_far_inputs_stay_finite(case):
+    if case.name in ("exp", "expm1"):
+        pytest.skip("overflows by its nature")
+    mean = torch.tensor([-1e3, -50, 0, 50, 1e3]).repeat_interleave(5).requires_grad_()
+    var = torch.tensor([0.0, 1e-30, 1e-3, 1e2, 1e6]).repeat(5).requires_grad_()
+    out, out_var = case.moments(mean, var, *case.arguments)
+    assert out.isfinite().all()
+    assert out_var.isfinite().all() and (out_var >= 0).all()
+    grads = torch.autograd.grad((out + out_var).sum(), (mean, var))
+    assert all(g.isfinite().all() for g in grads)
+
+
+def test_relu_in_single_precision_over_all_scales():
+    v, a = np.meshgrid(np.geomspace(1e-12, 1e2, 29), np.linspace(-12, 12, 193))
+    v = v.ravel().astype(np.float32)
+    m = (a.ravel() * np.sqrt(v)).astype(np.float32)
+    out, out_var = (t.double().numpy() for t in gaussian.relu(torch.tensor(m), torch.tensor(v)))
+    m, v = m.astype(np.float64), v.astype(np.float64)
+    s = np.sqrt(v)
+    t = np.abs(m) / s
+    # The tail moments E[U], E[U²], U = max(Z - t, 0), as integrals of exp(-u²/2 - t u) so that nothing cancels.
+    x, w = np.polynomial.legendre.leggauss(160)
+    u = 5.0 * (x + 1)[:, None]
+    kernel = 5.0 * w[:, None] * np.exp(-u * u / 2 - t * u) * np.exp(-t * t / 2) / np.sqrt(2 * np.pi)
+    small, square = s * (kernel * u).sum(0), v * (kernel * u * u).sum(0)
+    small_var = square - small**2
+    large = np.abs(m) + small
+    mean = np.where(m > 0, large, small)
+    var = np.where(m > 0, v - small_var - 2 * large * small, small_var)
+    normal = (mean > 1e-36) & (var > 1e-36)  # below, float32 has no relative accuracy to keep
+    assert normal.mean() > 0.9
+    assert (np.abs(out - mean) / mean)[normal].max() <= 3e-5
+    assert (np.abs(out_var - var) / var)[normal].max() <= 3e-5
+    assert (out_var >= 0).all()
+    assert (np.abs(out - mean) <= 3e-5 * mean + 1e-36).all()
+
+
+def test_relu_gradient_at_zero():
+    mean = torch.zeros(3, requires_grad=True)
+    var = torch.tensor([1.0, 1e-6, 0.0], requires_grad=True)
+    out, out_var = gaussian.relu(mean, var)
+    by_mean, by_var = torch.autograd.grad(out.sum(), (mean, var), retain_graph=True)
+    torch.testing.assert_close(
+        by_mean, torch.tensor([0.5, 0.5, 0.0])
+    )  # torch's own subgradient where var = 0
+    torch.testing.assert_close(by_var[:2], 0.3989422804 / (2 * var.detach()[:2].sqrt()))
+    assert by_var[2] == 0
+    assert all(g.isfinite().all() for g in torch.autograd.grad(out_var.sum(), (mean, var)))
+
+
+def test_gradients_in_single_precision_where_the_variance_cancels():
+    mean = torch.linspace(-6, 6, 49)
+    for case in (BY_NAME[name] for name in ("relu", "gelu", "tanh", "sigmoid", "silu", "elu", "hardswish")):
+        for deviation in (1e-3, 1e-2, 1e-1):
+            grads = []
+            for dtype in (torch.float32, torch.float64):
+                m = mean.to(dtype).requires_grad_()
+                v = torch.full_like(m, deviation**2).requires_grad_()
+                out, out_var = case.moments(m, v, *case.arguments)
+                # dE/dm and dVar/dv: both are squares or averages of f', so they keep relative accuracy.
+                grads.append(
+                    torch.stack(
+                        (
+                            *torch.autograd.grad(out.sum(), (m,), retain_graph=True),
+                            *torch.autograd.grad(out_var.sum(), (v,)),
+                        )
+                    )
+                )
+            single, double = grads[0].double(), grads[1]
+            size = double.abs() + 1e-3 * double.abs().amax(1, keepdim=True)
+            assert ((single - double).abs() / size).max() <= 2e-2, case.name
+
+
+def test_clamp_bounds_get_their_gradient():
+    torch.manual_seed(0)
+    mean = torch.randn(8, dtype=torch.float64, requires_grad=True)
+    var = (torch.rand(8, dtype=torch.float64) + 0.2).requires_grad_()
+    lo, hi = (torch.tensor(b, dtype=torch.float64, requires_grad=True) for b in (-0.7, 0.9))
+    assert torch.autograd.gradcheck(lambda *a: gaussian.clamp(*a), (mean, var, lo, hi), rtol=1e-5, atol=1e-6)
+    assert torch.autograd.gradcheck(lambda *a: gaussian.clamp(a[0], a[1], a[2]), (mean, var, lo))
+    assert torch.autograd.gradcheck(lambda *a: gaussian.clamp(a[0], a[1], None, a[2]), (mean, var, hi))
+    wide = gaussian.clamp(mean, var, -40.0, 40.0)
+    torch.testing.assert_close(wide, (mean, var), rtol=1e-6, atol=1e-6)
+
+
+@named(
+    "function", [gaussian.relu, gaussian.absolute, gaussian.gelu, gaussian.erf, gaussian.exp, gaussian.sin]
+)
+def test_closed_forms_gradcheck(function):
+    mean = torch.linspace(-3, 3, 7, dtype=torch.float64).add(0.013).requires_grad_()
+    var = torch.linspace(0.05, 2, 7, dtype=torch.float64).requires_grad_()
+    assert torch.autograd.gradcheck(function, (mean, var), rtol=1e-6, atol=1e-8)
+    assert torch.autograd.gradcheck(
+        lambda m, v: gaussian.gain(function, m, v), (mean, var), rtol=1e-6, atol=1e-8
+    )
+
+
+def test_prelu_slope_per_channel():
+    torch.manual_seed(0)
+    mean = torch.randn(4, 3, 5, dtype=torch.float64, requires_grad=True)
+    var = (torch.rand(4, 3, 5, dtype=torch.float64) + 0.1).requires_grad_()
+    slope = torch.tensor([0.25, -0.5, 1.5], dtype=torch.float64).view(3, 1).requires_grad_()
+    assert torch.autograd.gradcheck(gaussian.leaky_relu, (mean, var, slope))
+    assert torch.autograd.gradcheck(lambda *a: gaussian.gain(gaussian.leaky_relu, *a), (mean, var, slope))
+
+
+# ---- quadrature of any function --------------------------------------------------------------------------
+
+
+def test_generic_quadrature_of_smooth_functions():
+    for dtype, small in ((torch.float64, 0.0), (torch.float32, 1e-2)):
+        for name in ("silu", "sigmoid", "softplus", "sin"):
+            case = BY_NAME[name]
+            # sin² over deviations of 3 oscillates too fast for the nodes: its variance is 2e-3 off there.
+            m, v = (a[GRID[1] <= (1.1 if name == "sin" else 9.1)] for a in GRID)
+            expected, variance, _ = accuracy.reference(case, m, v, panels=12)
+            out, out_var = gaussian.quadrature(
+                TORCH[name], torch.tensor(m, dtype=dtype), torch.tensor(v, dtype=dtype)
+            )
+            error = np.abs(out.double().numpy() - expected) / np.sqrt(expected**2 + variance)
+            assert error.max() <= 2e-5, name
+            # Values of f differ by rounding: the variance keeps what float32 leaves of f(x) - f(mean).
+            noise = small * (1 + np.abs(expected)) * 1e-3
+            assert (
+                np.abs(out_var.double().numpy() - variance) <= 2e-4 * variance + noise * np.sqrt(variance)
+            ).all(), name
+
+
+@named("name", ["elu", "selu", "softsign", "hardtanh", "hardswish", "hardshrink", "threshold"])
+def test_generic_quadrature_splits_at_kinks(name):
+    m, v = GRID
+    case = BY_NAME[name]
+    inside = v > 1e-4
+    m, v = m[inside], v[inside]
+    expected, variance, _ = accuracy.reference(case, m, v, panels=12)
+    out, out_var = gaussian.quadrature(TORCH[name], torch.tensor(m), torch.tensor(v), kinks=case.kinks)
+    scale = np.sqrt(expected**2 + variance + 1e-12)
+    assert (np.abs(out.numpy() - expected) / scale).max() <= 5e-5
+    assert (np.abs(out_var.numpy() - variance) / (variance + 1e-6)).max() <= 5e-3
+
+
+def test_generic_quadrature_of_a_written_out_elu():
+    m, v = (torch.tensor(a, dtype=torch.float32) for a in GRID)
+    expected, variance = gaussian.elu(m, v, 0.7)
+    out, out_var = gaussian.quadrature(
+        lambda x: torch.where(x > 0, x, 0.7 * (torch.exp(x) - 1)), m, v, kinks=(0.0,)
+    )
+    torch.testing.assert_close(out, expected, rtol=1e-4, atol=2e-5)
+    torch.testing.assert_close(out_var, variance, rtol=5e-2, atol=1e-5)
+
+
+def test_generic_quadrature_differentiates_what_f_closes_over():
+    torch.manual_seed(0)
+    mean = torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
+    var = (torch.rand(3, 4, dtype=torch.float64) + 0.1).requires_grad_()
+    beta = torch.tensor([0.5, 1.0, 1.5, 2.0], dtype=torch.float64, requires_grad=True)
+
+    def swish(m, v, b):
+        return gaussian.quadrature(lambda x: x * torch.sigmoid(b * x), m, v)
+
+    assert torch.autograd.gradcheck(swish, (mean, var, beta), rtol=1e-3, atol=1e-5)
+
+
+def test_generic_quadrature_at_zero_variance():
+    mean = torch.linspace(-3, 3, 7, requires_grad=True)
+    var = torch.zeros(7, requires_grad=True)
+    out, out_var = gaussian.quadrature(torch.sigmoid, mean, var)
+    assert torch.equal(out, torch.sigmoid(mean)) and (out_var == 0).all()
+    slope = torch.sigmoid(mean.detach()) * torch.sigmoid(-mean.detach())
+    by_mean, by_var = torch.autograd.grad(out.sum(), (mean, var), retain_graph=True)
+    torch.testing.assert_close(by_mean, slope, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(
+        by_var, 0.5 * slope * (1 - 2 * torch.sigmoid(mean.detach())), rtol=2e-2, atol=1e-3
+    )
+    torch.testing.assert_close(torch.autograd.grad(out_var.sum(), var)[0], slope**2, rtol=2e-3, atol=1e-4)
+    torch.testing.assert_close(
+        gaussian.quadrature_gain(torch.sigmoid, mean, var).detach(), slope, rtol=1e-3, atol=1e-4
+    )
+
+
+# ---- functions without moments ---------------------------------------------------------------------------
+
+
+def test_expansions_match_quadrature_for_a_narrow_positive_variable():
+    mean, var = torch.tensor([2.0, 5.0], dtype=torch.float64), torch.tensor([1e-3, 1e-2], dtype=torch.float64)
+    for function, f in (
+        (gaussian.sqrt, torch.sqrt),
+        (gaussian.rsqrt, torch.rsqrt),
+        (gaussian.log, torch.log),
+        (gaussian.reciprocal, torch.reciprocal),
+    ):
+        expected, variance = gaussian.quadrature(f, mean, var)
+        out, out_var = function(mean, var)
+        torch.testing.assert_close(out, expected, rtol=1e-6, atol=0)
+        torch.testing.assert_close(out_var, variance, rtol=3e-3, atol=0)
+        gained = gaussian.gain(function, mean, var)
+        torch.testing.assert_close(gained, gaussian.quadrature_gain(f, mean, var), rtol=1e-4, atol=0)
+
+
+def test_erf_reference_is_scipy():
+    assert BY_NAME["erf"].function is special.erf
+
+
+# ---- compilation -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@named("name", ["relu", "prelu", "hardswish", "gelu", "silu", "elu"])
+def test_compiles_fullgraph(name):
+    case = BY_NAME[name]
+
+    def both(mean, var):
+        out, out_var = case.moments(mean, var, *case.arguments)
+        return out, out_var, gaussian.gain(case.moments, mean, var, *case.arguments)
+
+    backend = "inductor" if name == "relu" else "aot_eager"
+    compiled = torch.compile(both, fullgraph=True, backend=backend)
+    mean, var = torch.linspace(-4, 4, 64), torch.linspace(0, 2, 64)
+    results = []
+    for function in (both, compiled):
+        m, v = mean.clone().requires_grad_(), var.clone().requires_grad_()
+        out = function(m, v)
+        results.append((*out, *torch.autograd.grad(sum(o.sum() for o in out), (m, v))))
+    for eager, fused in zip(*results, strict=True):
+        torch.testing.assert_close(fused, eager, rtol=2e-4, atol=2e-5)
