@@ -1,0 +1,278 @@
+"""What a converted model carries: its options, its programs, and the last penalty."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from rvconvert import dispatch
+from rvconvert.errors import (
+    ConversionError,
+    NonGaussianError,
+    NoReparameterizationError,
+    TracingError,
+)
+from rvconvert.graph.plan import dispatch_report, refuse_unsupported, report_graph
+from rvconvert.graph.program import compile_graph, to_random_variables
+from rvconvert.graph.recorder import Recording, record, unchanged
+from rvconvert.penalty import attach_penalty, variance_penalty
+from rvconvert.random_variable import RandomVariable, Settings
+from rvconvert.report import Report
+from rvconvert.structure import Structure, flatten
+
+__all__ = ["Conversion", "Options"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """The options of ``convert``, as given; they and the original model are all that a file or a copy needs."""
+
+    methods: tuple[str, ...] = ("forward",)
+    random_inputs: tuple[str, ...] = ()
+    output: str = "mean"
+    penalty: float = 50.0
+    penalty_kind: str = "squared"
+    attach: bool = True
+    engine: str = "auto"
+    settings: Settings = dataclasses.field(default_factory=Settings)
+
+    def __post_init__(self) -> None:
+        for name, allowed in (("output", ("mean", "distribution")), ("engine", ("auto", "graph", "dispatch"))):
+            if getattr(self, name) not in allowed:
+                raise ConversionError(f"{name}={getattr(self, name)!r} is not one of {', '.join(map(repr, allowed))}")
+
+
+@dataclasses.dataclass
+class Program:
+    """One method, captured for one kind of call: run it with the tensor leaves of the inputs."""
+
+    run: Callable[..., tuple[Any, ...]] | None  # None: the dispatch engine runs the model's own code
+    outputs: Structure
+    attributes: tuple[tuple[str, str], ...]
+    report: Report
+    fixed_batch: bool
+
+
+class Conversion:
+    """Runs the converted methods of one model. Holds no module and no parameter, so it copies freely."""
+
+    def __init__(self, options: Options, plain_class: type[nn.Module]) -> None:
+        self.options = options
+        self.settings = options.settings
+        self.plain_class = plain_class
+        self.programs: dict[Any, Program] = {}
+        self.last_penalty: torch.Tensor | None = None
+        self.penalty_scale: float = 1.0
+
+    # --- the two ways a random variable leaves --------------------------------------------------
+
+    def take_reconstruction(self, value: Any) -> Any:
+        """The mean of the reconstruction; L_c (paper eq. 14) is noted, and attached if the options say so."""
+        if not isinstance(value, RandomVariable):
+            return value
+        options = self.options
+        with torch.no_grad():
+            penalty = variance_penalty(value, options.penalty, options.penalty_kind)
+            self.last_penalty = penalty if self.last_penalty is None else self.last_penalty + penalty
+        if not options.attach or options.penalty == 0:
+            return value.mean
+        return attach_penalty(value, options.penalty, options.penalty_kind, self.penalty_scale)
+
+    def take_mean(self, value: Any) -> Any:
+        """The mean of a random variable that is not a reconstruction: a latent, a scalar loss."""
+        return value.mean if isinstance(value, RandomVariable) else value
+
+    # --- running --------------------------------------------------------------------------------
+
+    def run(self, name: str, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Call the converted method ``name``."""
+        args, kwargs = self.normalized(name, args, kwargs)
+        leaves, structure = flatten((args, kwargs))
+        program = self.find(name, model, leaves, structure)
+        if program is None:
+            program = self.prepare(name, model, args, kwargs)
+        self.last_penalty = None
+        if program.run is None:
+            return dispatch.run(self, self.method(name), model, args, kwargs)
+        results = program.run(model, *leaves)
+        count = len(results) - len(program.attributes)
+        for (path, attribute), value in zip(program.attributes, results[count:], strict=True):
+            setattr(model.get_submodule(path), attribute, value)
+        return program.outputs.build(iter(results[:count]))
+
+    def method(self, name: str) -> Callable[..., Any]:
+        """The plain class's own method, unbound."""
+        return getattr(self.plain_class, name)  # type: ignore[no-any-return]
+
+    def normalized(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The same call spelled one way, positional first, so that equal calls share a program."""
+        try:
+            bound = inspect.signature(self.method(name)).bind(None, *args, **kwargs)
+        except (TypeError, ValueError):
+            return args, kwargs  # the model itself says what is wrong with the call
+        return bound.args[1:], bound.kwargs
+
+    def key(self, name: str, model: nn.Module, leaves: list[Any], structure: Structure, *, batch: bool) -> Any:
+        """What a recording depends on: modes, structure, shapes (the batch size only if it is fixed), dtypes."""
+        first = next(model.parameters(), None)
+        kinds = tuple(
+            (isinstance(x, RandomVariable), tuple(x.shape) if batch else tuple(x.shape)[1:], x.ndim, x.dtype, x.device) for x in leaves
+        )
+        training = tuple(m.training for m in model.modules())
+        weights = None if first is None else (first.dtype, first.device)
+        return (name, batch, structure.signature(), kinds, training, weights)
+
+    def find(self, name: str, model: nn.Module, leaves: list[Any], structure: Structure) -> Program | None:
+        """The program that serves this call, if there is one already."""
+        for batch in (False, True):
+            program = self.programs.get(self.key(name, model, leaves, structure, batch=batch))
+            if program is not None:
+                return program
+        return None
+
+    # --- preparing ------------------------------------------------------------------------------
+
+    def prepare(self, name: str, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Program:
+        """Capture the method for this kind of call, by the engine that can; refuse what neither can.
+
+        Raises:
+            UnsupportedOperationError: one or more operations have no rule (all are listed).
+            NoReparameterizationError, NonGaussianError, TracingError: see each.
+        """
+        args, kwargs = self.normalized(name, args, kwargs)
+        leaves, structure = flatten((args, kwargs))
+        program = self.capture(name, model, args, kwargs)
+        key = self.key(name, model, leaves, structure, batch=program.fixed_batch)
+        self.programs[key] = program
+        return program
+
+    def capture(self, name: str, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Program:
+        engine = self.options.engine
+        if engine == "dispatch":
+            return self.dispatch_program(name, model, args, kwargs, "asked for")
+        recording, obstacles = self.recorded(name, model, args, kwargs)
+        if obstacles:
+            reason = "; ".join(dict.fromkeys(obstacles))
+            if engine == "graph":
+                raise TracingError(
+                    f"{self.plain_class.__name__}.{name} cannot stand as a graph: {reason}. "
+                    "Use engine='auto' or engine='dispatch', which runs the model's own Python."
+                )
+            return self.dispatch_program(name, model, args, kwargs, f"no graph: {reason}")
+        assert recording is not None
+        report = report_graph(recording, self.plain_class.__name__, name, self.settings)
+        self.check_noise(recording, report, name, args, kwargs)
+        refuse_unsupported(report)
+        graph, notes = to_random_variables(recording, output=self.options.output, penalised=True)
+        report = dataclasses.replace(report, notes=(*report.notes, *notes))
+        return Program(compile_graph(graph), recording.outputs, tuple(recording.attributes), report, bool(recording.fixed))
+
+    def dispatch_program(self, name: str, model: nn.Module, args: Any, kwargs: Any, reason: str) -> Program:
+        """A program that runs the model's own Python; every operation without a rule is found now."""
+        rows = dispatch.survey(self, self.method(name), model, args, kwargs)
+        report = dispatch_report(rows, self.plain_class.__name__, name, reason)
+        refuse_unsupported(report)
+        return Program(None, Structure("constant"), (), report, False)
+
+    def recorded(self, name: str, model: nn.Module, args: Any, kwargs: Any) -> tuple[Recording | None, list[str]]:
+        """A recording that replays equal to eager, or the obstacles to one."""
+        method = self.method(name)
+        with as_class(model, self.plain_class):
+            recording, _ = record(model, lambda *a, **k: method(model, *a, **k), args, kwargs, self.settings.registry)
+            if recording.obstacles:
+                return None, recording.obstacles
+            obstacle = replay_differs(recording, model, method, args, kwargs)
+        return (None, [obstacle]) if obstacle else (recording, [])
+
+    def check_noise(self, recording: Recording, report: Report, name: str, args: Any, kwargs: Any) -> None:
+        """Refuse a model whose output depends on no Gaussian noise, or on noise of another distribution."""
+        if recording.non_gaussian:
+            found = "\n".join(f"  {distribution}: {where}" for distribution, where in recording.non_gaussian)
+            raise NonGaussianError(
+                f"{self.plain_class.__name__}.{name} draws from a distribution other than a Gaussian, which mean and "
+                f"variance cannot stand for:\n{found}\nConvert only a part of the model that does not: "
+                "rvconvert.convert(model.decoder, random_inputs=('z',))"
+            )
+        random_call = any(isinstance(x, RandomVariable) for x in flatten((args, kwargs))[0])
+        output = next(n for n in recording.graph.nodes if n.op == "output")
+        reached = any(n in recording.random for n in output.all_input_nodes)
+        if not reached and not random_call and not self.options.random_inputs and not recording.attributes:
+            reason = "no draw from a Gaussian was found in it" if not recording.noise else (
+                "the draw at " + ", ".join(n.meta["where"] for n in recording.noise) + " does not reach its result"
+            )
+            others = [
+                m for m in vars(self.plain_class) if callable(getattr(self.plain_class, m, None)) and not m.startswith("_") and m != name
+            ]
+            raise NoReparameterizationError(
+                f"{self.plain_class.__name__}.{name}: nothing to convert, {reason}. Name the method that encodes, samples and "
+                f"decodes, methods=(...), of {', '.join(others) or 'none but forward'}; or, for a bare decoder, its "
+                "latent argument: random_inputs=('z',)"
+            )
+
+
+class as_class:  # noqa: N801 - used like a function
+    """Context in which a model is of its plain class, so that its own code sees no converted method."""
+
+    def __init__(self, model: nn.Module, plain_class: type[nn.Module]) -> None:
+        self.model, self.plain = model, plain_class
+
+    def __enter__(self) -> None:
+        self.converted = type(self.model)
+        self.model.__class__ = self.plain
+
+    def __exit__(self, *error: Any) -> None:
+        self.model.__class__ = self.converted
+
+
+def replay_differs(recording: Recording, model: nn.Module, method: Any, args: Any, kwargs: Any) -> str | None:
+    """Run the plain graph beside the model on other inputs, another seed and another batch size.
+
+    Returns what is different, or None. A different batch size that fails marks the batch size as fixed.
+    """
+    run = compile_graph(recording.graph)
+    leaves, structure = flatten((args, kwargs))
+    leaves = [x.mean if isinstance(x, RandomVariable) else x for x in leaves]
+
+    def compare(inputs: list[torch.Tensor], seed: int) -> str | None:
+        results = []
+        for replay in (False, True):
+            with unchanged(model), torch.no_grad():
+                torch.manual_seed(seed)
+                if replay:
+                    results.append(run(model, *(x.clone() for x in inputs)))
+                else:
+                    a, k = structure.build(iter(x.clone() for x in inputs))
+                    found, _ = flatten(method(model, *a, **k), lambda x: isinstance(x, torch.Tensor))
+                    results.append(tuple(found))
+        eager, replayed = results
+        count = len(replayed) - len(recording.attributes)
+        replayed = [x for x in replayed[:count] if isinstance(x, torch.Tensor)]
+        for a, b in zip(eager, replayed, strict=False):
+            if a.shape != b.shape:
+                return f"an output of shape {tuple(b.shape)} instead of {tuple(a.shape)}"
+            if not torch.allclose(a, b, rtol=1e-4, atol=1e-5, equal_nan=True):
+                return f"an output differs by {(a - b).abs().max().item():.2g}"
+        return None
+
+    other = [x * 0.9 + 0.05 if x.is_floating_point() else x for x in leaves]
+    try:
+        difference = compare(other, 1)
+    except Exception as error:  # noqa: BLE001 - any failure of the replay is the finding
+        difference = f"{type(error).__name__}: {error}"
+    if difference is not None:
+        return f"the recorded graph does not replay equal to the model ({difference})"
+    if not recording.fixed and len({x.shape[0] for x in leaves if x.ndim}) == 1:
+        try:
+            difference = compare([torch.cat([x, x]) if x.ndim else x for x in other], 2)
+        except Exception as error:  # noqa: BLE001
+            difference = f"{type(error).__name__}: {error}"
+        if difference is not None:
+            recording.fixed.append(f"another batch size gives {difference}")
+    return None
+
+

@@ -1,0 +1,240 @@
+"""The dispatch engine: the model's own Python runs, with random variables in the place of tensors.
+
+Control flow, data classes and loops just run, at every call anew; the rules are those of the graph engine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+
+from rvconvert.errors import NonGaussianError, NoReparameterizationError
+from rvconvert.graph.plan import row_for, short_path
+from rvconvert.graph.recorder import intercepted_modules, unchanged, unscripted, user_frame, where
+from rvconvert.random_variable import RandomVariable, Settings, propagate, random_variables
+from rvconvert.registry import operation_name
+from rvconvert.report import Row
+from rvconvert.rules.noise import GAUSSIAN_SOURCES, NON_GAUSSIAN
+from rvconvert.structure import flatten
+
+if TYPE_CHECKING:
+    from rvconvert.conversion import Conversion
+
+__all__ = ["run", "survey"]
+
+
+class TensorView:
+    """A random variable dressed as a tensor for the model's own code.
+
+    ``isinstance(x, torch.Tensor)`` holds, ``x.mean(dim)`` is the method that it is on a tensor, and an
+    in-place operation changes what every holder of the object sees. What it stands for is ``variable``.
+    """
+
+    variable: RandomVariable
+
+    def __init__(self, variable: RandomVariable) -> None:
+        self.__dict__["variable"] = variable
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:
+        return torch.Tensor
+
+    def __getattr__(self, name: str) -> Any:
+        attribute = getattr(torch.Tensor, name, None)
+        if attribute is None:
+            raise AttributeError(name)
+        if callable(attribute):
+            return lambda *args, **kwargs: _call(attribute, (self, *args), kwargs)
+        return _dress(getattr(self.variable, name))
+
+    def __len__(self) -> int:
+        return len(self.variable)
+
+    def __iter__(self) -> Any:
+        return iter(_call(torch.unbind, (self,), {}))
+
+    def __bool__(self) -> bool:
+        return bool(self.variable)
+
+    def __hash__(self) -> int:
+        return id(self)
+
+    def __setitem__(self, index: Any, value: Any) -> None:
+        _call(torch.Tensor.__setitem__, (self, index, value), {})
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        return _call(func, args, kwargs or {})
+
+
+def _operator(name: str) -> Callable[..., Any]:
+    func = getattr(torch.Tensor, name)
+    return lambda self, *args: _call(func, (self, *args), {})
+
+
+for _name in vars(RandomVariable):
+    if _name.startswith("__") and callable(getattr(torch.Tensor, _name, None)) and _name not in vars(TensorView):
+        if _name not in ("__init__", "__new__", "__repr__", "__class__", "__setattr__", "__getattribute__", "__doc__", "__reduce__"):
+            setattr(TensorView, _name, _operator(_name))
+
+
+def _undress(value: Any) -> Any:
+    if type(value) is TensorView:
+        return value.variable
+    if isinstance(value, (list, tuple)):
+        items = [_undress(each) for each in value]
+        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+    if type(value) is dict:
+        return {key: _undress(each) for key, each in value.items()}
+    return value
+
+
+def _dress(value: Any) -> Any:
+    if isinstance(value, RandomVariable):
+        return TensorView(value)
+    if type(value) in (list, tuple):
+        return type(value)(_dress(each) for each in value)
+    if isinstance(value, tuple) and not isinstance(value, torch.Size):
+        return type(value)(tuple(_dress(each) for each in value))  # torch.return_types
+    return value
+
+
+def _call(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    target = args[0] if args else None
+    result = propagate(func, _undress(args), _undress(kwargs))
+    if type(target) is TensorView and result is target.variable:
+        return target
+    return _dress(result)
+
+
+class _Run(TorchFunctionMode):
+    """Supplies the noise sources, and notes each random operation where asked to."""
+
+    def __init__(self, settings: Settings, rows: list[Row] | None = None) -> None:
+        super().__init__()
+        self.settings = settings
+        self.rows = rows
+        self.stack: list[str] = []
+        self.drew: list[str] = []
+        self.others: list[tuple[str, str]] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in GAUSSIAN_SOURCES:
+            self.drew.append(where(user_frame())[0])
+            self.note(operation_name(func), "noise")
+            value = GAUSSIAN_SOURCES[func](*_undress(args), **_undress(kwargs), settings=self.settings)
+            return TensorView(value)
+        if func in NON_GAUSSIAN:
+            place, source = where(user_frame())
+            self.others.append((NON_GAUSSIAN[func], f"{place}: {source}"))
+        if not random_variables(_undress(args), _undress(kwargs)):
+            return func(*args, **kwargs)
+        if self.rows is None:
+            return _call(func, args, kwargs)
+        return self.surveyed(func, args, kwargs)
+
+    def surveyed(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Apply the rule and note it; where there is none, note that and go on with the plain function."""
+        registry = self.settings.registry
+        rule = registry.find(func) or (None if self.settings.strict else registry.fallback(func))
+        name = operation_name(func)
+        if rule is None or type(rule.kind).__name__ != "Metadata":
+            self.note(name, "random", rule)
+        if rule is not None or getattr(func, "__name__", "") in ("__bool__", "item"):
+            return _call(func, args, kwargs)
+        like = random_variables(_undress(args), _undress(kwargs))[0]
+
+        def plain(value: Any) -> Any:
+            value = _undress(value)
+            if isinstance(value, RandomVariable):
+                return value.mean
+            return type(value)(plain(v) for v in value) if isinstance(value, (list, tuple)) else value
+
+        result = func(*(plain(a) for a in args), **{k: plain(v) for k, v in kwargs.items()})
+        if isinstance(result, torch.Tensor) and result.is_floating_point():
+            return TensorView(like.with_moments(result, torch.zeros_like(result)))
+        return result
+
+    def note(self, operation: str, status: str, rule: Any = None) -> None:
+        if self.rows is None:
+            return
+        place, source = where(user_frame())
+        info = {"module": self.stack[-1] if self.stack else "", "where": short_path(place), "source": source}
+        if status == "noise":
+            self.rows.append(Row(operation, "noise", **info, rule="standard_normal", exactness="exact"))
+        else:
+            self.rows.append(row_for(operation, rule, info))
+
+
+def run(conversion: Conversion, method: Callable[..., Any], model: nn.Module, args: Any, kwargs: Any) -> Any:
+    """Run a method with its noise sources as random variables; outputs leave as the options say."""
+    mode = _Run(conversion.settings)
+    return _collapse(conversion, _execute(conversion, mode, method, model, args, kwargs))
+
+
+def survey(conversion: Conversion, method: Callable[..., Any], model: nn.Module, args: Any, kwargs: Any) -> list[Row]:
+    """Run a method once on the side and list its random operations; the model is left as it was.
+
+    Raises:
+        NoReparameterizationError, NonGaussianError: nothing Gaussian, or something else, was drawn.
+    """
+    rows: list[Row] = []
+    mode = _Run(conversion.settings, rows)
+    with unchanged(model), torch.no_grad():
+        result = _execute(conversion, mode, method, model, args, kwargs)
+    name = f"{conversion.plain_class.__name__}.{method.__name__}"
+    leaves, _ = flatten(result, _is_value)
+    reached = any(type(leaf) is TensorView for leaf in leaves)
+    if mode.others:
+        found = "\n".join(f"  {distribution}: {place}" for distribution, place in mode.others)
+        raise NonGaussianError(f"{name} draws from a distribution other than a Gaussian:\n{found}")
+    if not reached and not mode.drew and not random_variables(args, kwargs) and not conversion.options.random_inputs:
+        raise NoReparameterizationError(f"{name}: no draw from a Gaussian was found in it; name the method that samples: methods=(...)")
+    return rows
+
+
+def _is_value(x: Any) -> bool:
+    return type(x) is TensorView or isinstance(x, (torch.Tensor, RandomVariable))
+
+
+def _execute(conversion: Conversion, mode: _Run, method: Any, model: nn.Module, args: Any, kwargs: Any) -> Any:
+    from rvconvert.conversion import as_class
+
+    leaves, structure = flatten((args, kwargs))
+    args, kwargs = structure.build(iter([_dress(x) for x in leaves]))
+    paths = {id(module): path for path, module in model.named_modules()}
+
+    def module_call(original: Any, module: nn.Module, module_args: Any, module_kwargs: Any) -> Any:
+        rule = conversion.settings.registry.find_module(type(module))
+        if rule is not None and rule.body is not None and random_variables(_undress(module_args), _undress(module_kwargs)):
+            mode.note(type(module).__name__, "random", rule)
+            return _dress(rule.body(module, *_undress(module_args), **_undress(module_kwargs)))
+        mode.stack.append(paths.get(id(module), ""))
+        try:
+            return original(module, *module_args, **module_kwargs)
+        finally:
+            mode.stack.pop()
+
+    with as_class(model, conversion.plain_class), unscripted(), intercepted_modules(module_call), mode:
+        return method(model, *args, **kwargs)
+
+
+def _collapse(conversion: Conversion, result: Any) -> Any:
+    leaves, structure = flatten(result, _is_value)
+    values = []
+    for leaf in leaves:
+        if type(leaf) is TensorView:
+            variable = leaf.variable
+            if conversion.options.output == "distribution":
+                leaf = variable
+            elif variable.latent or variable.ndim == 0:
+                leaf = conversion.take_mean(variable)
+            else:
+                leaf = conversion.take_reconstruction(variable)
+        values.append(leaf)
+    return structure.build(iter(values))

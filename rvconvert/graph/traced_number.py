@@ -1,0 +1,107 @@
+"""Numbers that remember the graph node they came from, so that sizes are not baked into a recording."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import fx
+
+__all__ = ["TracedFloat", "TracedInt", "untraced"]
+
+
+class _Traced:
+    """Arithmetic makes a new node; whatever fixes the value (a branch, a loop) is reported to the recorder."""
+
+    node: fx.Node
+    fixed: Callable[[str], None]
+
+
+class TracedInt(_Traced, int):
+    """A size, or an int made of sizes."""
+
+    def __new__(cls, value: int, node: fx.Node, fixed: Callable[[str], None]) -> TracedInt:
+        made = super().__new__(cls, value)
+        made.node = node
+        made.fixed = fixed
+        return made
+
+    def __reduce__(self) -> Any:
+        return (int, (untraced(self),))
+
+    def __deepcopy__(self, memo: Any) -> int:
+        return untraced(self)
+
+
+class TracedFloat(_Traced, float):
+    """A float made of sizes, or read from a tensor that only reports it."""
+
+    def __new__(cls, value: float, node: fx.Node, fixed: Callable[[str], None]) -> TracedFloat:
+        made = super().__new__(cls, value)
+        made.node = node
+        made.fixed = fixed
+        return made
+
+    def __reduce__(self) -> Any:
+        return (float, (untraced(self),))
+
+    def __deepcopy__(self, memo: Any) -> float:
+        return untraced(self)
+
+
+def untraced(value: Any) -> Any:
+    """The plain number behind a traced one; anything else as it is."""
+    if isinstance(value, TracedInt):
+        return int.__int__(value)
+    if isinstance(value, TracedFloat):
+        return float.__float__(value)
+    return value
+
+
+def _traced(value: Any, node: fx.Node, fixed: Callable[[str], None]) -> Any:
+    if type(value) is int:
+        return TracedInt(value, node, fixed)
+    if type(value) is float:
+        return TracedFloat(value, node, fixed)
+    return value
+
+
+def _arithmetic(function: Callable[..., Any], reflected: bool) -> Callable[..., Any]:
+    def method(self: Any, *others: Any) -> Any:
+        if not all(isinstance(x, (int, float)) for x in others) or any(type(x) is bool for x in others):
+            return NotImplemented
+        operands = (*others, self) if reflected else (self, *others)
+        value = function(*map(untraced, operands))
+        node = self.node.graph.call_function(function, tuple(x.node if isinstance(x, _Traced) else x for x in operands))
+        return _traced(value, node, self.fixed)
+
+    return method
+
+
+def _fixing(name: str, base: type) -> Callable[..., Any]:
+    plain = getattr(base, name)
+
+    def method(self: Any, *others: Any) -> Any:
+        if not (name in ("__eq__", "__ne__", "__hash__") and any(isinstance(x, str) for x in others)):
+            self.fixed(name)
+        return plain(untraced(self), *map(untraced, others))
+
+    return method
+
+
+for _cls, _base in ((TracedInt, int), (TracedFloat, float)):
+    for _name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow"):
+        setattr(_cls, f"__{_name}__", _arithmetic(getattr(operator, _name), reflected=False))
+        setattr(_cls, f"__r{_name}__", _arithmetic(getattr(operator, _name), reflected=True))
+    for _name in ("neg", "abs"):
+        setattr(_cls, f"__{_name}__", _arithmetic(getattr(operator, _name), reflected=False))
+    for _name in ("__bool__", "__eq__", "__ne__", "__lt__", "__le__", "__gt__", "__ge__", "__hash__", "__int__", "__float__"):
+        setattr(_cls, _name, _fixing(_name, _base))
+setattr(TracedInt, "__index__", _fixing("__index__", int))  # noqa: B010 - set beside its twins above
+
+
+def traced_size(size: torch.Size, make: Callable[[int, int], TracedInt]) -> torch.Size:
+    """A ``torch.Size`` whose entries are traced; ``make(dim, value)`` makes each."""
+    return torch.Size([make(dim, value) for dim, value in enumerate(size)])

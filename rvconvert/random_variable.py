@@ -1,0 +1,302 @@
+"""RandomVariable: the value that flows through a converted model, a mean and a variance per element."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from rvconvert.errors import ConversionError, UnsupportedOperationError
+from rvconvert.registry import REGISTRY, Registry, operation_name
+
+if TYPE_CHECKING:
+    from rvconvert.registry import Rule
+
+__all__ = ["Origin", "RandomVariable", "Settings", "propagate", "random_variables"]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What travels with a random variable: the rules it obeys and how its covariance is carried.
+
+    Attributes:
+        registry: the rule table.
+        covariance: ``"independent"``, ``"lowrank"`` or ``"sampled"``.
+        rank: rows of factors kept in ``"lowrank"`` mode; None keeps one per latent.
+        pairs: antithetic pairs of paths in ``"sampled"`` mode.
+        seed: fixes the directions of sampled paths and of random probes; None draws them afresh.
+        strict: refuse an operation with no rule instead of linearising it at the mean.
+        variance_dtype: dtype of the variance's matrix work; None keeps the mean's own.
+    """
+
+    registry: Registry = field(default=REGISTRY, repr=False)
+    covariance: str = "independent"
+    rank: int | None = None
+    pairs: int = 1
+    seed: int | None = None
+    strict: bool = False
+    variance_dtype: torch.dtype | None = None
+
+
+DEFAULT_SETTINGS = Settings()
+
+
+@dataclass(frozen=True)
+class Origin:
+    """``x = function(parent)``, element by element: how a random variable hangs on another one.
+
+    Two random variables with a common ancestor of this kind form one function of it, so ``x * sigmoid(x)``
+    is propagated as SiLU and ``x - x`` as 0. ``kinks`` are points of the parent's axis where the function
+    is not smooth.
+    """
+
+    parent: RandomVariable
+    function: Callable[[torch.Tensor], torch.Tensor]
+    kinks: tuple[float, ...] = ()
+
+
+class RandomVariable:
+    """Independent random variables with the given means and variances, shaped like a tensor.
+
+    Torch functions, methods and operators accept it and use the rule table: ``F.relu(x)``, ``x.view(2, -1)``,
+    ``x + y``, ``x @ w``. It is frozen: an operation returns a new one (an in-place operation rebinds the
+    object that it is called on, as it would change a tensor).
+
+    Args:
+        mean: expected values, any shape, floating point.
+        var: variances, same shape, dtype and device as ``mean``, none negative. Units: the mean's, squared.
+
+    Raises:
+        ConversionError: shapes, dtypes or devices differ, or a variance is negative or NaN.
+    """
+
+    def __init__(self, mean: torch.Tensor, var: torch.Tensor) -> None:
+        if not (isinstance(mean, torch.Tensor) and isinstance(var, torch.Tensor)):
+            raise ConversionError("RandomVariable(mean, var) takes two tensors; wrap numbers in torch.tensor")
+        for what in ("shape", "dtype", "device"):
+            if getattr(mean, what) != getattr(var, what):
+                raise ConversionError(
+                    f"RandomVariable: mean and var differ in {what}: {getattr(mean, what)} and "
+                    f"{getattr(var, what)}; try var.expand_as(mean).to(mean)"
+                )
+        if not mean.is_floating_point():
+            raise ConversionError(f"RandomVariable: floating point is needed, not {mean.dtype}; try mean.float()")
+        if not torch.compiler.is_compiling() and not var.is_meta and not bool((var >= 0).all()):
+            raise ConversionError("RandomVariable: var has a negative or NaN element; pass variances, not log-variances")
+        self._fill(mean, var, DEFAULT_SETTINGS)
+
+    def _fill(self, mean: torch.Tensor, var: torch.Tensor, settings: Settings) -> None:
+        self._mean = mean
+        self._var = var
+        self._settings = settings
+        self._latent = False
+        self._origin: Origin | None = None
+
+    @classmethod
+    def _make(cls, mean: torch.Tensor, var: torch.Tensor, settings: Settings) -> RandomVariable:
+        """An unchecked instance; dtypes are joined (autocast may have left the mean at half width)."""
+        if mean.dtype != var.dtype:
+            dtype = torch.promote_types(mean.dtype, var.dtype)
+            mean, var = mean.to(dtype), var.to(dtype)
+        made = cls.__new__(cls)
+        made._fill(mean, var, settings)
+        return made
+
+    @property
+    def mean(self) -> torch.Tensor:
+        """Expected values, shaped like the variable. (For the mean over a dimension: ``torch.mean(x, dim)``.)"""
+        return self._mean
+
+    @property
+    def var(self) -> torch.Tensor:
+        """Variances, shaped like the variable."""
+        return self._var
+
+    @property
+    def std(self) -> torch.Tensor:
+        """Standard deviations, shaped like the variable."""
+        return self.var.sqrt()
+
+    @property
+    def settings(self) -> Settings:
+        """The rules and the covariance mode that the variable obeys."""
+        return self._settings
+
+    @property
+    def origin(self) -> Origin | None:
+        """The elementwise function of another random variable that this one is, if it is one."""
+        return self._origin
+
+    @property
+    def latent(self) -> bool:
+        """True while no learned layer lies between the noise source and this variable."""
+        return self._latent
+
+    def with_moments(self, mean: torch.Tensor, var: torch.Tensor) -> RandomVariable:
+        """A variable of the same mode and settings with other moments."""
+        return RandomVariable._make(mean, var, self._settings)
+
+    def derived(self, *, origin: Origin | None = None, latent: bool = False) -> RandomVariable:
+        """This variable, newly made by a rule, marked with where it comes from."""
+        self._origin = origin
+        self._latent = latent
+        return self
+
+    def snapshot(self) -> RandomVariable:
+        """Another object with the same contents."""
+        made = type(self).__new__(type(self))
+        made.__dict__.update(self.__dict__)
+        return made
+
+    def _rebind(self, result: RandomVariable) -> RandomVariable:
+        """Take another variable's contents, as an in-place operation does to a tensor."""
+        self.__dict__.update(result.__dict__)
+        return self
+
+    # What is asked of the value rather than of its distribution comes from the mean.
+    shape = property(lambda self: self._mean.shape)
+    dtype = property(lambda self: self._mean.dtype)
+    device = property(lambda self: self._mean.device)
+    ndim = property(lambda self: self._mean.ndim)
+    layout = property(lambda self: self._mean.layout)
+    requires_grad = property(lambda self: self._mean.requires_grad)
+    is_cuda = property(lambda self: self._mean.is_cuda)
+    is_leaf = property(lambda self: self._mean.is_leaf)
+    is_nested = property(lambda self: False)
+    is_sparse = property(lambda self: False)
+    is_mps = property(lambda self: self._mean.is_mps)
+    is_quantized = property(lambda self: False)
+    data = property(lambda self: self.detach())
+    T = property(lambda self: self.permute(*range(self.ndim - 1, -1, -1)))
+    mT = property(lambda self: self.transpose(-2, -1))
+
+    def __len__(self) -> int:
+        return len(self._mean)
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(torch.unbind(self))  # type: ignore[call-overload]
+
+    def __bool__(self) -> bool:
+        raise _value_error("bool()")
+
+    def __hash__(self) -> int:
+        return id(self)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}(mean={self.mean!r}, var={self.var!r})"
+
+    precedence = 0  # of several carriers in one operation, the highest decides how it is applied
+
+    def apply(self, rule: Rule, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Apply a rule as this mode of carrying covariance does."""
+        return rule(func, args, kwargs)
+
+    @classmethod
+    def __torch_function__(
+        cls,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        return propagate(func, args, kwargs or {})
+
+
+def _method(name: str) -> Callable[..., Any]:
+    func = getattr(torch.Tensor, name)
+
+    def method(self: RandomVariable, *args: Any, **kwargs: Any) -> Any:
+        return propagate(func, (self, *args), kwargs)
+
+    method.__name__ = name
+    method.__qualname__ = f"RandomVariable.{name}"
+    method.__doc__ = f"``torch.Tensor.{name}`` of a random variable, by its rule."
+    return method
+
+
+def _add_tensor_methods() -> None:
+    for name in dir(torch.Tensor):
+        if name in RandomVariable.__dict__ or not callable(getattr(torch.Tensor, name)):
+            continue
+        if name.startswith("__") and name not in _ARITHMETIC:
+            continue
+        setattr(RandomVariable, name, _method(name))
+
+
+_ARITHMETIC = frozenset(
+    f"__{prefix}{name}__"
+    for name in ("add", "sub", "mul", "truediv", "div", "pow", "matmul", "floordiv", "mod", "and", "or", "xor")
+    for prefix in ("", "r", "i")
+) | {f"__{name}__" for name in ("neg", "abs", "invert", "getitem", "setitem", "gt", "lt", "ge", "le", "eq", "ne")}
+
+_READ_VALUES = frozenset(
+    "item tolist numpy __bool__ __int__ __float__ __index__ __array__ __len__ equal allclose is_nonzero "
+    "isnan isinf isfinite nonzero unique argmax argmin argsort topk_indices __contains__".split()
+)
+
+
+def _value_error(what: str) -> ConversionError:
+    return ConversionError(
+        f"{what} asks for the value of a random variable, which has none: the result would depend on a draw. "
+        "Take x.mean for its expected value, or leave that part of the model out of the conversion (methods=...)."
+    )
+
+
+def random_variables(*values: Any) -> list[RandomVariable]:
+    """The random variables in nested lists, tuples and mappings, in order."""
+    found: list[RandomVariable] = []
+    for value in values:
+        if isinstance(value, RandomVariable):
+            found.append(value)
+        elif isinstance(value, (list, tuple)):
+            found += random_variables(*value)
+        elif isinstance(value, Mapping):
+            found += random_variables(*value.values())
+    return found
+
+
+def _is_in_place(func: Callable[..., Any], kwargs: dict[str, Any]) -> bool:
+    name = getattr(func, "__name__", "")
+    return (name.endswith("_") and not name.endswith("__")) or name == "__setitem__" or kwargs.get("inplace") is True
+
+
+def propagate(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Apply a torch function to arguments that hold random variables, by the rule for it.
+
+    Raises:
+        UnsupportedOperationError: no rule serves ``func``.
+    """
+    in_place = _is_in_place(func, kwargs)
+    target = args[0] if in_place and args else None
+    if isinstance(target, RandomVariable):  # the rule sees what the variable was; the variable becomes the result
+        args = (target.snapshot(), *args[1:])
+    inputs = random_variables(args, kwargs)
+    carrier = max(inputs, key=lambda x: x.precedence)
+    settings = carrier.settings
+    rule = settings.registry.find(func) or (None if settings.strict else settings.registry.fallback(func))
+    if rule is None:
+        name = getattr(func, "__name__", "")
+        if name in _READ_VALUES:
+            raise _value_error(operation_name(func))
+        raise UnsupportedOperationError(
+            f"{operation_name(func)} has no rule for a random variable; register one:\n\n"
+            f"    @rvconvert.rule({operation_name(func)})\n    def {name or 'my_rule'}(x, ...): "
+            "return rvconvert.RandomVariable(mean, var)"
+        )
+    result = carrier.apply(rule, func, args, kwargs)
+    if rule.keeps_latent and all(x.latent for x in inputs):
+        for each in random_variables(result):
+            each._latent = True
+    if in_place and isinstance(result, RandomVariable):
+        if isinstance(target, RandomVariable):
+            return target._rebind(result)
+        raise ConversionError(
+            f"{operation_name(func)} writes a random variable into a plain tensor in place; convert with "
+            "example_inputs=(x,), which records such writes, or build the result with torch.cat or torch.stack"
+        )
+    return result
+
+
+_add_tensor_methods()

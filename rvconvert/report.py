@@ -1,0 +1,79 @@
+"""Reports as data: what a plan and a conversion found, one row a node. Printing them is ``render``'s."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+__all__ = ["Report", "Row"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One operation of the model.
+
+    Attributes:
+        operation: the op as torch names it, or the module's class.
+        status: ``"noise"``, ``"random"``, ``"deterministic"`` or ``"unsupported"``.
+        module: path of the module in whose forward it stands.
+        where: ``file:line``; ``source``: that line as the user wrote it.
+        rule, exactness, assumption: of the rule that serves it, empty if none.
+        reason, hint: why it is not supported, and what to type next.
+    """
+
+    operation: str
+    status: str
+    module: str = ""
+    where: str = ""
+    source: str = ""
+    rule: str = ""
+    exactness: str = ""
+    assumption: str = ""
+    reason: str = ""
+    hint: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """What converting a method of a model does, node by node.
+
+    Attributes:
+        model: class of the model; ``method``: the method that is converted.
+        engine: ``"graph"`` or ``"dispatch"``; ``reason``: why that one.
+        rows: the operations in order.
+        notes: what a person should know (branches that are fixed, penalty, ...).
+    """
+
+    model: str
+    method: str
+    engine: str
+    reason: str
+    rows: tuple[Row, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    @property
+    def unsupported(self) -> tuple[Row, ...]:
+        """The rows that stand in the way."""
+        return tuple(row for row in self.rows if row.status == "unsupported")
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """How many rows have each status."""
+        return dict(Counter(row.status for row in self.rows))
+
+    def __iter__(self) -> Iterator[Row]:
+        return iter(self.rows)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as plain data, for ``--json``."""
+        return dataclasses.asdict(self)
+
+    def __str__(self) -> str:
+        from rvconvert.render import report_table, to_text
+
+        return to_text(report_table(self))

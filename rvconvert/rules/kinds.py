@@ -1,0 +1,329 @@
+"""Rules by mathematical kind: how mean and variance pass through any operation of that kind.
+
+A kind is called with a torch function and its arguments, some of which hold random variables, and returns
+random variables. What is particular to one operation is data on the kind: names of arguments, closed-form
+moments. Adding an operation of a known kind takes one line; see README.md beside this file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from rvconvert.random_variable import Origin, RandomVariable, random_variables
+from rvconvert.registry import REGISTRY, Exactness, Kind, Rule, spellings
+from rvconvert.rules import gaussian
+
+__all__ = [
+    "Bilinear",
+    "Composite",
+    "Elementwise",
+    "FixedLinear",
+    "Metadata",
+    "Shape",
+    "add_rule",
+    "bind",
+    "full_precision",
+    "substitute",
+]
+
+Function = Callable[..., Any]
+
+
+def add_rule(
+    name: str,
+    kind: Kind,
+    exactness: Exactness,
+    assumption: str = "none",
+    *,
+    modules: Sequence[type[torch.nn.Module]] = (),
+    functions: Sequence[Function] | None = None,
+    keeps_latent: bool = False,
+) -> Rule:
+    """Register the library's own rule for the operation ``name``, in every spelling torch has for it."""
+    rule = Rule(name, kind, exactness, assumption, tuple(modules), keeps_latent=keeps_latent)
+    # An alias of an operation that has its rule already (torch.absolute is torch.abs) keeps it.
+    found = [f for f in dict.fromkeys(spellings(name) if functions is None else functions) if REGISTRY.find(f) is None]
+    REGISTRY.register(rule, found)
+    return rule
+
+
+def substitute(value: Any, replace: Callable[[RandomVariable], Any]) -> Any:
+    """``value`` with every random variable in nested lists, tuples and dicts replaced."""
+    if isinstance(value, RandomVariable):
+        return replace(value)
+    if isinstance(value, (list, tuple)):
+        items = [substitute(each, replace) for each in value]
+        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+    if isinstance(value, dict):
+        return {key: substitute(each, replace) for key, each in value.items()}
+    return value
+
+
+def join(mean: Any, var: Any, like: RandomVariable) -> Any:
+    """Random variables out of two equal structures of tensors."""
+    if isinstance(mean, torch.Tensor):
+        return like.with_moments(mean, var) if mean.is_floating_point() else mean
+    if isinstance(mean, (list, tuple)):
+        items = [join(a, b, like) for a, b in zip(mean, var, strict=True)]
+        return items if isinstance(mean, list) else tuple(items)
+    return mean
+
+
+def bind(names: Sequence[str], args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[Any], tuple[Any, ...], dict[str, Any]]:
+    """Split a call into the named leading arguments (None where absent), the other positional ones and keywords."""
+    rest = dict(kwargs)
+    values = [args[i] if i < len(args) else rest.pop(name, None) for i, name in enumerate(names)]
+    return values, args[len(names) :], rest
+
+
+def moments(value: Any) -> tuple[Any, Any]:
+    """Mean and variance of a value; the variance of what is not random is None."""
+    return (value.mean, value.var) if isinstance(value, RandomVariable) else (value, None)
+
+
+class full_precision:  # noqa: N801 - used like torch.autocast
+    """Context in which autocast does not lower the precision of moments."""
+
+    def __init__(self, x: RandomVariable | torch.Tensor) -> None:
+        self._context = torch.autocast(x.device.type, enabled=False) if torch.is_autocast_enabled(x.device.type) else None
+
+    def __enter__(self) -> None:
+        if self._context is not None:
+            self._context.__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        if self._context is not None:
+            self._context.__exit__(*error)
+
+
+@dataclass(frozen=True)
+class Metadata:
+    """Asks for shape, type or a fresh tensor like it: the answer is that of the mean, and is not random."""
+
+    def __call__(self, func: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return func(*substitute(args, lambda x: x.mean), **substitute(kwargs, lambda x: x.mean))
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Selects, moves or joins elements without changing them: mean and variance go the same way.
+
+    ``data`` names the leading arguments whose values end up in the result; a plain tensor or number among
+    them is a constant, of variance 0.
+    """
+
+    names: tuple[str, ...] = ("input",)
+    data: tuple[str, ...] = ("input",)
+
+    def __call__(self, func: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        like = random_variables(args, kwargs)[0]
+        values, rest, options = bind(self.names, args, kwargs)
+        present = {name: value for name, value in zip(self.names, values, strict=True) if value is not None}
+        mean = self.call(func, {n: substitute(v, lambda x: x.mean) for n, v in present.items()}, rest, options)
+        var = self.call(
+            func,
+            {n: variance_or_zero(v) if n in self.data else substitute(v, lambda x: x.mean) for n, v in present.items()},
+            rest,
+            options,
+        )
+        return join(mean, var, like)
+
+    def call(self, func: Function, values: dict[str, Any], rest: tuple[Any, ...], options: dict[str, Any]) -> Any:
+        """``func`` with the bound arguments: positional while there is no gap, else by keyword."""
+        positional = []
+        names = list(self.names)
+        while names and names[0] in values:
+            positional.append(values[names.pop(0)])
+        if rest and names:
+            raise TypeError(f"{func} got positional arguments behind a missing one")
+        return func(*positional, *rest, **{n: values[n] for n in names if n in values}, **options)
+
+
+def variance_or_zero(value: Any) -> Any:
+    """The variance of every random variable in ``value``; zero for every plain tensor and number."""
+    if isinstance(value, RandomVariable):
+        return value.var
+    if isinstance(value, torch.Tensor):
+        return torch.zeros_like(value)
+    if isinstance(value, (list, tuple)):
+        return type(value)(variance_or_zero(each) for each in value)
+    return type(value)(0) if isinstance(value, (int, float)) else value
+
+
+@dataclass(frozen=True)
+class FixedLinear:
+    """A linear map with fixed coefficients: ``square(func, args, kwargs)`` applies the map of their squares.
+
+    Paper eqs 2 and 3. ``args`` and ``kwargs`` given to ``square`` hold the variance in the variable's place.
+    """
+
+    square: Callable[[Function, tuple[Any, ...], dict[str, Any]], torch.Tensor]
+
+    def __call__(self, func: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> RandomVariable:
+        like = random_variables(args, kwargs)[0]
+        mean = func(*substitute(args, lambda x: x.mean), **substitute(kwargs, lambda x: x.mean))
+        with full_precision(like):
+            var = self.square(func, substitute(args, lambda x: x.var), substitute(kwargs, lambda x: x.var))
+        return like.with_moments(mean, var)
+
+
+@dataclass(frozen=True)
+class Bilinear:
+    """A sum of products of elements of two operands, plus a bias: Linear, convolutions, matmul.
+
+    ``names`` are the two operands and, if there is one, the bias. Paper eqs 2 and 3 where one operand is
+    constant; with both random, var = B(v1, m2^2 + v2) + B(m1^2, v2).
+    """
+
+    names: tuple[str, ...] = ("input", "weight", "bias")
+
+    def __call__(self, func: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> RandomVariable:
+        like = random_variables(args, kwargs)[0]
+        operands, rest, options = bind(self.names, args, kwargs)
+
+        def product(a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+            return func(a, b, *((bias,) if len(self.names) > 2 else ()), *rest, **options)
+
+        (a, a_var), (b, b_var) = moments(operands[0]), moments(operands[1])
+        bias, bias_var = moments(operands[2]) if len(operands) > 2 else (None, None)
+        mean = product(a, b, bias)
+        with full_precision(like):
+            if b_var is None:
+                var = self.squared(product, a_var, b, like)
+            elif a_var is None:
+                var = product(a.square(), b_var)
+            else:
+                var = product(a_var, b.square() + b_var) + product(a.square(), b_var)
+            if bias_var is not None:
+                var = var + bias_var
+        return like.with_moments(mean, var)
+
+    @staticmethod
+    def squared(product: Function, var: torch.Tensor, weight: torch.Tensor, like: RandomVariable) -> torch.Tensor:
+        """The product of a variance and a squared constant, at the width the settings ask for."""
+        if weight.dtype != var.dtype and weight.dtype in (torch.bfloat16, torch.float16):
+            weight = weight.to(var.dtype)
+        dtype = like.settings.variance_dtype
+        if dtype is None:
+            return product(var, weight.square())
+        return product(var.to(dtype), weight.square().to(dtype)).to(var.dtype)
+
+
+def _ancestors(x: RandomVariable) -> Iterator[tuple[RandomVariable, Function, tuple[float, ...]]]:
+    """Each variable that ``x`` is an elementwise function of, nearest first, with function and kinks."""
+    function: Function = _identity
+    kinks: tuple[float, ...] = ()
+    yield x, function, kinks
+    origin = x.origin
+    while origin is not None:
+        function = _chain(origin.function, function)
+        yield origin.parent, function, origin.kinks
+        origin = origin.parent.origin
+
+
+def _identity(x: torch.Tensor) -> torch.Tensor:
+    return x
+
+
+def _shapes(*values: Any) -> Iterator[torch.Size]:
+    """Shapes of the tensors and random variables in a call's arguments."""
+    for value in values:
+        if isinstance(value, (torch.Tensor, RandomVariable)):
+            yield value.shape
+        elif isinstance(value, (list, tuple)):
+            yield from _shapes(*value)
+        elif isinstance(value, dict):
+            yield from _shapes(*value.values())
+
+
+def _as_float(value: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    return value if value.is_floating_point() else value.to(like.dtype)
+
+
+def _chain(first: Function, second: Function) -> Function:
+    return first if second is _identity else lambda x: second(first(x))
+
+
+@dataclass(frozen=True)
+class Elementwise:
+    """A function of each element by itself (and of constants that broadcast with it).
+
+    Of one random variable: closed-form ``moments(func, args, kwargs, x)`` if given, else quadrature. Several
+    random variables that are elementwise functions of a common one are one function of that one. Several
+    that are not: ``independent(func, args, kwargs)`` if given, else linearised at the means.
+    """
+
+    moments: Callable[..., tuple[torch.Tensor, torch.Tensor]] | None = None
+    independent: Callable[..., tuple[torch.Tensor, torch.Tensor]] | None = None
+    kinks: Callable[[tuple[Any, ...], dict[str, Any]], tuple[float, ...]] | None = None
+
+    def __call__(self, func: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> RandomVariable:
+        kwargs = {key: value for key, value in kwargs.items() if key != "inplace"}
+        func = _OUT_OF_PLACE.get(func, func)
+        inputs = list({id(x): x for x in random_variables(args, kwargs)}.values())
+        like = inputs[0]
+        ancestor = self.common_ancestor(inputs)
+        with full_precision(like):
+            if ancestor is None:
+                assert self.independent is not None
+                return like.with_moments(*self.independent(func, args, kwargs))
+            parent, functions, kinks = ancestor
+
+            def function(value: torch.Tensor) -> torch.Tensor:
+                values = {id(x): f(value) for x, f in zip(inputs, functions, strict=True)}
+                return func(
+                    *substitute(args, lambda x: values[id(x)]), **substitute(kwargs, lambda x: values[id(x)])
+                )
+
+            direct = len(random_variables(args, kwargs)) == 1
+            if direct and self.kinks is not None:
+                kinks = self.kinks(args, kwargs)
+            if direct and self.moments is not None:
+                mean, var = self.moments(func, args, kwargs)
+            else:
+                shape = torch.broadcast_shapes(parent.shape, *_shapes(args, kwargs))
+                mean, var = gaussian.quadrature(
+                    lambda value: _as_float(function(value), value), parent.mean.expand(shape), parent.var.expand(shape), kinks
+                )
+        return like.with_moments(mean, var).derived(origin=Origin(parent, function, kinks))
+
+    @staticmethod
+    def common_ancestor(
+        inputs: Sequence[RandomVariable],
+    ) -> tuple[RandomVariable, list[Function], tuple[float, ...]] | None:
+        """The nearest variable that all of ``inputs`` are elementwise functions of, those functions, and kinks."""
+        if len(inputs) == 1:
+            return inputs[0], [_identity], ()
+        lines = [{id(x): (x, f, kinks) for x, f, kinks in _ancestors(each)} for each in inputs]
+        for key, (parent, _, _) in lines[0].items():
+            if all(key in line for line in lines):
+                kinks = tuple(sorted({k for line in lines for k in line[key][2]}))
+                return parent, [line[key][1] for line in lines], kinks
+        return None
+
+
+def _out_of_place() -> dict[Any, Any]:
+    table = {}
+    for name in dir(torch.Tensor):
+        if name.endswith("_") and not name.endswith("__") and hasattr(torch.Tensor, name[:-1]):
+            table[getattr(torch.Tensor, name)] = getattr(torch.Tensor, name[:-1])
+    for name in ("add", "sub", "mul", "truediv", "pow", "and", "or"):
+        table[getattr(torch.Tensor, f"__i{name}__")] = getattr(torch.Tensor, f"__{name}__")
+    return table
+
+
+_OUT_OF_PLACE = _out_of_place()
+
+
+@dataclass(frozen=True)
+class Composite:
+    """An operation written out in operations that have rules: ``body`` is called with the operation's arguments."""
+
+    body: Function
+
+    def __call__(self, func: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return self.body(*args, **kwargs)

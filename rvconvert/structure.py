@@ -1,0 +1,107 @@
+"""Tensors in any container: taken out of the outputs and inputs of a model, and put back."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+from rvconvert.random_variable import RandomVariable
+
+__all__ = ["Structure", "flatten"]
+
+_PLAIN = (str, bytes, int, float, complex, bool, type(None), torch.dtype, torch.device, torch.Size, torch.nn.Module)
+
+
+@dataclasses.dataclass(frozen=True)
+class Structure:
+    """A container with its leaves taken out; ``build(leaves)`` puts others in their places."""
+
+    kind: str
+    template: Any = None
+    keys: tuple[Any, ...] = ()
+    parts: tuple[Structure, ...] = ()
+
+    def build(self, leaves: Any) -> Any:
+        """The container again, its leaves taken one by one from the iterator ``leaves``."""
+        if self.kind == "leaf":
+            return next(leaves)
+        if self.kind == "constant":
+            return self.template
+        values = [part.build(leaves) for part in self.parts]
+        if self.kind == "sequence":
+            cls = self.template
+            return cls(*values) if hasattr(cls, "_fields") else cls(values)
+        made = copy.copy(self.template)
+        if self.kind == "mapping":
+            for key, value in zip(self.keys, values, strict=True):
+                made[key] = value
+            return made
+        for key, value in zip(self.keys, values, strict=True):
+            made.__dict__[key] = value
+        return made
+
+    def signature(self) -> Any:
+        """A hashable description: equal for containers that hold leaves in the same places."""
+        if self.kind == "leaf":
+            return "leaf"
+        if self.kind == "constant":
+            return ("constant", _hashable(self.template))
+        name = self.template if isinstance(self.template, type) else type(self.template)
+        return (self.kind, name, self.keys, tuple(part.signature() for part in self.parts))
+
+
+def _hashable(value: Any) -> Any:
+    try:
+        hash(value)
+    except TypeError:
+        return repr(value)
+    return (type(value), value)
+
+
+def flatten(
+    value: Any, is_leaf: Callable[[Any], bool] = lambda x: isinstance(x, (torch.Tensor, RandomVariable))
+) -> tuple[list[Any], Structure]:
+    """The leaves of any container (lists, dicts, dataclasses, outputs, distributions) and its structure."""
+    leaves: list[Any] = []
+    return leaves, _flatten(value, is_leaf, leaves, set())
+
+
+def _flatten(value: Any, is_leaf: Callable[[Any], bool], leaves: list[Any], parents: set[int]) -> Structure:
+    if is_leaf(value):
+        leaves.append(value)
+        return Structure("leaf")
+    if isinstance(value, _PLAIN) or id(value) in parents:
+        return Structure("constant", value)
+    before = len(leaves)
+    parents = parents | {id(value)}
+    if isinstance(value, (list, tuple)):
+        parts = tuple(_flatten(each, is_leaf, leaves, parents) for each in value)
+        return Structure("sequence", type(value), (), parts)
+    if isinstance(value, Mapping) and hasattr(value, "__setitem__"):
+        parts = tuple(_flatten(each, is_leaf, leaves, parents) for each in value.values())
+        keys = tuple(value)
+        template = value if len(leaves) == before else _emptied(value, keys)
+        return Structure("mapping", template, keys, parts)
+    fields = getattr(value, "__dict__", None)
+    if fields is None or isinstance(value, type) or callable(value):
+        return Structure("constant", value)
+    parts = tuple(_flatten(each, is_leaf, leaves, parents) for each in fields.values())
+    if len(leaves) == before:
+        return Structure("constant", value)
+    template = copy.copy(value)
+    for key, part in zip(fields, parts, strict=True):
+        if part.kind == "leaf":
+            template.__dict__[key] = None
+    return Structure("object", template, tuple(fields), parts)
+
+
+def _emptied(value: Any, keys: tuple[Any, ...]) -> Any:
+    template = copy.copy(value)
+    for key in keys:
+        if isinstance(value[key], (torch.Tensor, RandomVariable)):
+            template[key] = None
+    return template
