@@ -1,9 +1,10 @@
-"""Accuracy of the Gaussian moments of every elementwise function, over mean in [-6, 6] and deviation in [1e-3, 3].
+"""Accuracy of the Gaussian moments of elementwise functions, mean in [-6, 6], deviation in [1e-3, 3].
 
     python benchmarks/accuracy.py [--dtype float64] [--json accuracy.json]
 
-The reference integrates in float64 by composite Gauss-Legendre over panels that end at the kinks. The error of the
-mean is relative to √(E² + Var), that of the variance to Var, that of the gain E[f'] to √E[f'²].
+The reference integrates in float64 by composite Gauss-Legendre over panels that end at the kinks. The
+error of the mean is relative to √(E² + Var), that of the variance to Var, that of the gain
+E[f'] to √E[f'²].
 """
 
 from __future__ import annotations
@@ -48,6 +49,10 @@ def density(x):
     return np.exp(-0.5 * x * x) / np.sqrt(2 * np.pi)
 
 
+def erf_difference(x, m):
+    return np.where(m > 0, special.erfc(m) - special.erfc(x), special.erfc(-x) - special.erfc(-m))
+
+
 RATE, CUBIC = 2 * np.sqrt(2 / np.pi), 0.044715
 
 
@@ -88,50 +93,103 @@ CASES = [
     Case("relu", gaussian.relu, lambda x: np.maximum(x, 0), _step, kinks=(0,)),
     Case("leaky_relu", gaussian.leaky_relu, leaky(0.01), lambda x: np.where(x > 0, 1, 0.01), kinks=(0,)),
     Case(
-        "prelu", gaussian.leaky_relu, leaky(0.25), lambda x: np.where(x > 0, 1, 0.25),
-        kinks=(0,), arguments=(torch.tensor(0.25),),
-    ),
-    Case("relu6", gaussian.relu6, lambda x: np.clip(x, 0, 6), lambda x: (abs(x - 3) < 3) * 1.0, PANELS, (0, 6)),
-    Case("hardtanh", gaussian.hardtanh, lambda x: np.clip(x, -1, 1), lambda x: (abs(x) < 1) * 1.0, PANELS, (-1, 1)),
-    Case(
-        "hardsigmoid", gaussian.hardsigmoid, lambda x: np.clip(x + 3, 0, 6) / 6, lambda x: (abs(x) < 3) / 6,
-        PANELS, (-3, 3),
+        "prelu",
+        gaussian.leaky_relu,
+        leaky(0.25),
+        lambda x: np.where(x > 0, 1, 0.25),
+        kinks=(0,),
+        arguments=(torch.tensor(0.25),),
     ),
     Case(
-        "hardswish", gaussian.hardswish, lambda x: x * np.clip(x + 3, 0, 6) / 6,
-        lambda x: np.where(x > 3, 1, np.where(x < -3, 0, (2 * x + 3) / 6)), PANELS, (-3, 3),
+        "relu6", gaussian.relu6, lambda x: np.clip(x, 0, 6), lambda x: (abs(x - 3) < 3) * 1.0, PANELS, (0, 6)
     ),
     Case(
-        "softshrink", gaussian.softshrink, lambda x: np.sign(x) * np.maximum(abs(x) - 0.5, 0),
-        lambda x: (abs(x) > 0.5) * 1.0, kinks=(-0.5, 0.5),
+        "hardtanh",
+        gaussian.hardtanh,
+        lambda x: np.clip(x, -1, 1),
+        lambda x: (abs(x) < 1) * 1.0,
+        PANELS,
+        (-1, 1),
+    ),
+    Case(
+        "hardsigmoid",
+        gaussian.hardsigmoid,
+        lambda x: np.clip(x + 3, 0, 6) / 6,
+        lambda x: (abs(x) < 3) / 6,
+        PANELS,
+        (-3, 3),
+    ),
+    Case(
+        "hardswish",
+        gaussian.hardswish,
+        lambda x: x * np.clip(x + 3, 0, 6) / 6,
+        lambda x: np.where(x > 3, 1, np.where(x < -3, 0, (2 * x + 3) / 6)),
+        PANELS,
+        (-3, 3),
+    ),
+    Case(
+        "softshrink",
+        gaussian.softshrink,
+        lambda x: np.sign(x) * np.maximum(abs(x) - 0.5, 0),
+        lambda x: (abs(x) > 0.5) * 1.0,
+        kinks=(-0.5, 0.5),
     ),
     Case("hardshrink", gaussian.hardshrink, lambda x: x * (abs(x) > 0.5), None, kinks=(-0.5, 0.5)),
-    Case("threshold", gaussian.threshold, lambda x: np.where(x > 0.1, x, -0.3), None, kinks=(0.1,), arguments=(0.1, -0.3)),
+    Case(
+        "threshold",
+        gaussian.threshold,
+        lambda x: np.where(x > 0.1, x, -0.3),
+        None,
+        kinks=(0.1,),
+        arguments=(0.1, -0.3),
+    ),
     Case("elu", gaussian.elu, elu(), elu_slope(), PANELS, (0,)),
     Case(
-        "selu", gaussian.selu, elu(gaussian.SELU_ALPHA, gaussian.SELU_SCALE),
-        elu_slope(gaussian.SELU_ALPHA, gaussian.SELU_SCALE), PANELS, (0,),
+        "selu",
+        gaussian.selu,
+        elu(gaussian.SELU_ALPHA, gaussian.SELU_SCALE),
+        elu_slope(gaussian.SELU_ALPHA, gaussian.SELU_SCALE),
+        PANELS,
+        (0,),
     ),
     Case("celu", gaussian.celu, elu(0.5, 1, 2), elu_slope(0.5, 1, 2), PANELS, (0,), (0.5,)),
     Case(
-        "gelu", gaussian.gelu, lambda x: x * special.ndtr(x), lambda x: special.ndtr(x) + x * density(x), INTEGRAL
+        "gelu",
+        gaussian.gelu,
+        lambda x: x * special.ndtr(x),
+        lambda x: special.ndtr(x) + x * density(x),
+        INTEGRAL,
     ),
     Case("gelu (tanh)", gaussian.gelu, gelu_tanh, gelu_tanh_slope, PANELS, arguments=("tanh",)),
     Case(
-        "silu", gaussian.silu, lambda x: x * special.expit(x),
-        lambda x: special.expit(x) * (1 + x * special.expit(-x)), PANELS,
+        "silu",
+        gaussian.silu,
+        lambda x: x * special.expit(x),
+        lambda x: special.expit(x) * (1 + x * special.expit(-x)),
+        PANELS,
     ),
     # Up to a constant, with the tails accurate.
     Case("tanh", gaussian.tanh, np.tanh, lambda x: 4 * special.expit(2 * x) * special.expit(-2 * x), PANELS),
     Case("sigmoid", gaussian.sigmoid, special.expit, lambda x: special.expit(x) * special.expit(-x), PANELS),
     Case("softplus", gaussian.softplus, lambda x: -log_sigmoid(-x), special.expit, PANELS),
     Case(
-        "softplus (beta 3)", gaussian.softplus, lambda x: -log_sigmoid(-3 * x) / 3, lambda x: special.expit(3 * x),
-        PANELS, arguments=(3.0,),
+        "softplus (beta 3)",
+        gaussian.softplus,
+        lambda x: -log_sigmoid(-3 * x) / 3,
+        lambda x: special.expit(3 * x),
+        PANELS,
+        arguments=(3.0,),
     ),
     Case("logsigmoid", gaussian.logsigmoid, log_sigmoid, lambda x: special.expit(-x), PANELS),
     Case("mish", gaussian.mish, lambda x: x * mish_gate(x), mish_slope, PANELS),
-    Case("softsign", gaussian.softsign, lambda x: x / (1 + abs(x)), lambda x: (1 + abs(x)) ** -2.0, PANELS, (0,)),
+    Case(
+        "softsign",
+        gaussian.softsign,
+        lambda x: x / (1 + abs(x)),
+        lambda x: (1 + abs(x)) ** -2.0,
+        PANELS,
+        (0,),
+    ),
     Case("abs", gaussian.absolute, np.abs, np.sign, kinks=(0,)),
     Case("exp", gaussian.exp, np.exp, np.exp),
     Case("expm1", gaussian.expm1, np.expm1, np.exp),
@@ -140,10 +198,14 @@ CASES = [
     Case("sin", gaussian.sin, np.sin, np.cos),
     Case("cos", gaussian.cos, np.cos, lambda x: -np.sin(x)),
     Case(
-        "erf", gaussian.erf, special.erf, lambda x: 2 / np.sqrt(np.pi) * np.exp(-x * x), INTEGRAL,
-        difference=lambda x, m: np.where(m > 0, special.erfc(m) - special.erfc(x), special.erfc(-x) - special.erfc(-m)),
+        "erf",
+        gaussian.erf,
+        special.erf,
+        lambda x: 2 / np.sqrt(np.pi) * np.exp(-x * x),
+        INTEGRAL,
+        difference=erf_difference,
     ),
-]  # fmt: skip
+]
 
 
 def grid(means: int = 97, deviations: int = 29) -> tuple[np.ndarray, np.ndarray]:
@@ -155,7 +217,7 @@ def grid(means: int = 97, deviations: int = 29) -> tuple[np.ndarray, np.ndarray]
 
 
 def reference(case: Case, mean: np.ndarray, var: np.ndarray, panels: int = 32, nodes: int = 16):
-    """E, Var and (E[f'], √E[f'²]) in float64 by composite Gauss-Legendre over ±20 deviations, split at kinks and at 0.
+    """E, Var and (E[f'], √E[f'²]) in float64 by composite Gauss-Legendre over ±20 s, split at kinks and at 0.
 
     f is integrated as a difference from f(mean). Where that difference is lost to rounding (a saturated tail
     at a small deviation), the variance comes from the Taylor integral of f' instead.
@@ -197,7 +259,7 @@ def reference(case: Case, mean: np.ndarray, var: np.ndarray, panels: int = 32, n
 
 
 def errors(case: Case, dtype=torch.float32, points=None):
-    """Worst errors of (mean, variance, gain) and where the first two are; variances below 1e-33 are left out."""
+    """Worst errors of mean, variance and gain, and where; variances below 1e-33 are left out."""
     m, v = grid() if points is None else points
     expected, variance, slopes = reference(case, m, v)
     mean, var = torch.tensor(m, dtype=dtype), torch.tensor(v, dtype=dtype)
@@ -213,7 +275,7 @@ def errors(case: Case, dtype=torch.float32, points=None):
     return (
         float(mean_error.max()),
         float(var_error.max()),
-        float(gain_error),
+        gain_error,
         where,
         bool((got_var < 0).any()),
     )
@@ -228,7 +290,7 @@ def main() -> None:
     options = parser.parse_args()
     rows = []
     print(
-        f"{'function':<18} {'mean error':>10} {'var error':>10} {'gain error':>10}  path; worst at (mean, deviation)"
+        f"{'function':<18} {'mean error':>10} {'var error':>10} {'gain error':>10}  path; worst at (mean, s)"
     )
     for case in CASES:
         mean_error, var_error, gain_error, where, negative = errors(case, getattr(torch, options.dtype))
@@ -236,9 +298,15 @@ def main() -> None:
         gain = "-" if gain_error is None else f"{gain_error:.1e}"
         print(f"{case.name:<18} {mean_error:>10.1e} {var_error:>10.1e} {gain:>10}  {case.path}; {worst}")
         rows.append(
-            {"function": case.name, "mean_error": mean_error, "var_error": var_error, "gain_error": gain_error,
-             "path": case.path, "dtype": options.dtype}
-        )  # fmt: skip
+            {
+                "function": case.name,
+                "mean_error": mean_error,
+                "var_error": var_error,
+                "gain_error": gain_error,
+                "path": case.path,
+                "dtype": options.dtype,
+            }
+        )
     if options.json:
         with open(options.json, "w") as file:
             json.dump(rows, file, indent=1)

@@ -1,4 +1,4 @@
-"""The moments of elementwise functions against float64 integration (benchmarks/accuracy.py holds the reference)."""
+"""Moments of elementwise functions against float64 integration; benchmarks/accuracy.py is the reference."""
 
 import importlib.util
 import sys
@@ -115,15 +115,38 @@ def test_gain_of_a_function_that_jumps(name):
 
 
 TORCH = {
-    "relu": F.relu, "leaky_relu": F.leaky_relu, "prelu": lambda x: F.leaky_relu(x, 0.25), "relu6": F.relu6,
-    "hardtanh": F.hardtanh, "hardsigmoid": F.hardsigmoid, "hardswish": F.hardswish, "softshrink": F.softshrink,
-    "hardshrink": F.hardshrink, "threshold": lambda x: F.threshold(x, 0.1, -0.3), "elu": F.elu, "selu": F.selu,
-    "celu": lambda x: F.celu(x, 0.5), "gelu": F.gelu, "gelu (tanh)": lambda x: F.gelu(x, approximate="tanh"),
-    "silu": F.silu, "tanh": torch.tanh, "sigmoid": torch.sigmoid, "softplus": F.softplus,
-    "softplus (beta 3)": lambda x: F.softplus(x, 3.0), "logsigmoid": F.logsigmoid, "mish": F.mish,
-    "softsign": F.softsign, "abs": torch.abs, "exp": torch.exp, "expm1": torch.expm1, "square": torch.square,
-    "cube": lambda x: x**3, "sin": torch.sin, "cos": torch.cos, "erf": torch.erf,
-}  # fmt: skip
+    "relu": F.relu,
+    "leaky_relu": F.leaky_relu,
+    "prelu": lambda x: F.leaky_relu(x, 0.25),
+    "relu6": F.relu6,
+    "hardtanh": F.hardtanh,
+    "hardsigmoid": F.hardsigmoid,
+    "hardswish": F.hardswish,
+    "softshrink": F.softshrink,
+    "hardshrink": F.hardshrink,
+    "threshold": lambda x: F.threshold(x, 0.1, -0.3),
+    "elu": F.elu,
+    "selu": F.selu,
+    "celu": lambda x: F.celu(x, 0.5),
+    "gelu": F.gelu,
+    "gelu (tanh)": lambda x: F.gelu(x, approximate="tanh"),
+    "silu": F.silu,
+    "tanh": torch.tanh,
+    "sigmoid": torch.sigmoid,
+    "softplus": F.softplus,
+    "softplus (beta 3)": lambda x: F.softplus(x, 3.0),
+    "logsigmoid": F.logsigmoid,
+    "mish": F.mish,
+    "softsign": F.softsign,
+    "abs": torch.abs,
+    "exp": torch.exp,
+    "expm1": torch.expm1,
+    "square": torch.square,
+    "cube": lambda x: x**3,
+    "sin": torch.sin,
+    "cos": torch.cos,
+    "erf": torch.erf,
+}
 
 
 @named("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
@@ -164,7 +187,7 @@ def test_relu_in_single_precision_over_all_scales():
     m, v = m.astype(np.float64), v.astype(np.float64)
     s = np.sqrt(v)
     t = np.abs(m) / s
-    # The tail moments E[U], E[U²], U = max(Z - t, 0), as integrals of exp(-u²/2 - t u) so that nothing cancels.
+    # The tail moments E[U], E[U²], U = max(Z - t, 0), integrate exp(-u²/2 - t u): nothing cancels.
     x, w = np.polynomial.legendre.leggauss(160)
     u = 5.0 * (x + 1)[:, None]
     kernel = 5.0 * w[:, None] * np.exp(-u * u / 2 - t * u) * np.exp(-t * t / 2) / np.sqrt(2 * np.pi)
