@@ -19,6 +19,7 @@ from rvconvert.errors import (
 )
 from rvconvert.graph.plan import dispatch_report, refuse_unsupported, report_graph
 from rvconvert.graph.program import compile_graph, to_random_variables
+from rvconvert.graph.symbolic import trace_symbolically
 from rvconvert.graph.recorder import Recording, record, unchanged
 from rvconvert.penalty import attach_penalty, variance_penalty
 from rvconvert.random_variable import RandomVariable, Settings
@@ -146,38 +147,64 @@ class Conversion:
         """
         args, kwargs = self.normalized(name, args, kwargs)
         leaves, structure = flatten((args, kwargs))
-        program = self.capture(name, model, args, kwargs)
-        key = self.key(name, model, leaves, structure, batch=program.fixed_batch)
-        self.programs[key] = program
+        examined = self.examine(name, model, args, kwargs)
+        if examined.refusal is not None:
+            raise examined.refusal
+        refuse_unsupported(examined.report)
+        recording = examined.recording
+        if recording is None:
+            program = Program(None, Structure("constant"), (), examined.report, False)
+        else:
+            graph, notes = to_random_variables(recording, output=self.options.output, penalised=True)
+            report = dataclasses.replace(examined.report, notes=(*examined.report.notes, *notes))
+            program = Program(compile_graph(graph), recording.outputs, tuple(recording.attributes), report, bool(recording.fixed))
+        self.programs[self.key(name, model, leaves, structure, batch=program.fixed_batch)] = program
         return program
 
-    def capture(self, name: str, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Program:
-        engine = self.options.engine
-        if engine == "dispatch":
-            return self.dispatch_program(name, model, args, kwargs, "asked for")
-        recording, obstacles = self.recorded(name, model, args, kwargs)
-        if obstacles:
+    def examine(self, name: str, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Examined:
+        """Choose the engine and plan the method; refuses nothing, but says what must be refused."""
+        model_name, engine = self.plain_class.__name__, self.options.engine
+        reason = "asked for"
+        if engine != "dispatch":
+            recording, obstacles = self.recorded(name, model, args, kwargs)
+            if recording is not None:
+                report = report_graph(recording, model_name, name, self.settings)
+                random_call = any(isinstance(x, RandomVariable) for x in flatten((args, kwargs))[0])
+                return Examined(recording, report).refused(self.noise_refusal(recording, name, random_call))
             reason = "; ".join(dict.fromkeys(obstacles))
             if engine == "graph":
-                raise TracingError(
-                    f"{self.plain_class.__name__}.{name} cannot stand as a graph: {reason}. "
+                refusal = TracingError(
+                    f"{model_name}.{name} cannot stand as a graph: {reason}. "
                     "Use engine='auto' or engine='dispatch', which runs the model's own Python."
                 )
-            return self.dispatch_program(name, model, args, kwargs, f"no graph: {reason}")
-        assert recording is not None
-        report = report_graph(recording, self.plain_class.__name__, name, self.settings)
-        self.check_noise(recording, report, name, args, kwargs)
-        refuse_unsupported(report)
-        graph, notes = to_random_variables(recording, output=self.options.output, penalised=True)
-        report = dataclasses.replace(report, notes=(*report.notes, *notes))
-        return Program(compile_graph(graph), recording.outputs, tuple(recording.attributes), report, bool(recording.fixed))
+                return Examined(None, dispatch_report((), model_name, name, reason)).refused(refusal)
+            reason = f"no graph: {reason}"
+        try:
+            rows = dispatch.survey(self, self.method(name), model, args, kwargs)
+        except ConversionError as refusal:
+            return Examined(None, dispatch_report((), model_name, name, reason)).refused(refusal)
+        return Examined(None, dispatch_report(rows, model_name, name, reason))
 
-    def dispatch_program(self, name: str, model: nn.Module, args: Any, kwargs: Any, reason: str) -> Program:
-        """A program that runs the model's own Python; every operation without a rule is found now."""
-        rows = dispatch.survey(self, self.method(name), model, args, kwargs)
-        report = dispatch_report(rows, self.plain_class.__name__, name, reason)
-        refuse_unsupported(report)
-        return Program(None, Structure("constant"), (), report, False)
+    def examine_symbolically(self, name: str, model: nn.Module) -> Report:
+        """The plan of a method without example inputs, as far as proxies carry."""
+        with as_class(model, self.plain_class):
+            recording = trace_symbolically(model, name, self.settings.registry, self.options.random_inputs)
+        if recording is None:
+            note = "its Python needs real values: pass example_inputs=(x,) for a plan"
+            return Report(self.plain_class.__name__, name, "not chosen yet", "chosen at the first call", (), (note,))
+        report = report_graph(recording, self.plain_class.__name__, name, self.settings)
+        report = dataclasses.replace(report, reason="traced symbolically; recorded at the first call")
+        return Examined(recording, report).refused(self.noise_refusal(recording, name, False)).report
+
+    def refuse_early(self, name: str, model: nn.Module) -> None:
+        """Refuse now what a symbolic trace shows to be impossible; the rest is decided at the first call."""
+        with as_class(model, self.plain_class):
+            recording = trace_symbolically(model, name, self.settings.registry, self.options.random_inputs)
+        if recording is not None:
+            refusal = self.noise_refusal(recording, name, False)
+            if refusal is not None:
+                raise refusal
+            refuse_unsupported(report_graph(recording, self.plain_class.__name__, name, self.settings))
 
     def recorded(self, name: str, model: nn.Module, args: Any, kwargs: Any) -> tuple[Recording | None, list[str]]:
         """A recording that replays equal to eager, or the obstacles to one."""
@@ -189,30 +216,48 @@ class Conversion:
             obstacle = replay_differs(recording, model, method, args, kwargs)
         return (None, [obstacle]) if obstacle else (recording, [])
 
-    def check_noise(self, recording: Recording, report: Report, name: str, args: Any, kwargs: Any) -> None:
-        """Refuse a model whose output depends on no Gaussian noise, or on noise of another distribution."""
+    def noise_refusal(self, recording: Recording, name: str, random_call: bool) -> ConversionError | None:
+        """Why a model is refused whose output depends on no Gaussian noise, or on noise of another distribution."""
+        label = f"{self.plain_class.__name__}.{name}"
         if recording.non_gaussian:
             found = "\n".join(f"  {distribution}: {where}" for distribution, where in recording.non_gaussian)
-            raise NonGaussianError(
-                f"{self.plain_class.__name__}.{name} draws from a distribution other than a Gaussian, which mean and "
-                f"variance cannot stand for:\n{found}\nConvert only a part of the model that does not: "
+            return NonGaussianError(
+                f"{label} draws from a distribution other than a Gaussian, which mean and variance cannot stand for:\n"
+                f"{found}\nConvert only a part of the model that does not: "
                 "rvconvert.convert(model.decoder, random_inputs=('z',))"
             )
-        random_call = any(isinstance(x, RandomVariable) for x in flatten((args, kwargs))[0])
         output = next(n for n in recording.graph.nodes if n.op == "output")
-        reached = any(n in recording.random for n in output.all_input_nodes)
-        if not reached and not random_call and not self.options.random_inputs and not recording.attributes:
-            reason = "no draw from a Gaussian was found in it" if not recording.noise else (
-                "the draw at " + ", ".join(n.meta["where"] for n in recording.noise) + " does not reach its result"
-            )
-            others = [
-                m for m in vars(self.plain_class) if callable(getattr(self.plain_class, m, None)) and not m.startswith("_") and m != name
-            ]
-            raise NoReparameterizationError(
-                f"{self.plain_class.__name__}.{name}: nothing to convert, {reason}. Name the method that encodes, samples and "
-                f"decodes, methods=(...), of {', '.join(others) or 'none but forward'}; or, for a bare decoder, its "
-                "latent argument: random_inputs=('z',)"
-            )
+        if random_call or self.options.random_inputs or any(n in recording.random for n in output.all_input_nodes):
+            return None
+        reason = "no draw from a Gaussian was found in it"
+        if recording.noise:
+            places = ", ".join(str(n.meta["where"]) for n in recording.noise)
+            reason = f"the draw at {places} does not reach its result"
+        elif discrete := [str(n.meta["where"]) for n in recording.graph.nodes if n.target in _CHOICES]:
+            reason += f"; it picks by argmin or argmax, as vector quantization does, at {discrete[0]}"
+        others = [m for m in vars(self.plain_class) if inspect.isfunction(getattr(self.plain_class, m)) and m[0] != "_" and m != name]
+        return NoReparameterizationError(
+            f"{label}: nothing to convert, {reason}. Name the method that encodes, samples and decodes, methods=(...), "
+            f"of {', '.join(others) or 'none but this one'}; or, for a bare decoder, its latent argument: random_inputs=('z',)"
+        )
+
+
+_CHOICES = ("argmin", "argmax", torch.argmin, torch.argmax)
+
+
+@dataclasses.dataclass(frozen=True)
+class Examined:
+    """A method's recording (None: the dispatch engine serves it), its report, and why it is refused, if it is."""
+
+    recording: Recording | None
+    report: Report
+    refusal: ConversionError | None = None
+
+    def refused(self, refusal: ConversionError | None) -> Examined:
+        """The same with a refusal, in the report too."""
+        if refusal is None:
+            return self
+        return Examined(self.recording, dataclasses.replace(self.report, refusal=str(refusal)), refusal)
 
 
 class as_class:  # noqa: N801 - used like a function

@@ -15,7 +15,7 @@ from rvconvert.conversion import Conversion, Options
 from rvconvert.errors import ConversionError
 from rvconvert.random_variable import RandomVariable, Settings
 from rvconvert.registry import REGISTRY, Registry
-from rvconvert.report import Report
+from rvconvert.report import Report, merge
 from rvconvert.weights import is_converted, plain_copy
 
 __all__ = ["convert", "plan"]
@@ -70,14 +70,11 @@ def convert(
         ConversionError: see its subclasses; the message says where, what, why and what to type next.
     """
     _check_module(module)
-    if isinstance(methods, str):
-        methods = (methods,)
-    if isinstance(random_inputs, str):
-        random_inputs = (random_inputs,)
-    settings = Settings(rules or REGISTRY, covariance, rank, pairs, seed, strict, variance_dtype)
-    options = Options(
-        tuple(methods or ("forward",)), tuple(random_inputs or ()), output, penalty, penalty_kind, attach, engine, settings
-    )
+    options = _options(
+        methods=methods, random_inputs=random_inputs, output=output, penalty=penalty, penalty_kind=penalty_kind, attach=attach,
+        covariance=covariance, rank=rank, pairs=pairs, seed=seed, engine=engine, strict=strict, variance_dtype=variance_dtype,
+        rules=rules,
+    )  # fmt: skip
     _check_methods(module, options)
     memo: dict[int, Any] = {}
     if inplace:
@@ -85,6 +82,9 @@ def convert(
     model = convert_copy(copy.deepcopy(module, memo), options)
     if example_inputs is not None or example_kwargs is not None:
         _prepare(model, _as_args(example_inputs), example_kwargs or {})
+    elif options.engine != "dispatch":
+        for name in options.methods:
+            model.__dict__["_rvconvert"].refuse_early(name, model)
     return model
 
 
@@ -94,6 +94,26 @@ def convert_copy(model: nn.Module, options: Options) -> nn.Module:
     model.__dict__["_rvconvert"] = conversion
     model.__class__ = _generated_class(type(model), options.methods)
     return model
+
+
+def _options(
+    *,
+    methods: Sequence[str] | None = None,
+    random_inputs: Sequence[str] | None = None,
+    covariance: str = "independent",
+    rank: int | None = None,
+    pairs: int = 1,
+    seed: int | None = None,
+    strict: bool = False,
+    variance_dtype: torch.dtype | None = None,
+    rules: Registry | None = None,
+    **others: Any,
+) -> Options:
+    """The keyword arguments of ``convert`` as options."""
+    methods = (methods,) if isinstance(methods, str) else tuple(methods or ("forward",))
+    random_inputs = (random_inputs,) if isinstance(random_inputs, str) else tuple(random_inputs or ())
+    settings = Settings(rules or REGISTRY, covariance, rank, pairs, seed, strict, variance_dtype)
+    return Options(methods, random_inputs, settings=settings, **others)
 
 
 def _check_module(module: Any) -> None:
@@ -169,7 +189,20 @@ def plan(
     Returns:
         A report that iterates over its rows and prints as a table.
     """
-    raise NotImplementedError
+    _check_module(module)
+    shared = {id(t): t for t in (*module.parameters(), *module.buffers())}
+    made = _options(**options)
+    _check_methods(module, made)
+    model = convert_copy(copy.deepcopy(module, shared), made)
+    conversion: Conversion = model.__dict__["_rvconvert"]
+    reports = []
+    for name in made.methods:
+        if example_inputs is None and example_kwargs is None:
+            reports.append(conversion.examine_symbolically(name, model))
+        else:
+            call = _with_random_inputs(conversion, name, _as_args(example_inputs), example_kwargs or {})
+            reports.append(conversion.examine(name, model, *call).report)
+    return merge(reports)
 
 
 def _generated_class(cls: type[nn.Module], methods: tuple[str, ...]) -> type[nn.Module]:

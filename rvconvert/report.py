@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
-__all__ = ["Report", "Row"]
+__all__ = ["Report", "Row", "merge"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +44,7 @@ class Report:
         engine: ``"graph"`` or ``"dispatch"``; ``reason``: why that one.
         rows: the operations in order.
         notes: what a person should know (branches that are fixed, penalty, ...).
+        refusal: why the method cannot be converted at all, empty if it can (but for ``unsupported``).
     """
 
     model: str
@@ -52,6 +53,7 @@ class Report:
     reason: str
     rows: tuple[Row, ...] = ()
     notes: tuple[str, ...] = ()
+    refusal: str = ""
 
     @property
     def unsupported(self) -> tuple[Row, ...]:
@@ -77,3 +79,18 @@ class Report:
         from rvconvert.render import report_table, to_text
 
         return to_text(report_table(self))
+
+
+def merge(reports: Sequence[Report]) -> Report:
+    """One report for several methods of a model."""
+    first = reports[0]
+    if len(reports) == 1:
+        return first
+    return Report(
+        first.model,
+        ", ".join(r.method for r in reports),
+        ", ".join(dict.fromkeys(r.engine for r in reports)),
+        "; ".join(dict.fromkeys(r.reason for r in reports)),
+        tuple(row for r in reports for row in r.rows),
+        tuple(note for r in reports for note in r.notes),
+    )

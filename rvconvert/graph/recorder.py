@@ -377,6 +377,7 @@ class _Recorder(TorchFunctionMode):
             node = self.add("call_module", path, node_args, node_kwargs)
         node.meta["functions"] = functions
         node.meta["module_type"] = type(module)
+        node.meta["learned"] = any(True for _ in module.parameters())
         self.finish(node, result, mutated)
         for tensor in mutated:  # a plain in-place module: the same object stands for its result
             self.track(tensor, node)
@@ -624,9 +625,12 @@ def _finish(recorder: _Recorder, result: Any, before: Any, buffers: Any, sizes: 
                 leaves.append(value)
     outputs = tuple(recorder.argument(leaf) for leaf in leaves)
     recording.graph.output(outputs)
-    ancestors = _ancestors([n for n in outputs if isinstance(n, fx.Node)])
-    tainted = {recorder.taint_of[n]: None for n in ancestors if n in recorder.taint_of}
-    recording.non_gaussian = list(tainted)
+    recording.non_gaussian = non_gaussian_ancestors([n for n in outputs if isinstance(n, fx.Node)], recorder.taint_of)
+
+
+def non_gaussian_ancestors(outputs: list[fx.Node], taint: dict[fx.Node, tuple[str, str]]) -> list[tuple[str, str]]:
+    """The draws from other distributions that the outputs depend on, each once."""
+    return list({taint[n]: None for n in _ancestors(outputs) if n in taint})
 
 
 def _equal(a: Any, b: Any) -> bool:

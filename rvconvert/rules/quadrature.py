@@ -190,6 +190,8 @@ def _generic_panels(
         yield from _split(mean, s, STEEP_NODES, kinked=False)
         return
     low, high = window(mean, s)
+    if not any(isinstance(kink, Tensor) for kink in kinks):
+        kinks = sorted(kinks)
     ends = [low, *(torch.minimum(torch.maximum((kink - mean) / s, low), high) for kink in kinks), high]
     for left, right in pairwise(ends):
         yield from panel(left, right, KINKED_NODES)
@@ -226,7 +228,7 @@ def quadrature(
 
     f maps a tensor of the shape of `mean` to one of the same shape, and may close over tensors that broadcast
     with it; they get their gradients. It is called 35 times, or 18 (len(kinks) + 1) + 1 times.
-    kinks: ascending positions, floats or broadcastable tensors, where f or a derivative jumps; the panels of
+    kinks: positions, floats in any order or broadcastable tensors in ascending order, where f or a derivative jumps; the panels of
     integration end there. Without kinks f should be smooth at the scale of 1 about 0 or at the scale of the
     deviation. Var is a sum of squares; at var = 0 the result is exactly (f(mean), 0).
     Eager autograd stores the inputs only, and calls f again in the backward pass.
