@@ -385,10 +385,10 @@ def clamp(
     """min(max(x, min), max), exact; either bound may be None; tensors broadcast and get their gradient."""
     if min is None and max is None:
         return mean, var
-    if max is None:
+    if min is not None and max is None:
         up, up_var = _Relu.apply(mean - min, var)
         return up + min, up_var
-    if min is None:
+    if max is not None and min is None:
         down, down_var = _Relu.apply(max - mean, var)
         return max - down, down_var
     lo, hi = (torch.as_tensor(b, dtype=mean.dtype, device=mean.device).expand_as(mean) for b in (min, max))

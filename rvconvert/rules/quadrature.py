@@ -228,8 +228,8 @@ def quadrature(
 
     f maps a tensor of the shape of `mean` to one of the same shape, and may close over tensors that broadcast
     with it; they get their gradients. It is called 35 times, or 18 (len(kinks) + 1) + 1 times.
-    kinks: positions, floats in any order or broadcastable tensors in ascending order, where f or a derivative jumps; the panels of
-    integration end there. Without kinks f should be smooth at the scale of 1 about 0 or at the scale of the
+    kinks: positions where f or a derivative jumps, floats in any order or broadcastable tensors in ascending
+    order; the panels of integration end there. Without kinks f should be smooth at the scale of 1 about 0 or at the scale of the
     deviation. Var is a sum of squares; at var = 0 the result is exactly (f(mean), 0).
     Eager autograd stores the inputs only, and calls f again in the backward pass.
     """
