@@ -13,7 +13,7 @@ import torch.nn.functional as F
 
 from rvconvert.errors import ConversionError
 
-__all__ = ["REGISTRY", "Exactness", "Kind", "Registry", "Rule", "operation_name", "spellings"]
+__all__ = ["NAMESPACES", "PLAIN", "REGISTRY", "Exactness", "Kind", "Registry", "Rule", "operation_name", "spellings"]
 
 
 class Exactness(str, enum.Enum):
@@ -59,7 +59,14 @@ class Rule:
         return self.kind(func, args, kwargs)
 
 
-_NAMESPACES = (
+PLAIN = Rule(
+    "plain",
+    lambda func, args, kwargs: func(*args, **kwargs),
+    Exactness.EXACT,
+    "none: the operation itself on every sampled path",
+)
+
+NAMESPACES = (
     torch,
     torch.Tensor,
     F,
@@ -101,7 +108,7 @@ _OPERATORS = {
 def spellings(name: str) -> Iterator[Callable[..., Any]]:
     """Every torch function, method and operator that is the operation ``name``, in place or not."""
     names = (name, f"{name}_", *_OPERATORS.get(name, ()))
-    for namespace in _NAMESPACES:
+    for namespace in NAMESPACES:
         for each in names:
             found = getattr(namespace, each, None)
             if callable(found):

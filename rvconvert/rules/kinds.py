@@ -7,6 +7,7 @@ moments. Adding an operation of a known kind takes one line; see README.md besid
 
 from __future__ import annotations
 
+import types
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,20 +15,29 @@ from typing import Any
 import torch
 
 from rvconvert.random_variable import Origin, RandomVariable, random_variables
-from rvconvert.registry import REGISTRY, Exactness, Kind, Rule, spellings
+from rvconvert.registry import NAMESPACES, REGISTRY, Exactness, Kind, Rule, spellings
 from rvconvert.rules import gaussian
 
 __all__ = [
     "Bilinear",
+    "Collapse",
     "Composite",
     "Elementwise",
     "FixedLinear",
     "Metadata",
     "Shape",
     "add_rule",
+    "at_means",
     "bind",
+    "first_order",
     "full_precision",
+    "moments",
+    "out_of_place",
+    "own_python",
+    "same_map",
+    "spread",
     "substitute",
+    "unique",
 ]
 
 Function = Callable[..., Any]
@@ -80,6 +90,21 @@ def bind(names: Sequence[str], args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     return values, args[len(names) :], rest
 
 
+def unique(*values: Any) -> list[RandomVariable]:
+    """The random variables in nested arguments, each once, in order."""
+    return list({id(x): x for x in random_variables(*values)}.values())
+
+
+def at_means(func: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """``func`` with every random variable at its mean."""
+    return func(*substitute(args, lambda x: x.mean), **substitute(kwargs, lambda x: x.mean))
+
+
+def spread(var: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """``var`` broadcast to the shape of ``like``."""
+    return var if var.shape == like.shape else var.expand(like.shape)
+
+
 def moments(value: Any) -> tuple[Any, Any]:
     """Mean and variance of a value; the variance of what is not random is None."""
     return (value.mean, value.var) if isinstance(value, RandomVariable) else (value, None)
@@ -105,7 +130,15 @@ class Metadata:
     """Asks for shape, type or a fresh tensor like it: the answer is that of the mean, and is not random."""
 
     def __call__(self, func: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        return func(*substitute(args, lambda x: x.mean), **substitute(kwargs, lambda x: x.mean))
+        return at_means(func, args, kwargs)
+
+
+@dataclass(frozen=True)
+class Collapse:
+    """Takes every random variable at its mean: the result is a plain tensor, as the user's loss expects it."""
+
+    def __call__(self, func: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return at_means(func, args, kwargs)
 
 
 @dataclass(frozen=True)
@@ -120,6 +153,7 @@ class Shape:
     data: tuple[str, ...] = ("input",)
 
     def __call__(self, func: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        func = _MOVES_ANY_LAYOUT.get(func, out_of_place(func))
         like = random_variables(args, kwargs)[0]
         values, rest, options = bind(self.names, args, kwargs)
         present = {name: value for name, value in zip(self.names, values, strict=True) if value is not None}
@@ -143,6 +177,13 @@ class Shape:
         return func(*positional, *rest, **{n: values[n] for n in names if n in values}, **options)
 
 
+# The variance may lie in memory in another order than the mean (an expanded one, say), where a view is refused.
+_MOVES_ANY_LAYOUT: dict[Any, Function] = {
+    torch.Tensor.view: torch.Tensor.reshape,
+    torch.Tensor.view_as: torch.Tensor.reshape_as,
+}
+
+
 def variance_or_zero(value: Any) -> Any:
     """The variance of every random variable in ``value``; zero for every plain tensor and number."""
     if isinstance(value, RandomVariable):
@@ -164,11 +205,18 @@ class FixedLinear:
     square: Callable[[Function, tuple[Any, ...], dict[str, Any]], torch.Tensor]
 
     def __call__(self, func: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> RandomVariable:
+        func = out_of_place(func)
         like = random_variables(args, kwargs)[0]
-        mean = func(*substitute(args, lambda x: x.mean), **substitute(kwargs, lambda x: x.mean))
+        mean = at_means(func, args, kwargs)
         with full_precision(like):
             var = self.square(func, substitute(args, lambda x: x.var), substitute(kwargs, lambda x: x.var))
         return like.with_moments(mean, var)
+
+
+def same_map(func: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
+    """``square`` of a map whose coefficients are all 0 or 1: a sum."""
+    result: torch.Tensor = func(*args, **kwargs)
+    return result
 
 
 @dataclass(frozen=True)
@@ -263,14 +311,13 @@ class Elementwise:
 
     def __call__(self, func: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> RandomVariable:
         kwargs = {key: value for key, value in kwargs.items() if key != "inplace"}
-        func = _OUT_OF_PLACE.get(func, func)
-        inputs = list({id(x): x for x in random_variables(args, kwargs)}.values())
+        func = out_of_place(func)
+        inputs = unique(args, kwargs)
         like = inputs[0]
         ancestor = self.common_ancestor(inputs)
         with full_precision(like):
             if ancestor is None:
-                assert self.independent is not None
-                return like.with_moments(*self.independent(func, args, kwargs))
+                return like.with_moments(*(self.independent or first_order)(func, args, kwargs))
             parent, functions, kinks = ancestor
 
             def function(value: torch.Tensor) -> torch.Tensor:
@@ -306,17 +353,47 @@ class Elementwise:
         return None
 
 
-def _out_of_place() -> dict[Any, Any]:
-    table = {}
-    for name in dir(torch.Tensor):
-        if name.endswith("_") and not name.endswith("__") and hasattr(torch.Tensor, name[:-1]):
-            table[getattr(torch.Tensor, name)] = getattr(torch.Tensor, name[:-1])
-    for name in ("add", "sub", "mul", "truediv", "pow", "and", "or"):
-        table[getattr(torch.Tensor, f"__i{name}__")] = getattr(torch.Tensor, f"__{name}__")
+def first_order(func: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
+    """An elementwise function of independent variables, linearised at the means: var = sum of (df/dx_i)^2 v_i."""
+    inputs = unique(args, kwargs)
+    shape = torch.broadcast_shapes(*_shapes(args, kwargs))
+    means = [x.mean.expand(shape) for x in inputs]
+
+    def function(*values: torch.Tensor) -> torch.Tensor:
+        value = {id(x): each for x, each in zip(inputs, values, strict=True)}
+        return func(*substitute(args, lambda x: value[id(x)]), **substitute(kwargs, lambda x: value[id(x)]))
+
+    mean = function(*means)
+    var = torch.zeros_like(mean)
+    for i, x in enumerate(inputs):
+        tangents = tuple(torch.ones_like(m) if i == j else torch.zeros_like(m) for j, m in enumerate(means))
+        _, slope = torch.func.jvp(function, tuple(means), tangents)
+        # Where nothing varies, an infinite slope (of a root at 0) says nothing.
+        v = x.var.expand(shape)
+        var = var + torch.where(v > 0, slope, 0).square() * v
+    return mean, var
+
+
+def _twins() -> dict[Any, Function]:
+    """In-place function -> the function that leaves its argument alone."""
+    table: dict[Any, Function] = {}
+    for namespace in NAMESPACES:
+        for name in dir(namespace):
+            twin = getattr(namespace, name[:-1], None)
+            if name.endswith("_") and not name.endswith("__") and callable(twin):
+                table[getattr(namespace, name)] = twin
+    for name in ("add", "sub", "mul", "truediv", "div", "pow", "and", "or", "xor", "floordiv", "mod"):
+        if hasattr(torch.Tensor, f"__i{name}__") and hasattr(torch.Tensor, f"__{name}__"):
+            table[getattr(torch.Tensor, f"__i{name}__")] = getattr(torch.Tensor, f"__{name}__")
     return table
 
 
-_OUT_OF_PLACE = _out_of_place()
+_TWINS = _twins()
+
+
+def out_of_place(func: Function) -> Function:
+    """The twin of an in-place function that leaves its argument alone; any other function is its own."""
+    return _TWINS.get(func, func)
 
 
 @dataclass(frozen=True)
@@ -327,3 +404,15 @@ class Composite:
 
     def __call__(self, func: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return self.body(*args, **kwargs)
+
+
+def own_python(func: types.FunctionType) -> Function:
+    """A torch function that is itself written in Python, to be run as such on random variables.
+
+    Its first lines hand any argument that is not a plain tensor to ``__torch_function__``; here they do not.
+    """
+    checks = ("has_torch_function", "has_torch_function_unary", "has_torch_function_variadic")
+    scope = {**func.__globals__, **{check: lambda *args: False for check in checks}}
+    body = types.FunctionType(func.__code__, scope, func.__name__, func.__defaults__, func.__closure__)
+    body.__kwdefaults__ = func.__kwdefaults__
+    return body
