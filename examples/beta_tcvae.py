@@ -1,7 +1,7 @@
 """The beta-TCVAE: a VAE whose KL term is split, its total correlation weighted by beta.
 
-Chen, Li, Grosse and Duvenaud, "Isolating Sources of Disentanglement in Variational Autoencoders", NeurIPS 2018,
-with the network of the PyTorch-VAE collection (Subramanian, 2020).
+Chen, Li, Grosse and Duvenaud, "Isolating Sources of Disentanglement in Variational Autoencoders", NeurIPS
+2018, with the network of the PyTorch-VAE collection (Subramanian, 2020).
 `--rv` trains the same model with its decoder propagating means and variances.
 """
 
@@ -80,10 +80,10 @@ class BetaTCVAE(nn.Module):
         beta: float = 6.0,
         gamma: float = 1.0,
     ) -> dict[str, Tensor]:
-        """Equation 4 of the paper: alpha mutual information + beta total correlation + gamma dimension-wise KL.
+        """Equation 4: alpha mutual information + beta total correlation + gamma dimension-wise KL.
 
-        The three densities are estimated at one draw of z per image. It is drawn here: at the posterior's mean,
-        which is all that a model without sampling could return, the estimate falls without bound as var grows.
+        The densities are estimated at one draw of z per image. It is drawn here: at the posterior's mean, which
+        is all that a model without sampling could return, the estimate falls without bound as var grows.
         """
         z = self.reparameterize(mu, logvar)
         log_q_zx = log_normal(z, mu, logvar).sum(1)
@@ -118,7 +118,7 @@ def log_normal(x: Tensor, mu: Tensor, logvar: Tensor) -> Tensor:
 
 
 def log_stratified_weights(batch: int, dataset_size: int) -> Tensor:
-    """Minibatch stratified sampling, appendix C.2: logs of the weights of posteriors j in q(z_i), (batch, batch).
+    """Minibatch stratified sampling, appendix C.2: log weights of posterior j in q(z_i), shape (batch, batch).
 
     z_i's own posterior stands for itself, 1/N; M - 1 of the others for 1/M each, and one for what is left.
     """
@@ -151,9 +151,7 @@ def main() -> None:
 
     def losses(x: Tensor, anneal: float = 1.0) -> dict[str, Tensor]:
         reconstruction, mu, logvar = vae(x)
-        return vae.loss_function(
-            reconstruction, x, mu, logvar, dataset_size=len(data.train), anneal=anneal, beta=args.beta
-        )
+        return vae.loss_function(reconstruction, x, mu, logvar, dataset_size=len(data.train), anneal=anneal, beta=args.beta)
 
     step = run.epoch * (len(data.train) // args.batch)
     for _ in run.epochs():
@@ -170,7 +168,7 @@ def main() -> None:
 
         samples = {"prior": vae.decode}
         if args.rv:
-            samples["prior, var 1"] = lambda z: vae.decode(rvconvert.RandomVariable(z, torch.ones_like(z)))
+            samples["prior, var 1"] = lambda z: vae.decode(rvconvert.RandomVariable(z, torch.ones_like(z))).mean
         run.end_epoch(
             encode=vae.encode,
             decode=vae.decode,

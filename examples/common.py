@@ -34,12 +34,8 @@ def argument_parser(description: str, epochs: int = 150, batch: int | None = 64)
         description=description.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     optional = {"default": argparse.SUPPRESS}  # a default of None would say nothing in --help
-    parser.add_argument(
-        "--data", type=Path, metavar="DIR", help="torchvision folder or npz files", **optional
-    )
-    parser.add_argument(
-        "--dataset", choices=image_sets.SIZES, help="mnist with --data, else digits", **optional
-    )
+    parser.add_argument("--data", type=Path, metavar="DIR", help="torchvision folder or npz files", **optional)
+    parser.add_argument("--dataset", choices=image_sets.SIZES, help="mnist with --data, else digits", **optional)
     parser.add_argument("--size", type=int, help="of the images, if not the set's own", **optional)
     parser.add_argument("--train-images", type=int, metavar="N", help="only the first N", **optional)
     parser.add_argument("--test-images", type=int, metavar="N", help="only the first N", **optional)
@@ -109,9 +105,7 @@ class Run:
     `value_range` is the range of the pixels that the model sees.
     """
 
-    def __init__(
-        self, args: argparse.Namespace, data: Data, value_range: tuple[float, float] = (-1.0, 1.0), **states
-    ) -> None:
+    def __init__(self, args: argparse.Namespace, data: Data, value_range: tuple[float, float] = (-1.0, 1.0), **states) -> None:
         self.args, self.data, self.states = args, data, states
         self.low, self.high = value_range
         self.modules = [state for state in states.values() if isinstance(state, nn.Module)]
@@ -119,9 +113,7 @@ class Run:
         self.config = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
         self.config["training_images"] = len(data.train)
         self.checkpoint, self.metrics = args.out / "checkpoint.pt", args.out / "metrics.jsonl"
-        self.progress = Progress(
-            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-        )
+        self.progress = Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         if args.resume and self.checkpoint.exists():
             self._resume()
         elif self.metrics.exists():
@@ -176,8 +168,8 @@ class Run:
     ) -> None:
         """Measure on validation and test images, write the metrics line, the pictures and the checkpoint.
 
-        `encode` gives mu and logvar, `decode` is the plain decoder, and `propagate`, with --rv, reconstructs by
-        random variables; `samples` names the ways from a standard normal latent to an image.
+        `encode` gives mu and logvar, `decode` is the plain decoder, and `propagate`, with --rv, reconstructs
+        by random variables; `samples` names the ways from a standard normal latent to an image.
         """
         line = {"epoch": self.epoch, "seconds": round(time.perf_counter() - self.start, 2)}
         line |= {name: float(total) / count for name, (total, count) in self.sums.items()}

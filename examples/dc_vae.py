@@ -1,8 +1,8 @@
 """DC-VAE: an autoencoder held to its input by a contrastive loss and to the data by an adversarial one.
 
 Parmar, Li, Lee and Tu, "Dual Contradistinctive Generative Autoencoder", CVPR 2021. The generator's cells are
-AutoGAN's (Gong et al., 2019), encoder and discriminator are SNGAN's residual blocks (Miyato et al., 2018), the
-contrastive loss is MoCo's (He et al., 2020). There is no pixel loss: the reconstruction error is only reported.
+AutoGAN's (Gong et al., 2019), encoder and discriminator have SNGAN's residual blocks (Miyato et al., 2018), and
+the contrastive loss is MoCo's (He et al., 2020). No loss compares pixels: their error is only reported.
 `--rv` converts the decoder, and the encoder's distribution goes into it in place of a sample.
 """
 
@@ -31,7 +31,7 @@ def convolution(in_channels: int, out_channels: int, kernel_size: int) -> nn.Con
 
 
 class Cell(nn.Module):
-    """AutoGAN's up-sampling cell: two convolutions, with skips from the first convolution of earlier cells."""
+    """AutoGAN's up-sampling cell: two convolutions, with skips from the first one of each earlier cell."""
 
     def __init__(self, channels: int, up_mode: str, skips_in: int, shortcut: bool) -> None:
         super().__init__()
@@ -47,7 +47,7 @@ class Cell(nn.Module):
         _, _, height, width = h.size()
         h = self.c1(h)
         h_skip = h
-        for skip, skip_convolution in zip(skips, self.skip_convolutions):
+        for skip, skip_convolution in zip(skips, self.skip_convolutions, strict=True):
             h += skip_convolution(F.interpolate(skip, size=(height, width), mode=self.up_mode))
         h = nn.ReLU()(h)
         out = self.c2(h)
@@ -57,7 +57,7 @@ class Cell(nn.Module):
 
 
 class Decoder(nn.Module):
-    """z to an image in [-1, 1]: a 4x4 map, then one cell for each doubling (three for 32x32, the paper's size)."""
+    """z to an image in [-1, 1]: a 4x4 map, then a cell for each doubling (three for the paper's 32x32)."""
 
     def __init__(self, latent_dim: int, out_channels: int = 3, channels: int = 256, size: int = 32) -> None:
         super().__init__()
@@ -66,12 +66,8 @@ class Decoder(nn.Module):
         count = (size // 4).bit_length() - 1
         self.cells = nn.ModuleList()
         for i in range(count):
-            self.cells.append(
-                Cell(channels, ("nearest", "bilinear")[i % 2], skips_in=i, shortcut=i < count - 1)
-            )
-        self.to_rgb = nn.Sequential(
-            nn.BatchNorm2d(channels), nn.ReLU(), convolution(channels, out_channels, 3), nn.Tanh()
-        )
+            self.cells.append(Cell(channels, ("nearest", "bilinear")[i % 2], skips_in=i, shortcut=i < count - 1))
+        self.to_rgb = nn.Sequential(nn.BatchNorm2d(channels), nn.ReLU(), convolution(channels, out_channels, 3), nn.Tanh())
 
     def forward(self, z: Tensor) -> Tensor:
         h = self.l1(z).view(-1, self.channels, 4, 4)
@@ -123,7 +119,7 @@ class Encoder(nn.Module):
 
 
 class DualEncoder(nn.Module):
-    """Discriminator and contrastive encoder in one: a score, and features of the first block and of the last."""
+    """Discriminator and contrastive encoder in one: a score, and features of the first and the last block."""
 
     def __init__(self, in_channels: int = 3, channels: int = 128, size: int = 32) -> None:
         super().__init__()
@@ -187,8 +183,7 @@ def main() -> None:
     averaged = AveragedModel(decoder, multi_avg_fn=get_ema_multi_avg_fn(0.999))  # generates, as in the paper
     queues = nn.ModuleDict({name: Queue(QUEUE_LENGTH) for name in ("first", "last")}).to(args.device)
     optimizer_e, optimizer_d, optimizer_dual = (
-        torch.optim.Adam(module.parameters(), lr=args.lr, betas=(0.0, 0.9))
-        for module in (encoder, decoder, dual)
+        torch.optim.Adam(module.parameters(), lr=args.lr, betas=(0.0, 0.9)) for module in (encoder, decoder, dual)
     )
 
     def update_discriminator(x: Tensor) -> None:
@@ -209,8 +204,8 @@ def main() -> None:
     def update_autoencoder(x: Tensor) -> Tensor:
         """The adversarial step of encoder and decoder."""
         mu, logvar = encoder(x)
-        reconstruction = decoder(latent(mu, logvar))
         sample = decoder(torch.randn(2 * len(x), args.latent, device=x.device))
+        reconstruction = decoder(latent(mu, logvar))
         adversarial = -0.5 * (dual(sample)[0].mean() + dual(reconstruction)[0].mean())
         kl = kl_divergence(mu, logvar)
         optimizer_e.zero_grad()
@@ -224,7 +219,7 @@ def main() -> None:
         return adversarial
 
     def update_contrastive(x: Tensor) -> Tensor:
-        """A reconstruction's features have to single out the image that it came from; all three networks learn."""
+        """A reconstruction's features have to single out its own input; all three networks learn."""
         momentum.update_parameters(dual)
         with torch.no_grad():
             keys = {name: F.normalize(feature, dim=1) for name, feature in momentum(x)[1].items()}

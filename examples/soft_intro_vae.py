@@ -1,8 +1,8 @@
-"""Soft-IntroVAE: encoder and decoder train each other adversarially, through their own evidence lower bounds.
+"""Soft-IntroVAE: encoder and decoder train each other adversarially, through their evidence lower bounds.
 
-Daniel and Tamar, "Soft-IntroVAE: Analyzing and Improving the Introspective Variational Autoencoder", CVPR 2021
-(the form without a bootstrap decoder). `--rv` converts the decoder, and each distribution that the encoder gives
-goes into it in place of a sample.
+Daniel and Tamar, "Soft-IntroVAE: Analyzing and Improving the Introspective Variational Autoencoder", CVPR
+2021 (the form without a bootstrap decoder). `--rv` converts the decoder, and each distribution that the encoder
+gives goes into it in place of a sample.
 """
 
 from __future__ import annotations
@@ -135,19 +135,18 @@ def main() -> None:
     optimizer_e = torch.optim.Adam(encoder.parameters(), lr=args.lr)
     optimizer_d = torch.optim.Adam(decoder.parameters(), lr=args.lr)
     schedulers = [
-        torch.optim.lr_scheduler.MultiStepLR(optimizer, milestones=(350,), gamma=0.1)
-        for optimizer in (optimizer_e, optimizer_d)
+        torch.optim.lr_scheduler.MultiStepLR(optimizer, milestones=(350,), gamma=0.1) for optimizer in (optimizer_e, optimizer_d)
     ]
 
     def expelbo(x: Tensor) -> tuple[Tensor, Tensor]:
-        """exp(2 ELBO / size) of images that the encoder should find unlikely, and their KL, means over the batch."""
+        """exp(2 ELBO / size) of images that the encoder should find unlikely, and their KL: batch means."""
         mu, logvar = encoder(x)
         kl = kl_divergence(mu, logvar)
         error = squared_error(decoder(reparameterize(mu, logvar)), x)
         return torch.exp(-2 * scale * (beta_rec * error + beta_neg * kl)).mean(), kl.mean()
 
     def update_encoder(x: Tensor, noise: Tensor) -> Tensor:
-        """Raise the ELBO of real images, lower exp(ELBO) of reconstructions and samples. Returns z of the real."""
+        """Raise the ELBO of real images, lower exp(ELBO) of the others. Returns z of the real ones."""
         encoder.requires_grad_(True)
         decoder.requires_grad_(False)
         fake = decoder(noise)

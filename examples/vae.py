@@ -63,9 +63,7 @@ class VanillaVAE(nn.Module):
         mu, logvar = self.encode(x)
         return self.decode(self.reparameterize(mu, logvar)), mu, logvar
 
-    def loss_function(
-        self, reconstruction: Tensor, x: Tensor, mu: Tensor, logvar: Tensor, kl_weight: float
-    ) -> dict[str, Tensor]:
+    def loss_function(self, reconstruction: Tensor, x: Tensor, mu: Tensor, logvar: Tensor, kl_weight: float) -> dict[str, Tensor]:
         error = F.mse_loss(reconstruction, x)
         kl = kl_divergence(mu, logvar).mean()
         return {"loss": error + kl_weight * kl, "reconstruction": error, "kl": kl}
@@ -111,7 +109,7 @@ def main() -> None:
 
         samples = {"prior": vae.decode}
         if args.rv:
-            samples["prior, var 1"] = lambda z: vae.decode(rvconvert.RandomVariable(z, torch.ones_like(z)))
+            samples["prior, var 1"] = lambda z: vae.decode(rvconvert.RandomVariable(z, torch.ones_like(z))).mean
         run.end_epoch(
             encode=vae.encode,
             decode=vae.decode,

@@ -19,21 +19,24 @@ from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
 EXAMPLES = ROOT / "examples"
-FALLS_FIRST = {
+# What a dozen steps lower. The adversarial systems' losses pull against each other and need not fall; and at
+# the start of the converted Soft-IntroVAE it is L_c that weighs most.
+FALLS = {
     "vae": "loss",
     "beta_tcvae": "loss",
     "dc_vae": "discriminator",
     "soft_intro_vae": "reconstruction",
+    "soft_intro_vae --rv": "penalty",
 }
 sys.path.insert(0, str(EXAMPLES))
 
-import common
-import image_sets
-from beta_tcvae import log_normal, log_stratified_weights
+import common  # noqa: E402
+import image_sets  # noqa: E402
+from beta_tcvae import log_normal, log_stratified_weights  # noqa: E402
 
 
 def run_in_process(monkeypatch: pytest.MonkeyPatch, name: str, *arguments: str | Path) -> None:
-    """Run an example as a script would, but with the imports of this process: they cost more than the smoke run."""
+    """Run an example as a script would, but with the imports of this process: they cost more than the run."""
     script = EXAMPLES / f"{name}.py"
     monkeypatch.setattr(sys, "argv", [str(script), *map(str, arguments)])
     with torch.random.fork_rng():
@@ -43,9 +46,7 @@ def run_in_process(monkeypatch: pytest.MonkeyPatch, name: str, *arguments: str |
 def run_in_shell(name: str, *arguments: str | int) -> str:
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     command = [sys.executable, str(EXAMPLES / f"{name}.py"), *map(str, arguments)]
-    result = subprocess.run(
-        command, capture_output=True, text=True, env=environment, timeout=120, check=False
-    )
+    result = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120, check=False)
     assert result.returncode == 0, result.stderr
     return result.stdout
 
@@ -61,7 +62,8 @@ def test_smoke(system: str, rv: bool, tmp_path: Path, monkeypatch: pytest.Monkey
 
     first, last = read_metrics(tmp_path)
     assert all(math.isfinite(value) for value in [*first.values(), *last.values()])
-    assert last[FALLS_FIRST[system]] < first[FALLS_FIRST[system]]
+    falls = FALLS.get(f"{system} --rv" if rv else system, FALLS[system])
+    assert last[falls] < first[falls]
     assert ("test_mse_rv" in last and last["penalty"] > 0) if rv else "test_mse_rv" not in last
     for grid, rows in (("reconstructions", 3 + rv), ("samples", None)):
         with Image.open(tmp_path / f"{grid}_0002.png") as picture:
@@ -73,7 +75,7 @@ def test_smoke(system: str, rv: bool, tmp_path: Path, monkeypatch: pytest.Monkey
 
 @pytest.mark.parametrize("rv", [False, True], ids=["plain", "rv"])
 def test_train_vae(rv: bool) -> None:
-    output = run_in_shell("train_vae", "--epochs", 2, "--images", 256, *(["--rv"] if rv else []))
+    output = run_in_shell("train_vae", "--epochs", 2, "--images", 128, "--batch", 32, *(["--rv"] if rv else []))
     losses = [float(line.split("loss ")[1].split(",")[0]) for line in output.splitlines() if "loss" in line]
     assert len(losses) == 2 and losses[1] < losses[0]
     if rv:
@@ -88,9 +90,7 @@ def test_train_vae_trains_a_converted_model_with_one_line_changed() -> None:
     assert "rv" not in loop
 
 
-def test_a_resumed_run_continues_as_if_it_had_never_stopped(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_resumed_run_continues_as_if_it_had_never_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Training is deterministic on a CPU, so the metrics must be equal to the last digit."""
 
     def train(folder: str, epochs: int, resume: bool = False) -> list[dict[str, float]]:
