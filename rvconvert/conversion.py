@@ -22,8 +22,9 @@ from rvconvert.graph.program import compile_graph, to_random_variables
 from rvconvert.graph.symbolic import trace_symbolically
 from rvconvert.graph.recorder import Recording, record, unchanged
 from rvconvert.penalty import attach_penalty, variance_penalty
-from rvconvert.random_variable import RandomVariable, Settings
+from rvconvert.random_variable import RandomVariable, Settings, random_variables
 from rvconvert.report import Report
+from rvconvert.rules.noise import entering
 from rvconvert.structure import Structure, flatten
 
 __all__ = ["Conversion", "Options"]
@@ -94,6 +95,9 @@ class Conversion:
         """Call the converted method ``name``."""
         args, kwargs = self.normalized(name, args, kwargs)
         leaves, structure = flatten((args, kwargs))
+        if random_variables(leaves):
+            leaves = [entering(x, self.settings) if isinstance(x, RandomVariable) else x for x in leaves]
+            args, kwargs = structure.build(iter(leaves))
         program = self.find(name, model, leaves, structure)
         if program is None:
             program = self.prepare(name, model, args, kwargs)

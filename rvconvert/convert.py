@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+import rvconvert.covariance  # noqa: F401 - adds the covariance modes
 import rvconvert.rules  # noqa: F401 - fills the rule table
 from rvconvert.conversion import Conversion, Options
 from rvconvert.errors import ConversionError

@@ -16,9 +16,9 @@ from rvconvert.errors import NonGaussianError, NoReparameterizationError
 from rvconvert.graph.plan import row_for, short_path
 from rvconvert.graph.recorder import intercepted_modules, unchanged, unscripted, user_frame, where
 from rvconvert.random_variable import RandomVariable, Settings, propagate, random_variables
-from rvconvert.registry import operation_name
+from rvconvert.registry import PLAIN, operation_name
 from rvconvert.report import Row
-from rvconvert.rules.noise import GAUSSIAN_SOURCES, NON_GAUSSIAN
+from rvconvert.rules.noise import GAUSSIAN_SOURCES, NON_GAUSSIAN, nth_source
 from rvconvert.structure import flatten
 
 if TYPE_CHECKING:
@@ -127,7 +127,8 @@ class _Run(TorchFunctionMode):
         if func in GAUSSIAN_SOURCES:
             self.drew.append(where(user_frame())[0])
             self.note(operation_name(func), "noise")
-            value = GAUSSIAN_SOURCES[func](*_undress(args), **_undress(kwargs), settings=self.settings)
+            settings = nth_source(self.settings, len(self.drew) - 1)
+            value = GAUSSIAN_SOURCES[func](*_undress(args), **_undress(kwargs), settings=settings)
             return TensorView(value)
         if func in NON_GAUSSIAN:
             place, source = where(user_frame())
@@ -140,11 +141,10 @@ class _Run(TorchFunctionMode):
 
     def surveyed(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Apply the rule and note it; where there is none, note that and go on with the plain function."""
-        registry = self.settings.registry
-        rule = registry.find(func) or (None if self.settings.strict else registry.fallback(func))
+        rule = self.settings.rule_for(func)
         name = operation_name(func)
         if rule is None or type(rule.kind).__name__ != "Metadata":
-            self.note(name, "random", rule)
+            self.note(name, "random", rule if self.settings.needs_rules else PLAIN)
         if rule is not None or getattr(func, "__name__", "") in ("__bool__", "item"):
             return _call(func, args, kwargs)
         like = random_variables(_undress(args), _undress(kwargs))[0]
@@ -211,7 +211,8 @@ def _execute(conversion: Conversion, mode: _Run, method: Any, model: nn.Module, 
 
     def module_call(original: Any, module: nn.Module, module_args: Any, module_kwargs: Any) -> Any:
         rule = conversion.settings.registry.find_module(type(module))
-        if rule is not None and rule.body is not None and random_variables(_undress(module_args), _undress(module_kwargs)):
+        by_rule = rule is not None and rule.body is not None and conversion.settings.needs_rules
+        if by_rule and random_variables(_undress(module_args), _undress(module_kwargs)):
             mode.note(type(module).__name__, "random", rule)
             return _dress(rule.body(module, *_undress(module_args), **_undress(module_kwargs)))
         mode.stack.append(paths.get(id(module), ""))

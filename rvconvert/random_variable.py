@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from rvconvert.errors import ConversionError, UnsupportedOperationError
-from rvconvert.registry import REGISTRY, Registry, operation_name
+from rvconvert.registry import PLAIN, REGISTRY, Registry, operation_name
 
 if TYPE_CHECKING:
     from rvconvert.registry import Rule
 
-__all__ = ["Origin", "RandomVariable", "Settings", "propagate", "random_variables"]
+__all__ = ["Origin", "RandomVariable", "Settings", "is_in_place", "propagate", "random_variables"]
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,18 @@ class Settings:
     seed: int | None = None
     strict: bool = False
     variance_dtype: torch.dtype | None = None
+
+    @property
+    def needs_rules(self) -> bool:
+        """False where plain functions run on sampled paths, so that any operation goes."""
+        return self.covariance != "sampled"
+
+    def rule_for(self, func: Callable[..., Any]) -> Rule | None:
+        """The rule for a torch function, a declared approximate one if ``strict`` allows, or None."""
+        rule = self.registry.find(func)
+        if rule is None and not self.needs_rules:
+            return PLAIN
+        return rule if rule is not None or self.strict else self.registry.fallback(func)
 
 
 DEFAULT_SETTINGS = Settings()
@@ -257,7 +269,8 @@ def random_variables(*values: Any) -> list[RandomVariable]:
     return found
 
 
-def _is_in_place(func: Callable[..., Any], kwargs: dict[str, Any]) -> bool:
+def is_in_place(func: Callable[..., Any], kwargs: dict[str, Any]) -> bool:
+    """True for a call that changes its first argument."""
     name = getattr(func, "__name__", "")
     return (name.endswith("_") and not name.endswith("__")) or name == "__setitem__" or kwargs.get("inplace") is True
 
@@ -268,14 +281,14 @@ def propagate(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str,
     Raises:
         UnsupportedOperationError: no rule serves ``func``.
     """
-    in_place = _is_in_place(func, kwargs)
+    in_place = is_in_place(func, kwargs)
     target = args[0] if in_place and args else None
     if isinstance(target, RandomVariable):  # the rule sees what the variable was; the variable becomes the result
         args = (target.snapshot(), *args[1:])
     inputs = random_variables(args, kwargs)
     carrier = max(inputs, key=lambda x: x.precedence)
     settings = carrier.settings
-    rule = settings.registry.find(func) or (None if settings.strict else settings.registry.fallback(func))
+    rule = settings.rule_for(func)
     if rule is None:
         name = getattr(func, "__name__", "")
         if name in _READ_VALUES:

@@ -11,7 +11,7 @@ from torch import fx
 from rvconvert.errors import UnsupportedOperationError
 from rvconvert.graph.recorder import IGNORED_INSIDE, Recording
 from rvconvert.random_variable import Settings
-from rvconvert.registry import Rule, operation_name
+from rvconvert.registry import PLAIN, Rule, operation_name
 from rvconvert.report import Report, Row
 
 __all__ = ["dispatch_report", "refuse_unsupported", "report_graph", "row_for"]
@@ -54,6 +54,8 @@ def _rows(node: fx.Node, recording: Recording, settings: Settings) -> Iterable[R
     elif node not in recording.random:
         if operation not in ("getitem", "Tensor.size", "getattr"):
             yield Row(operation, "deterministic", **place)
+    elif not settings.needs_rules:
+        yield row_for(operation, PLAIN, place)
     elif node.op == "call_module":
         yield from _module_rows(node, operation, place, settings)
     elif operation == "getitem" and not isinstance(node.args[1], (tuple, slice, fx.Node)) and node.args[0].op != "placeholder":

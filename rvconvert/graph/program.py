@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import fx
 
 from rvconvert.graph.recorder import Recording
-from rvconvert.rules.noise import GAUSSIAN_SOURCES
+from rvconvert.rules.noise import GAUSSIAN_SOURCES, nth_source
 
 __all__ = ["compile_graph", "reconstructions", "to_random_variables"]
 
@@ -113,10 +113,12 @@ def to_random_variables(
     """
     graph, nodes = copy_graph(recording)
     notes: list[str] = []
-    for node in recording.noise:
+    for index, node in enumerate(recording.noise):
         copied = nodes[node]
         with graph.inserting_before(copied):
             settings = graph.get_attr("_rvconvert.settings")
+            if index:
+                settings = graph.call_function(nth_source, (settings, index))
         copied.op, copied.target = "call_function", GAUSSIAN_SOURCES[node.meta["noise"]]
         copied.kwargs = {**copied.kwargs, "settings": settings}
 

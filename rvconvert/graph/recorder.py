@@ -402,7 +402,7 @@ _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.DataParallel)
 
 def call_by_rule(settings: Settings, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
     """Call a module whose class has a rule of its own: by the rule where an argument is random."""
-    if not random_variables(args, kwargs):
+    if not settings.needs_rules or not random_variables(args, kwargs):
         return module(*args, **kwargs)
     rule = settings.registry.find_module(type(module))
     assert rule is not None and rule.body is not None

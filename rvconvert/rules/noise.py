@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ import torch.nn.functional as F
 from rvconvert.errors import ConversionError
 from rvconvert.random_variable import RandomVariable, Settings
 
-__all__ = ["GAUSSIAN_SOURCES", "NON_GAUSSIAN", "SOURCES", "standard_normal"]
+__all__ = ["GAUSSIAN_SOURCES", "NON_GAUSSIAN", "SOURCES", "entering", "nth_source", "standard_normal"]
 
 # How a standard normal variable of a given shape starts in each covariance mode: source(zeros, settings).
 SOURCES: dict[str, Callable[[torch.Tensor, Settings], RandomVariable]] = {}
@@ -22,6 +23,24 @@ def _independent(zeros: torch.Tensor, settings: Settings) -> RandomVariable:
 
 
 SOURCES["independent"] = _independent
+
+
+def nth_source(settings: Settings, index: int) -> Settings:
+    """The settings of the index-th noise source of a model: a fixed seed must not make sources equal."""
+    if settings.seed is None or index == 0:
+        return settings
+    return replace(settings, seed=settings.seed + 1_000_003 * index)
+
+
+def entering(x: RandomVariable, settings: Settings) -> RandomVariable:
+    """A variable that a person gave by its moments, in the covariance mode and with the rules of ``settings``."""
+    if type(x) is not RandomVariable:
+        return x
+    if settings.covariance == "independent":
+        return RandomVariable._make(x.mean, x.var, settings).derived(latent=True)
+    random = x.var > 0
+    std = torch.where(random, torch.where(random, x.var, 1).sqrt(), 0)  # a finite gradient where var = 0
+    return standard_normal(torch.zeros_like(x.mean), settings) * std + x.mean
 
 
 def standard_normal(zeros: torch.Tensor, settings: Settings) -> RandomVariable:

@@ -83,6 +83,9 @@ def setitem(input: Any, index: Any, value: Any) -> Any:
 
     if not likes:
         return write(input, value)
+    carrier = max(likes, key=lambda x: x.precedence)
+    if carrier.precedence:  # another covariance mode applies the plain function as it applies any
+        return carrier.apply(SETITEM, setitem, (input, index, value), {})
 
     def part(x: Any, which: str) -> Any:
         if isinstance(x, RandomVariable):
@@ -96,7 +99,7 @@ def setitem(input: Any, index: Any, value: Any) -> Any:
     )
 
 
-add_rule("setitem", Composite(setitem), Exactness.EXACT)
+SETITEM = add_rule("setitem", Composite(setitem), Exactness.EXACT)
 
 
 def _copy(input: Any, source: Any, non_blocking: bool = False) -> Any:

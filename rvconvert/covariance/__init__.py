@@ -1,0 +1,5 @@
+"""Ways of carrying covariance beyond independence. Importing this package adds them to the noise sources."""
+
+from rvconvert.covariance import sampled
+
+__all__ = ["sampled"]

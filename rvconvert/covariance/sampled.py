@@ -1,0 +1,170 @@
+"""``covariance="sampled"``: antithetic paths through the plain functions, folded into one call each.
+
+A noise source becomes 2p paths, +e_1 .. +e_p, -e_1 .. -e_p, each e_i standard normal, orthogonal to the others
+within a sample. Every function runs as it is on all paths at once, so no rule is needed and nothing is assumed.
+Mean and variance are those across the paths; mean^2 + var is an unbiased estimate of the second moment.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree
+
+from rvconvert.errors import ConversionError
+from rvconvert.random_variable import RandomVariable, Settings, is_in_place, random_variables
+from rvconvert.rules.kinds import Metadata, substitute
+from rvconvert.rules.noise import SOURCES, entering
+from rvconvert.rules.shape import setitem
+
+if TYPE_CHECKING:
+    from rvconvert.registry import Rule
+
+__all__ = ["SampledVariable", "antithetic_normal"]
+
+# Statistics over the batch are those of all paths together, as the mixture law has it (paper eqs 10, 11).
+_JOINT_BATCH = frozenset(("batch_norm", "instance_norm"))
+_READ_VALUES = frozenset(
+    ("item", "tolist", "numpy", "__bool__", "__int__", "__float__", "__index__", "__array__", "__contains__", "equal")
+) | frozenset(("allclose", "is_nonzero", "nonzero", "unique"))
+
+
+class SampledVariable(RandomVariable):
+    """Random variables held as 2p antithetic paths.
+
+    Attributes:
+        paths: (2p, *shape); path i and path p + i are driven by opposite noise.
+    """
+
+    precedence = 20
+
+    @classmethod
+    def of_paths(cls, paths: Tensor, settings: Settings) -> SampledVariable:
+        """The variable whose paths these are."""
+        made = cls.__new__(cls)
+        made._settings = settings
+        made._latent = False
+        made._origin = None
+        made._paths = paths
+        return made
+
+    @property
+    def paths(self) -> Tensor:
+        """(2p, *shape): the values along each path."""
+        return self._paths
+
+    @property
+    def mean(self) -> Tensor:
+        """Mean across the paths, shaped like the variable; unbiased."""
+        return self._paths_as_float().mean(0)
+
+    @property
+    def var(self) -> Tensor:
+        """Variance across the 2p paths.
+
+        Within a pair, ((f+ - f-)/2)^2, the mean of which over pairs is unbiased for the odd part of the variance; and
+        the spread of the pairs' centres. With the squared error of the mean it makes exactly the mean squared error
+        over the paths. It lacks Var(mean), the even part's share / p.
+        """
+        values = self._paths_as_float()
+        return (values - values.mean(0)).square().mean(0)
+
+    def _paths_as_float(self) -> Tensor:
+        paths = self._paths
+        return paths if paths.is_floating_point() else paths.to(torch.get_default_dtype())
+
+    _mean = property(lambda self: self._paths[0])  # what is asked of shape, dtype and device, any path answers
+    _var = property(lambda self: self.var)
+
+    def with_moments(self, mean: Tensor, var: Tensor) -> RandomVariable:
+        """Refused: mean and variance do not say where each path goes."""
+        raise ConversionError(
+            "a rule made a mean and a variance out of sampled paths; in covariance='sampled' plain functions run, no rules"
+        )
+
+    def apply(self, rule: Rule, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The plain function on every path."""
+        name = getattr(func, "__name__", "")
+        if name in _READ_VALUES:
+            raise ConversionError(
+                f"{name} asks for the value of a random variable, which differs between its paths; take x.mean for "
+                "its expected value, or leave that part of the model out of the conversion (methods=...)"
+            )
+        if isinstance(rule.kind, Metadata) and not is_in_place(func, kwargs):
+            return func(*substitute(args, lambda x: x._mean), **substitute(kwargs, lambda x: x._mean))
+        if rule.name == "setitem":
+            func = setitem
+        settings = self.settings
+        variables = list({id(x): entering(x, settings) for x in random_variables(args, kwargs)}.items())
+
+        def plain(*paths: Tensor) -> Any:
+            values = {key: path for (key, _), path in zip(variables, paths, strict=True)}
+            if is_in_place(func, kwargs) and isinstance(args[0], RandomVariable):
+                values[id(args[0])] = values[id(args[0])].clone()
+            return func(
+                *substitute(args, lambda x: values[id(x)]),
+                **substitute(kwargs, lambda x: values[id(x)]),
+            )
+
+        paths = [x.paths for _, x in variables]
+        if rule.name in _JOINT_BATCH and len(paths) == 1:
+            out = plain(paths[0].flatten(0, 1))
+            result: Any = out.unflatten(0, (paths[0].shape[0], -1))
+        else:
+            result = on_each(plain, paths)
+        return _pytree.tree_map(lambda x: SampledVariable.of_paths(x, settings) if isinstance(x, Tensor) else x, result)
+
+
+def on_each(plain: Callable[..., Any], paths: list[Tensor]) -> Any:
+    """``plain`` on every path: vectorised, or one path after the other where torch cannot."""
+    try:
+        return torch.vmap(plain, randomness="different")(*paths)
+    except (RuntimeError, ValueError, NotImplementedError, TypeError):
+        results = [plain(*each) for each in zip(*(p.unbind(0) for p in paths), strict=True)]  # a real error comes again
+    leaves, structure = zip(*(_pytree.tree_flatten(each) for each in results), strict=True)
+    joined = []
+    for values in zip(*leaves, strict=True):
+        if isinstance(values[0], Tensor):
+            joined.append(torch.stack(values))
+        elif all(each == values[0] for each in values):
+            joined.append(values[0])
+        else:
+            raise ConversionError(f"an operation gave {values[0]!r} on one path, {values[-1]!r} on another: not tensors")
+    return _pytree.tree_unflatten(joined, structure[0])
+
+
+def antithetic_normal(zeros: Tensor, settings: Settings) -> SampledVariable:
+    """Standard normal variables shaped like ``zeros`` (first dimension: the batch) as antithetic paths."""
+    generator = None
+    if settings.seed is not None:
+        generator = torch.Generator(zeros.device).manual_seed(settings.seed)
+    noise = orthogonal_normal(settings.pairs, zeros, generator)
+    return SampledVariable.of_paths(torch.cat((noise, -noise)), settings)
+
+
+def orthogonal_normal(count: int, zeros: Tensor, generator: torch.Generator | None) -> Tensor:
+    """(count, *shape): draws that are each standard normal and, within a sample, orthogonal in blocks.
+
+    Directions are uniform on the sphere and lengths chi-distributed, so each draw by itself is N(0, I); a block holds as
+    many as a sample has elements.
+    """
+    noise = torch.randn(count, *zeros.shape, dtype=zeros.dtype, device=zeros.device, generator=generator)
+    elements = math.prod(zeros.shape[1:])
+    if count == 1 or elements == 1 or zeros.numel() == 0:
+        return noise
+    blocks = []
+    for block in noise.flatten(2).split(elements):  # (p, B, n)
+        columns = block.permute(1, 2, 0).to(torch.promote_types(block.dtype, torch.float32))  # (B, n, p)
+        directions, triangle = torch.linalg.qr(columns)
+        directions = directions * torch.diagonal(triangle, dim1=-2, dim2=-1).sign().unsqueeze(-2)  # else not uniform
+        other = torch.randn(columns.shape, dtype=columns.dtype, device=zeros.device, generator=generator)
+        lengths = other.norm(dim=-2, keepdim=True)
+        blocks.append((directions * lengths).permute(2, 0, 1).to(zeros.dtype))
+    return torch.cat(blocks).reshape(noise.shape)
+
+
+SOURCES["sampled"] = antithetic_normal
