@@ -1,5 +1,6 @@
 """rvconvert: turn any PyTorch variational autoencoder into an RV-VAE, and the trained result back."""
 
+from rvconvert.checkpoint import load, save
 from rvconvert.convert import convert, plan
 from rvconvert.errors import ConversionError
 from rvconvert.penalty import variance_penalty
@@ -13,8 +14,10 @@ __all__ = [
     "ConversionError",
     "RandomVariable",
     "convert",
+    "load",
     "plan",
     "rule",
+    "save",
     "to_plain",
     "transfer_weights",
     "variance_penalty",
