@@ -127,10 +127,6 @@ def run_transfer(args: argparse.Namespace) -> Result:
 
 
 def run_verify(args: argparse.Namespace) -> Result:
-    try:
-        from rvconvert.verify import verify
-    except ImportError as error:
-        raise ConversionError(f"verify needs {error.name}") from None
     model = checkpoint.load(
         args.source,
         model=args.model,
@@ -145,6 +141,8 @@ def run_verify(args: argparse.Namespace) -> Result:
         inputs = _examples(args)
     if inputs is None:
         raise ConversionError("nothing to run the model on: give --images PATH or --example-shape N,C,H,W")
+    from rvconvert.verify import verify
+
     torch.manual_seed(args.seed)
     inputs = _dressed(model, inputs)
     result = _guarded(args, lambda: verify(model, *inputs, samples=args.samples))
