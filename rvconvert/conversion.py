@@ -69,6 +69,7 @@ class Conversion:
         self.plain_class = plain_class
         self.programs: dict[Any, Program] = {}
         self.last_penalty: torch.Tensor | None = None
+        self._penalty: torch.Tensor | None = None  # of the call under way
         self.penalty_scale: float = 1.0
 
     # --- the two ways a random variable leaves --------------------------------------------------
@@ -80,7 +81,8 @@ class Conversion:
         options = self.options
         with torch.no_grad():
             penalty = variance_penalty(value, options.penalty, options.penalty_kind)
-            self.last_penalty = penalty if self.last_penalty is None else self.last_penalty + penalty
+            self._penalty = penalty if self._penalty is None else self._penalty + penalty
+            self.last_penalty = self._penalty
         if not options.attach or options.penalty == 0:
             return value.mean
         return attach_penalty(value, options.penalty, options.penalty_kind, self.penalty_scale)
@@ -101,7 +103,7 @@ class Conversion:
         program = self.find(name, model, leaves, structure)
         if program is None:
             program = self.prepare(name, model, args, kwargs)
-        self.last_penalty = None
+        self._penalty = None
         if program.run is None:
             return dispatch.run(self, self.method(name), model, args, kwargs)
         results = program.run(model, *leaves)
@@ -152,7 +154,7 @@ class Conversion:
         args, kwargs = self.normalized(name, args, kwargs)
         leaves, structure = flatten((args, kwargs))
         examined = self.examine(name, model, args, kwargs)
-        if examined.refusal is not None:
+        if examined.refusal is not None and not self.samples_in_other_mode(examined.refusal, name, model, args, kwargs):
             raise examined.refusal
         refuse_unsupported(examined.report)
         recording = examined.recording
@@ -164,6 +166,22 @@ class Conversion:
             program = Program(compile_graph(graph), recording.outputs, tuple(recording.attributes), report, bool(recording.fixed))
         self.programs[self.key(name, model, leaves, structure, batch=program.fixed_batch)] = program
         return program
+
+    def samples_in_other_mode(self, refusal: ConversionError, name: str, model: nn.Module, args: Any, kwargs: Any) -> bool:
+        """True where the method draws nothing in this mode but does in the other (``if self.training: ...``)."""
+        if not isinstance(refusal, NoReparameterizationError):
+            return False
+        if any(key[0] == name for key in self.programs):
+            return True
+        modes = {module: module.training for module in model.modules()}
+        nn.Module.train(model, not model.training)
+        try:
+            return self.examine(name, model, args, kwargs).refusal is None
+        except Exception:  # noqa: BLE001 - the model itself may refuse the inputs in that mode (a batch of one)
+            return False
+        finally:
+            for module, training in modes.items():
+                module.training = training
 
     def examine(self, name: str, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Examined:
         """Choose the engine and plan the method; refuses nothing, but says what must be refused."""
@@ -290,7 +308,7 @@ def replay_differs(recording: Recording, model: nn.Module, method: Any, args: An
     def compare(inputs: list[torch.Tensor], seed: int) -> str | None:
         results = []
         for replay in (False, True):
-            with unchanged(model), torch.no_grad():
+            with unchanged(model), torch.enable_grad():
                 torch.manual_seed(seed)
                 if replay:
                     results.append(run(model, *(x.clone() for x in inputs)))

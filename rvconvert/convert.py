@@ -13,11 +13,11 @@ from torch import nn
 import rvconvert.covariance  # noqa: F401 - adds the covariance modes
 import rvconvert.rules  # noqa: F401 - fills the rule table
 from rvconvert.conversion import Conversion, Options
-from rvconvert.errors import ConversionError
+from rvconvert.errors import ConversionError, UnsupportedOperationError
 from rvconvert.random_variable import RandomVariable, Settings
 from rvconvert.registry import REGISTRY, Registry
 from rvconvert.report import Report, merge
-from rvconvert.weights import is_converted, plain_copy
+from rvconvert.weights import detached, is_converted, plain_copy
 
 __all__ = ["convert", "plan"]
 
@@ -80,7 +80,7 @@ def convert(
     memo: dict[int, Any] = {}
     if inplace:
         memo = {id(t): t for t in (*module.parameters(), *module.buffers())}
-    model = convert_copy(copy.deepcopy(module, memo), options)
+    model = convert_copy(copy.deepcopy(module, detached(module, memo)), options)
     if example_inputs is not None or example_kwargs is not None:
         _prepare(model, _as_args(example_inputs), example_kwargs or {})
     elif options.engine != "dispatch":
@@ -155,10 +155,10 @@ def _prepare(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
         call = _with_random_inputs(conversion, name, args, kwargs)
         reports.append(conversion.prepare(name, model, *call).report)
         modes = {m: m.training for m in model.modules()}
-        model.train(not model.training)
+        nn.Module.train(model, not model.training)
         try:
             conversion.prepare(name, model, *call)
-        except ConversionError:
+        except UnsupportedOperationError:
             raise
         except Exception:  # noqa: BLE001 - the model itself may refuse the example in that mode (a batch of one)
             pass
@@ -194,7 +194,7 @@ def plan(
     shared = {id(t): t for t in (*module.parameters(), *module.buffers())}
     made = _options(**options)
     _check_methods(module, made)
-    model = convert_copy(copy.deepcopy(module, shared), made)
+    model = convert_copy(copy.deepcopy(module, detached(module, shared)), made)
     conversion: Conversion = model.__dict__["_rvconvert"]
     reports = []
     for name in made.methods:

@@ -12,10 +12,10 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from rvconvert.errors import NonGaussianError, NoReparameterizationError
+from rvconvert.errors import NonGaussianError, NoReparameterizationError, UnsupportedOperationError
 from rvconvert.graph.plan import row_for, short_path
 from rvconvert.graph.recorder import intercepted_modules, unchanged, unscripted, user_frame, where
-from rvconvert.random_variable import RandomVariable, Settings, propagate, random_variables
+from rvconvert.random_variable import RandomVariable, Settings, is_in_place, propagate, random_variables
 from rvconvert.registry import PLAIN, operation_name
 from rvconvert.report import Row
 from rvconvert.rules.noise import GAUSSIAN_SOURCES, NON_GAUSSIAN, nth_source
@@ -27,59 +27,33 @@ if TYPE_CHECKING:
 __all__ = ["run", "survey"]
 
 
-class TensorView:
+class TensorView(torch.Tensor):
     """A random variable dressed as a tensor for the model's own code.
 
     ``isinstance(x, torch.Tensor)`` holds, ``x.mean(dim)`` is the method that it is on a tensor, and an
-    in-place operation changes what every holder of the object sees. What it stands for is ``variable``.
+    in-place operation changes what every holder of the object sees. It has no storage, so what would read
+    its values behind torch's back fails. What it stands for is ``variable``.
     """
 
     variable: RandomVariable
 
+    @staticmethod
+    def __new__(cls, variable: RandomVariable) -> TensorView:
+        mean = variable.mean
+        made = torch.Tensor._make_wrapper_subclass(cls, mean.shape, dtype=mean.dtype, device=mean.device)
+        made.variable = variable
+        return made  # type: ignore[no-any-return]
+
     def __init__(self, variable: RandomVariable) -> None:
-        self.__dict__["variable"] = variable
-
-    @property  # type: ignore[misc]
-    def __class__(self) -> type:
-        return torch.Tensor
-
-    def __getattr__(self, name: str) -> Any:
-        attribute = getattr(torch.Tensor, name, None)
-        if attribute is None:
-            raise AttributeError(name)
-        if callable(attribute):
-            return lambda *args, **kwargs: _call(attribute, (self, *args), kwargs)
-        return _dress(getattr(self.variable, name))
-
-    def __len__(self) -> int:
-        return len(self.variable)
-
-    def __iter__(self) -> Any:
-        return iter(_call(torch.unbind, (self,), {}))
-
-    def __bool__(self) -> bool:
-        return bool(self.variable)
-
-    def __hash__(self) -> int:
-        return id(self)
-
-    def __setitem__(self, index: Any, value: Any) -> None:
-        _call(torch.Tensor.__setitem__, (self, index, value), {})
+        super().__init__()
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         return _call(func, args, kwargs or {})
 
-
-def _operator(name: str) -> Callable[..., Any]:
-    func = getattr(torch.Tensor, name)
-    return lambda self, *args: _call(func, (self, *args), {})
-
-
-for _name in vars(RandomVariable):
-    if _name.startswith("__") and callable(getattr(torch.Tensor, _name, None)) and _name not in vars(TensorView):
-        if _name not in ("__init__", "__new__", "__repr__", "__class__", "__setattr__", "__getattribute__", "__doc__", "__reduce__"):
-            setattr(TensorView, _name, _operator(_name))
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        raise UnsupportedOperationError(f"{func} reads a random variable where no rule can act")
 
 
 def _undress(value: Any) -> Any:
@@ -121,9 +95,26 @@ class _Run(TorchFunctionMode):
         self.stack: list[str] = []
         self.drew: list[str] = []
         self.others: list[tuple[str, str]] = []
+        self.written: dict[int, tuple[torch.Tensor, TensorView]] = {}
+
+    def current(self, value: Any) -> Any:
+        """``value`` with each plain tensor that a random variable was written into replaced by what it became."""
+        if isinstance(value, torch.Tensor):
+            return self.written[id(value)][1] if id(value) in self.written else value
+        if type(value) in (list, tuple):
+            return type(value)(self.current(each) for each in value)
+        if type(value) is dict:
+            return {key: self.current(each) for key, each in value.items()}
+        return value
 
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if self.written:
+            args, kwargs = self.current(args), self.current(kwargs)
+        target = args[0] if args else None
+        if isinstance(target, torch.Tensor) and type(target) is not TensorView and is_in_place(func, kwargs):
+            if random_variables(_undress(args[1:]), _undress(kwargs)) and func not in GAUSSIAN_SOURCES:
+                return self.write(func, target, args, kwargs)
         if func in GAUSSIAN_SOURCES:
             self.drew.append(where(user_frame())[0])
             self.note(operation_name(func), "noise")
@@ -138,6 +129,15 @@ class _Run(TorchFunctionMode):
         if self.rows is None:
             return _call(func, args, kwargs)
         return self.surveyed(func, args, kwargs)
+
+    def write(self, func: Any, target: torch.Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """An in-place write of a random variable into a plain tensor: from now on the tensor stands for the result."""
+        like = random_variables(_undress(args[1:]), _undress(kwargs))[0]
+        view = TensorView(like.with_moments(target.detach().clone(), torch.zeros_like(target)))
+        self.note(operation_name(func), "random", self.settings.rule_for(func))
+        _call(func, (view, *args[1:]), kwargs)
+        self.written[id(target)] = (target, view)
+        return view
 
     def surveyed(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Apply the rule and note it; where there is none, note that and go on with the plain function."""
@@ -155,10 +155,12 @@ class _Run(TorchFunctionMode):
                 return value.mean
             return type(value)(plain(v) for v in value) if isinstance(value, (list, tuple)) else value
 
-        result = func(*(plain(a) for a in args), **{k: plain(v) for k, v in kwargs.items()})
-        if isinstance(result, torch.Tensor) and result.is_floating_point():
-            return TensorView(like.with_moments(result, torch.zeros_like(result)))
-        return result
+        def dressed(value: Any) -> Any:
+            if isinstance(value, torch.Tensor) and value.is_floating_point():
+                return TensorView(like.with_moments(value, torch.zeros_like(value)))
+            return tuple(dressed(v) for v in value) if isinstance(value, tuple) else value
+
+        return dressed(func(*(plain(a) for a in args), **{k: plain(v) for k, v in kwargs.items()}))
 
     def note(self, operation: str, status: str, rule: Any = None) -> None:
         if self.rows is None:
@@ -185,7 +187,7 @@ def survey(conversion: Conversion, method: Callable[..., Any], model: nn.Module,
     """
     rows: list[Row] = []
     mode = _Run(conversion.settings, rows)
-    with unchanged(model), torch.no_grad():
+    with unchanged(model), torch.enable_grad():
         result = _execute(conversion, mode, method, model, args, kwargs)
     name = f"{conversion.plain_class.__name__}.{method.__name__}"
     leaves, _ = flatten(result, _is_value)
@@ -222,7 +224,12 @@ def _execute(conversion: Conversion, mode: _Run, method: Any, model: nn.Module, 
             mode.stack.pop()
 
     with as_class(model, conversion.plain_class), unscripted(), intercepted_modules(module_call), mode:
-        return method(model, *args, **kwargs)
+        return _written_back(mode, method(model, *args, **kwargs))
+
+
+def _written_back(mode: _Run, result: Any) -> Any:
+    leaves, structure = flatten(result, _is_value)
+    return structure.build(iter([mode.current(leaf) for leaf in leaves])) if mode.written else result
 
 
 def _collapse(conversion: Conversion, result: Any) -> Any:

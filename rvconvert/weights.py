@@ -15,6 +15,7 @@ from torch.overrides import TorchFunctionMode
 from rvconvert.conversion import Conversion
 from rvconvert.errors import ConversionError, TransferError
 from rvconvert.rules.noise import GAUSSIAN_SOURCES
+from rvconvert.structure import flatten
 
 __all__ = ["is_converted", "to_plain", "transfer_weights"]
 
@@ -32,8 +33,19 @@ def plain_copy(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Modul
     memo[id(model)] = made
     memo[id(conversion)] = None
     state = {key: value for key, value in model.__dict__.items() if key != "_rvconvert"}
-    made.__dict__.update(copy.deepcopy(state, memo))
+    made.__dict__.update(copy.deepcopy(state, detached(model, memo)))
     return made
+
+
+def detached(model: nn.Module, memo: dict[int, Any]) -> dict[int, Any]:
+    """``memo`` for a deepcopy of ``model``, with the results of past calls that it keeps taken off their graph."""
+    for module in model.modules():
+        for name, value in vars(module).items():
+            if name not in ("_parameters", "_modules"):
+                for tensor in flatten(value)[0]:
+                    if isinstance(tensor, torch.Tensor) and not tensor.is_leaf:
+                        memo[id(tensor)] = tensor.detach().clone()
+    return memo
 
 
 def to_plain(rv_model: nn.Module, latent: str = "sample") -> nn.Module:

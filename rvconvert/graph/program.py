@@ -134,6 +134,10 @@ def to_random_variables(
                 collapsed[node] = graph.call_function(target, (state, after))
         return collapsed[node]
 
+    for node in recording.graph.nodes:
+        if node.op == "call_method" and node.target == "item" and node in recording.random:
+            nodes[node].replace_input_with(nodes[node.args[0]], collapse(node.args[0], False))
+
     for operand, users in reconstructions(recording).items():
         notes.append(f"reconstruction meets the input in a loss: {users[0].meta.get('where', '')}")
         for user in users:

@@ -513,7 +513,7 @@ def intercepted_modules(handler: Callable[..., Any]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def unscripted() -> Iterator[None]:
-    """Within: ``torch.jit.script`` functions run as the Python they were made of."""
+    """Within: ``torch.jit.script`` functions run as the Python they were made of, and wrappers of C are left out."""
     script_function = torch.jit.ScriptFunction
     original = script_function.__call__
 
@@ -522,13 +522,32 @@ def unscripted() -> Iterator[None]:
         return python(*args, **kwargs) if python is not None else original(self, *args, **kwargs)
 
     script_function.__call__ = call
+    torch.autograd.Variable.__new__ = lambda cls, data=None, *args, **kwargs: data  # a tensor is one since torch 0.4
     validate = torch.distributions.Distribution._validate_args
     torch.distributions.Distribution.set_default_validate_args(False)
     try:
         yield
     finally:
         script_function.__call__ = original
+        del torch.autograd.Variable.__new__
         torch.distributions.Distribution.set_default_validate_args(validate)
+
+
+@contextlib.contextmanager
+def watched_grad_mode(recorder: _Recorder) -> Iterator[None]:
+    """Within: a model that asks whether gradients are on is known to decide by it."""
+    original = torch.is_grad_enabled
+
+    def asked() -> bool:
+        if not sys._getframe(1).f_code.co_filename.startswith(_INTERNAL):
+            recorder.recording.obstacles.append(f"Python decides by torch.is_grad_enabled(): {recorder.line()}")
+        return original()
+
+    torch.is_grad_enabled = asked
+    try:
+        yield
+    finally:
+        torch.is_grad_enabled = original
 
 
 @contextlib.contextmanager
@@ -590,7 +609,7 @@ def record(
             values.append(leaf)
             recorder.track(leaf, node)
         args, kwargs = structure.build(iter(values))
-        with intercepted_modules(recorder.module_call), unscripted(), recorder:
+        with intercepted_modules(recorder.module_call), unscripted(), watched_grad_mode(recorder), recorder:
             result = method(*args, **kwargs)
         _finish(recorder, result, before, buffers, sizes)
     return recording, result

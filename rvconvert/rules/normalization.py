@@ -55,9 +55,9 @@ class BatchNormalization:
             if running_mean is not None and running_var is not None:
                 n = x.mean.numel() // x.shape[1]
                 with torch.no_grad():
-                    running_mean.lerp_(centre.detach().flatten().to(running_mean.dtype), momentum)
+                    running_mean.data.lerp_(centre.detach().flatten().to(running_mean.dtype), momentum)
                     unbiased = spread.detach().flatten() * (n / max(n - 1, 1))
-                    running_var.lerp_(unbiased.to(running_var.dtype), momentum)
+                    running_var.data.lerp_(unbiased.to(running_var.dtype), momentum)
         else:
             centre = _per_channel(running_mean, x.ndim)  # type: ignore[assignment]
             spread = _per_channel(running_var, x.ndim)  # type: ignore[assignment]
@@ -178,8 +178,8 @@ class InstanceNormalization(SampleNormalization):
                     spread = (x.mean - centre).square().mean(axes) + x.var.mean(axes)
                     n = x.mean[0, 0].numel()
                     momentum = 0.1 if momentum is None else momentum
-                    running_mean.lerp_(centre.flatten(1).mean(0), momentum)
-                    running_var.lerp_(spread.mean(0) * n / max(n - 1, 1), momentum)
+                    running_mean.data.lerp_(centre.flatten(1).mean(0), momentum)
+                    running_var.data.lerp_(spread.mean(0) * n / max(n - 1, 1), momentum)
             mean, var = self.normalize(x.mean, x.var, axes, eps)
             return _affine(x, mean, var, weight, bias)
 
