@@ -245,7 +245,7 @@ _ARITHMETIC = frozenset(
 
 _READ_VALUES = frozenset(
     "item tolist numpy __bool__ __int__ __float__ __index__ __array__ __len__ equal allclose is_nonzero "
-    "isnan isinf isfinite nonzero unique argmax argmin argsort topk_indices __contains__".split()
+    "nonzero unique argmax argmin argsort topk_indices __contains__".split()
 )
 
 

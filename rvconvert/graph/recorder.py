@@ -42,7 +42,7 @@ _UNRECORDED_PROPERTIES = frozenset(
 _UNRECORDED = frozenset(
     "dim ndimension is_contiguous is_floating_point is_complex element_size get_device stride storage_offset type "
     "is_tensor is_same_size data_ptr untyped_storage storage __len__ __format__ __repr__ __hash__ __deepcopy__ "
-    "requires_grad_ retain_grad register_hook is_signed __reduce_ex__ is_pinned _is_view __dir__ is_inference "
+    "requires_grad_ retain_grad is_signed __reduce_ex__ is_pinned _is_view __dir__ is_inference "
     "set_ _typed_storage promote_types result_type can_cast get_default_dtype broadcast_shapes".split()
 )
 _VALUE_READS = frozenset(
@@ -225,6 +225,9 @@ class _Recorder(TorchFunctionMode):
             return self.property(func, name, args, kwargs)
         plain_args, plain_kwargs = _plain(args), _plain(kwargs)
         if name in _UNRECORDED and not (name == "type" and len(args) + len(kwargs) > 1):
+            return func(*plain_args, **plain_kwargs)
+        if name == "register_hook":
+            self.recording.obstacles.append(f"a hook on a tensor: {self.line()}")
             return func(*plain_args, **plain_kwargs)
         if name in _VALUE_READS:
             return self.read(func, name, plain_args, plain_kwargs)

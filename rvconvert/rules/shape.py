@@ -16,7 +16,7 @@ _QUESTIONS = (
     "storage_offset zeros_like ones_like empty_like full_like new_zeros new_ones new_empty "
     "new_full new_tensor new is_same_size result_type is_tensor is_pinned is_shared is_inference is_conj is_neg "
     "broadcast_shapes can_cast shape ndim dtype device layout requires_grad is_cuda is_leaf grad_fn "
-    "is_signed is_set_to"
+    "is_signed is_set_to register_hook isnan isinf isfinite isreal"
 ).split()
 for _name in _QUESTIONS:
     add_rule(_name, Metadata(), Exactness.EXACT)
