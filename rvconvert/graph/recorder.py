@@ -203,7 +203,8 @@ class _Recorder(TorchFunctionMode):
         return node
 
     def fixed(self, name: str) -> None:
-        self.recording.fixed.append(self.line())
+        if not where(user_frame())[1].startswith("assert"):
+            self.recording.fixed.append(self.line())
 
     def inherit(self, node: fx.Node, sources: Any) -> None:
         """A node is random, or downstream of another distribution's draw, if one of its inputs is."""
@@ -252,7 +253,8 @@ class _Recorder(TorchFunctionMode):
 
             def make(dim: int, size: int) -> TracedInt:
                 node = self.add("call_method", "size", (self.node_of(tensor), dim), {})
-                return TracedInt(size, node, self.fixed)
+                # A recording serves one size of every other dimension, so only the batch's can be fixed by mistake.
+                return TracedInt(size, node, self.fixed if dim in (0, -tensor.ndim) else _ignored)
 
             if isinstance(value, torch.Size):
                 return traced_size(value, make)
@@ -332,9 +334,11 @@ class _Recorder(TorchFunctionMode):
             self.inherit(detached, [node])
             node = detached
         for tensor in mutated:
-            if random or node.meta.get("noise"):
+            if random:
                 self.write(tensor, node)
-        if not any(result is tensor for tensor in mutated):
+            elif node in self.taint_of:
+                self.taint_of.setdefault(self.node_of(tensor), self.taint_of[node])
+        if not (random and any(result is tensor for tensor in mutated)):
             self.track(result, node)
 
     def write(self, tensor: torch.Tensor, node: fx.Node) -> None:
@@ -398,6 +402,10 @@ class _Recorder(TorchFunctionMode):
         parametrized = type(module).__name__.startswith("Parametrized") and hasattr(module, "parametrizations")
         own = own or (parametrized and type(module).__mro__[1].__module__.startswith("torch.nn.modules"))
         return own and (not children or isinstance(module, nn.MultiheadAttention))
+
+
+def _ignored(name: str) -> None:
+    """A size that may be fixed."""
 
 
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.DataParallel)

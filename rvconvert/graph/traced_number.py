@@ -16,7 +16,7 @@ class _Traced:
     """Arithmetic makes a new node; whatever fixes the value (a branch, a loop) is reported to the recorder."""
 
     node: fx.Node
-    fixed: Callable[[str], None]
+    fixed: Callable[[str], None]  # told where Python fixes the value
 
 
 class TracedInt(_Traced, int):

@@ -157,6 +157,10 @@ class Shape:
         like = random_variables(args, kwargs)[0]
         values, rest, options = bind(self.names, args, kwargs)
         present = {name: value for name, value in zip(self.names, values, strict=True) if value is not None}
+        # What is asked of another argument (``view_as(other)``) is its shape or type, which its mean has.
+        rest, options = substitute(rest, lambda x: x.mean), substitute(options, lambda x: x.mean)
+        if not random_variables(*(present.get(name) for name in self.data)):
+            return self.call(func, substitute(present, lambda x: x.mean), rest, options)
         mean = self.call(func, {n: substitute(v, lambda x: x.mean) for n, v in present.items()}, rest, options)
         var = self.call(
             func,

@@ -18,6 +18,7 @@ _QUESTIONS = (
     "broadcast_shapes can_cast shape ndim dtype device layout requires_grad is_cuda is_leaf grad_fn "
     "is_signed is_set_to register_hook isnan isinf isfinite isreal"
 ).split()
+add_rule("len", Metadata(), Exactness.EXACT, functions=(torch.Tensor.__len__, torch.Tensor.__format__, torch.Tensor.__repr__))
 for _name in _QUESTIONS:
     add_rule(_name, Metadata(), Exactness.EXACT)
 
