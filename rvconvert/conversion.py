@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import types
 from collections.abc import Callable
 from typing import Any
 
@@ -68,6 +69,7 @@ class Conversion:
         self.settings = options.settings
         self.plain_class = plain_class
         self.programs: dict[Any, Program] = {}
+        self.constants = types.SimpleNamespace()
         self.last_penalty: torch.Tensor | None = None
         self._penalty: torch.Tensor | None = None  # of the call under way
         self.penalty_scale: float = 1.0
@@ -235,6 +237,7 @@ class Conversion:
             recording, _ = record(model, lambda *a, **k: method(model, *a, **k), args, kwargs, self.settings.registry)
             if recording.obstacles:
                 return None, recording.obstacles
+            vars(self.constants).update(recording.constants)
             obstacle = replay_differs(recording, model, method, args, kwargs)
         return (None, [obstacle]) if obstacle else (recording, [])
 

@@ -239,7 +239,9 @@ def _generated_class(cls: type[nn.Module], methods: tuple[str, ...]) -> type[nn.
 def _deepcopy(self: nn.Module, memo: dict[int, Any]) -> nn.Module:
     conversion: Conversion = self.__dict__["_rvconvert"]
     made = convert_copy(plain_copy(self, memo), conversion.options)
-    made.__dict__["_rvconvert"].programs = dict(conversion.programs)
+    copied: Conversion = made.__dict__["_rvconvert"]
+    copied.programs, copied.constants = dict(conversion.programs), conversion.constants
+    copied.penalty_scale = conversion.penalty_scale
     memo[id(self)] = made
     return made
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import itertools
 import linecache
 import operator
 import sys
@@ -18,7 +19,7 @@ import torch
 from torch import fx, nn
 from torch.overrides import TorchFunctionMode
 
-from rvconvert.graph.traced_number import TracedFloat, TracedInt, traced_size, untraced
+from rvconvert.graph.traced_number import TracedFloat, TracedInt, ignored, traced_size, untraced
 from rvconvert.random_variable import RandomVariable, Settings, random_variables
 from rvconvert.registry import Registry
 from rvconvert.rules.noise import GAUSSIAN_SOURCES, NON_GAUSSIAN
@@ -35,6 +36,7 @@ _TENSOR_PROPERTIES = {
     for name in dir(torch.Tensor)
     if hasattr(attribute := getattr(torch.Tensor, name), "__get__") and not callable(attribute)
 }
+_CONSTANT = itertools.count()
 _UNRECORDED_PROPERTIES = frozenset(
     "dtype device ndim layout requires_grad is_cuda is_leaf grad_fn is_sparse is_quantized is_mps is_meta is_nested "
     "is_cpu is_mkldnn is_xpu names _base _version output_nr is_sparse_csr is_ipu is_xla itemsize nbytes".split()
@@ -59,7 +61,7 @@ class Recording:
         graph: placeholders are the tensor leaves of the inputs, in order; the output is a flat tuple.
         inputs: structure of the inputs; ``outputs``: structure of the outputs.
         attributes: (module path, attribute) pairs whose values the method sets; they follow the outputs.
-        constants: values that no code in the graph makes.
+        constants: values that no code in the graph makes, by the name it looks them up with on the conversion.
         origins: node -> where it comes from.
         non_gaussian: (distribution, where) for each draw from another distribution that meets a random value.
         obstacles: why the graph cannot stand for the method (empty if it can).
@@ -70,7 +72,7 @@ class Recording:
     inputs: Structure
     outputs: Structure = field(default_factory=lambda: Structure("constant"))
     attributes: list[tuple[str, str]] = field(default_factory=list)
-    constants: list[Any] = field(default_factory=list)
+    constants: dict[str, Any] = field(default_factory=dict)
     random: set[fx.Node] = field(default_factory=set)
     non_gaussian: list[tuple[str, str]] = field(default_factory=list)
     noise: list[fx.Node] = field(default_factory=list)
@@ -167,8 +169,9 @@ class _Recorder(TorchFunctionMode):
         return node
 
     def constant(self, value: Any) -> fx.Node:
-        self.recording.constants.append(value)
-        return self.graph.get_attr(f"_rvconvert_constants.c{len(self.recording.constants) - 1}")
+        name = f"constant_{next(_CONSTANT)}"
+        self.recording.constants[name] = value
+        return self.graph.get_attr(f"_rvconvert.constants.{name}")
 
     def argument(self, value: Any) -> Any:
         """``value`` as an argument of a node."""
@@ -254,7 +257,7 @@ class _Recorder(TorchFunctionMode):
             def make(dim: int, size: int) -> TracedInt:
                 node = self.add("call_method", "size", (self.node_of(tensor), dim), {})
                 # A recording serves one size of every other dimension, so only the batch's can be fixed by mistake.
-                return TracedInt(size, node, self.fixed if dim in (0, -tensor.ndim) else _ignored)
+                return TracedInt(size, node, self.fixed if dim in (0, -tensor.ndim) else ignored)
 
             if isinstance(value, torch.Size):
                 return traced_size(value, make)
@@ -402,10 +405,6 @@ class _Recorder(TorchFunctionMode):
         parametrized = type(module).__name__.startswith("Parametrized") and hasattr(module, "parametrizations")
         own = own or (parametrized and type(module).__mro__[1].__module__.startswith("torch.nn.modules"))
         return own and (not children or isinstance(module, nn.MultiheadAttention))
-
-
-def _ignored(name: str) -> None:
-    """A size that may be fixed."""
 
 
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.DataParallel)

@@ -9,7 +9,11 @@ from typing import Any
 import torch
 from torch import fx
 
-__all__ = ["TracedFloat", "TracedInt", "untraced"]
+__all__ = ["TracedFloat", "TracedInt", "ignored", "traced_size", "untraced"]
+
+
+def ignored(name: str) -> None:
+    """What is told of a size that may be fixed."""
 
 
 class _Traced:
@@ -75,7 +79,8 @@ def _arithmetic(function: Callable[..., Any], reflected: bool) -> Callable[..., 
         operands = (*others, self) if reflected else (self, *others)
         value = function(*map(untraced, operands))
         node = self.node.graph.call_function(function, tuple(x.node if isinstance(x, _Traced) else x for x in operands))
-        return _traced(value, node, self.fixed)
+        watched = [x.fixed for x in operands if isinstance(x, _Traced) and x.fixed is not ignored]
+        return _traced(value, node, watched[0] if watched else ignored)
 
     return method
 
