@@ -8,6 +8,7 @@ Chen, Li, Grosse and Duvenaud, "Isolating Sources of Disentanglement in Variatio
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from itertools import pairwise
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import rvconvert
-from common import Run, argument_parser, load_data, parse_arguments
+from common import Run, Views, argument_parser, load_data, parse_arguments
 
 
 class BetaTCVAE(nn.Module):
@@ -25,7 +26,7 @@ class BetaTCVAE(nn.Module):
         self,
         in_channels: int = 3,
         latent_dim: int = 10,
-        hidden_dims: tuple[int, ...] = (32, 32, 32, 32),
+        hidden_dims: Sequence[int] = (32, 32, 32, 32),
         size: int = 64,
         hidden_features: int = 256,
     ) -> None:
@@ -130,17 +131,17 @@ def log_stratified_weights(batch: int, dataset_size: int) -> Tensor:
     return weights.log()
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> Run:
     parser = argument_parser(__doc__)
     parser.add_argument("--latent", type=int, default=10)
     parser.add_argument("--lr", type=float, default=0.005)
     parser.add_argument("--beta", type=float, default=6.0)
     parser.add_argument("--anneal-steps", type=int, default=10_000, help="until the KL counts in full")
-    args = parse_arguments(parser)
+    args = parse_arguments(parser, arguments)
     data = load_data(args)
 
     channels, size = data.train.shape[1], data.train.shape[2]
-    hidden_dims = (8, 8, 8, 8) if args.smoke else (32, 32, 32, 32)
+    hidden_dims = [8 if args.smoke else 32 // args.shrink] * 4
     vae = BetaTCVAE(channels, args.latent, hidden_dims, size).to(args.device)
     if args.rv:
         vae = rvconvert.convert(vae, covariance=args.covariance, pairs=args.pairs, penalty=args.penalty)
@@ -152,6 +153,13 @@ def main() -> None:
     def losses(x: Tensor, anneal: float = 1.0) -> dict[str, Tensor]:
         reconstruction, mu, logvar = vae(x)
         return vae.loss_function(reconstruction, x, mu, logvar, dataset_size=len(data.train), anneal=anneal, beta=args.beta)
+
+    run.views = Views(vae.encode, vae.decode, lambda x: losses(x)["loss"], samples={"prior": vae.decode})
+    if args.rv:
+        var_1 = {"prior, var 1": lambda z: vae.decode(rvconvert.RandomVariable(z, torch.ones_like(z))).mean}
+        run.views = run.views._replace(
+            propagate=lambda x: vae(x)[0], penalty=lambda: vae.last_penalty, samples=run.views.samples | var_1
+        )
 
     step = run.epoch * (len(data.train) // args.batch)
     for _ in run.epochs():
@@ -165,17 +173,8 @@ def main() -> None:
             if args.rv:
                 run.log(penalty=vae.last_penalty)
         scheduler.step()
-
-        samples = {"prior": vae.decode}
-        if args.rv:
-            samples["prior, var 1"] = lambda z: vae.decode(rvconvert.RandomVariable(z, torch.ones_like(z))).mean
-        run.end_epoch(
-            encode=vae.encode,
-            decode=vae.decode,
-            propagate=(lambda x: vae(x)[0]) if args.rv else None,
-            validation_loss=lambda x: losses(x)["loss"],
-            samples=samples,
-        )
+        run.end_epoch()
+    return run
 
 
 if __name__ == "__main__":

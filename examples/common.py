@@ -12,7 +12,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -46,6 +46,7 @@ def argument_parser(description: str, epochs: int = 150, batch: int | None = 64)
     parser.add_argument("--out", type=Path, metavar="DIR", help="runs/SYSTEM-DATASET[-rv]", **optional)
     parser.add_argument("--pictures", type=int, default=5, metavar="N", help="write pictures every N epochs")
     parser.add_argument("--resume", action="store_true", help="go on from DIR/checkpoint.pt, if there is one")
+    parser.add_argument("--shrink", type=int, default=1, metavar="N", help="channels / N, for slow machines")
     parser.add_argument("--smoke", action="store_true", help="seconds on one core: tiny model, few images")
     parser.add_argument("--rv", action="store_true", help="train the random-variable form of the model")
     parser.add_argument("--covariance", choices=("independent", "lowrank", "sampled"), default="independent")
@@ -54,8 +55,9 @@ def argument_parser(description: str, epochs: int = 150, batch: int | None = 64)
     return parser
 
 
-def parse_arguments(parser: argparse.ArgumentParser) -> argparse.Namespace:
-    args = parser.parse_args()
+def parse_arguments(parser: argparse.ArgumentParser, arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line's arguments, or these; they seed the random state."""
+    args = parser.parse_args(arguments)
     args.data = getattr(args, "data", None)
     args.dataset = getattr(args, "dataset", "digits" if args.data is None or args.smoke else "mnist")
     name = f"{Path(parser.prog).stem}-{args.dataset}{'-rv' if args.rv else ''}"
@@ -97,16 +99,34 @@ def sample_normal(mu: Tensor, logvar: Tensor) -> Tensor:
     return mu + torch.exp(0.5 * logvar) * torch.randn_like(mu)
 
 
+class Views(NamedTuple):
+    """What a run measures and draws of its models, all in the range of the pixels that they see.
+
+    `encode` gives mu and logvar of images and `decode` is the plain decoder; `validation_loss` is the batch's;
+    `samples` names the ways from a standard normal latent to an image. With --rv, `propagate` reconstructs images
+    by random variables and `penalty` is the value of L_c at the last call.
+    """
+
+    encode: Callable[[Tensor], tuple[Tensor, Tensor]]
+    decode: Callable[[Tensor], Tensor]
+    validation_loss: Callable[[Tensor], Tensor]
+    samples: dict[str, Callable[[Tensor], Tensor]]
+    propagate: Callable[[Tensor], Tensor] | None = None
+    penalty: Callable[[], Tensor] | None = None
+
+
 class Run:
     """One training run: hands out epochs and batches, and at each epoch's end measures, draws and saves.
 
     `states` is everything that training changes and a checkpoint must hold (models, optimizers, schedulers,
-    or a module of buffers); models among them are switched between train and eval mode here.
-    `value_range` is the range of the pixels that the model sees.
+    or a module of buffers); models among them are switched between train and eval mode here, and are in eval mode
+    when `epochs` has handed out the last one.
+    `value_range` is the range of the pixels that the model sees. Set `views` before the first epoch ends.
     """
 
     def __init__(self, args: argparse.Namespace, data: Data, value_range: tuple[float, float] = (-1.0, 1.0), **states) -> None:
         self.args, self.data, self.states = args, data, states
+        self.views: Views | None = None
         self.low, self.high = value_range
         self.modules = [state for state in states.values() if isinstance(state, nn.Module)]
         self.epoch = 0
@@ -133,6 +153,8 @@ class Run:
                     module.train()
                 yield self.epoch
                 self.progress.advance(task)
+        for module in self.modules:
+            module.eval()
 
     def batches(self, flip: bool = False) -> Iterator[Tensor]:
         """Training images in the model's range, shuffled, the incomplete last batch dropped."""
@@ -157,30 +179,18 @@ class Run:
             total[1] += 1
 
     @torch.no_grad()
-    def end_epoch(
-        self,
-        *,
-        encode: Callable[[Tensor], tuple[Tensor, Tensor]],
-        decode: Callable[[Tensor], Tensor],
-        validation_loss: Callable[[Tensor], Tensor],
-        propagate: Callable[[Tensor], Tensor] | None = None,
-        samples: dict[str, Callable[[Tensor], Tensor]],
-    ) -> None:
-        """Measure on validation and test images, write the metrics line, the pictures and the checkpoint.
-
-        `encode` gives mu and logvar, `decode` is the plain decoder, and `propagate`, with --rv, reconstructs
-        by random variables; `samples` names the ways from a standard normal latent to an image.
-        """
+    def end_epoch(self) -> None:
+        """Measure on validation and test images, write the metrics line, the pictures and the checkpoint."""
         line = {"epoch": self.epoch, "seconds": round(time.perf_counter() - self.start, 2)}
         line |= {name: float(total) / count for name, (total, count) in self.sums.items()}
         for module in self.modules:
             module.eval()
         with torch.random.fork_rng():  # training's random state is not touched by measuring
             torch.manual_seed(self.args.seed)
-            line["validation_loss"] = self._mean(self.data.validation, lambda x: {"": validation_loss(x)})[""]
-            line |= self._mean(self.data.test, lambda x: self._measure(x, encode, decode, propagate))
+            line |= self._mean(self.data.validation, self._validate)
+            line |= self._mean(self.data.test, self._measure)
             if self.epoch % self.args.pictures == 0 or self.epoch == self.args.epochs:
-                self._draw(encode, decode, propagate, samples)
+                self._draw()
         with open(self.metrics, "a") as file:
             file.write(json.dumps(line) + "\n")
         shown = "  ".join(f"{name} {line[name]:.4g}" for name in SHOWN if name in line)
@@ -196,15 +206,24 @@ class Run:
     def mse(self, a: Tensor, b: Tensor) -> Tensor:
         return F.mse_loss(a, b) / (self.high - self.low) ** 2
 
-    def _measure(self, x, encode, decode, propagate) -> dict[str, Tensor]:
-        mu, logvar = encode(x)
+    def _validate(self, x: Tensor) -> dict[str, Tensor]:
+        losses = {"validation_loss": self.views.validation_loss(x)}
+        if self.views.penalty:
+            losses["validation_penalty"] = self.views.penalty()
+        return losses
+
+    def _measure(self, x: Tensor) -> dict[str, Tensor]:
+        mu, logvar = self.views.encode(x)
+        from_mean = self.views.decode(mu)
         measured = {
             "test_kl": kl_divergence(mu, logvar).mean(),
-            "test_mse_mean": self.mse(decode(mu), x),
-            "test_mse_sample": self.mse(decode(sample_normal(mu, logvar)), x),
+            "test_mse_mean": self.mse(from_mean, x),
+            "test_mse_sample": self.mse(self.views.decode(sample_normal(mu, logvar)), x),
         }
-        if propagate:
-            measured["test_mse_rv"] = self.mse(propagate(x), x)
+        if self.views.propagate:
+            propagated = self.views.propagate(x)
+            measured["test_mse_rv"] = self.mse(propagated, x)
+            measured["test_mse_between_rv_and_mean"] = self.mse(propagated, from_mean)
         return measured
 
     def _mean(self, images: Tensor, function: Callable[[Tensor], dict[str, Tensor]]) -> dict[str, float]:
@@ -214,15 +233,16 @@ class Run:
                 totals[name] = totals.get(name, 0.0) + float(value) * len(rows) / len(images)
         return totals
 
-    def _draw(self, encode, decode, propagate, samples) -> None:
+    def _draw(self) -> None:
         x = self.to_range(self.data.test[:10])
-        mu, logvar = encode(x)
+        mu, logvar = self.views.encode(x)
+        decode = self.views.decode
         rows = {"input": x, "from the mean": decode(mu), "from a sample": decode(sample_normal(mu, logvar))}
-        if propagate:
-            rows["random variable"] = propagate(x)
+        if self.views.propagate:
+            rows["random variable"] = self.views.propagate(x)
         self._save_grid(f"reconstructions_{self.epoch:04d}.png", rows)
         z = torch.randn(10, mu.shape[1]).to(x.device)
-        self._save_grid(f"samples_{self.epoch:04d}.png", {name: draw(z) for name, draw in samples.items()})
+        self._save_grid(f"samples_{self.epoch:04d}.png", {name: draw(z) for name, draw in self.views.samples.items()})
 
     def _save_grid(self, name: str, rows: dict[str, Tensor]) -> None:
         rows = {label: (row - self.low) / (self.high - self.low) for label, row in rows.items()}

@@ -8,6 +8,8 @@ the contrastive loss is MoCo's (He et al., 2020). No loss compares pixels: their
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -15,7 +17,7 @@ from torch.nn.utils.parametrizations import spectral_norm
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import rvconvert
-from common import Run, argument_parser, kl_divergence, load_data, parse_arguments, sample_normal
+from common import Run, Views, argument_parser, kl_divergence, load_data, parse_arguments, sample_normal
 
 KL_WEIGHT = 1e-6  # of the KL summed over the batch
 TEMPERATURE = 0.07
@@ -158,15 +160,15 @@ class Queue(nn.Module):
         return F.cross_entropy(logits, torch.zeros(len(query), dtype=torch.long, device=query.device))
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> Run:
     parser = argument_parser(__doc__)
     parser.add_argument("--latent", type=int, default=128)
     parser.add_argument("--lr", type=float, default=2e-4)
-    args = parse_arguments(parser)
+    args = parse_arguments(parser, arguments)
     data = load_data(args)
 
     image_channels, size = data.train.shape[1], data.train.shape[2]
-    width = 4 if args.smoke else 128
+    width = 4 if args.smoke else 128 // args.shrink
     encoder = Encoder(args.latent, image_channels, width, size).to(args.device)
     decoder = Decoder(args.latent, image_channels, 2 * width, size).to(args.device)
     dual = DualEncoder(image_channels, width, size).to(args.device)
@@ -255,22 +257,22 @@ def main() -> None:
         optimizer_d=optimizer_d,
         optimizer_dual=optimizer_dual,
     )
-    samples = {"prior": decoder, "prior, averaged": averaged}
+    run.views = Views(encoder, decoder, validation_loss, samples={"prior": decoder, "prior, averaged": averaged})
     if args.rv:
-        samples["prior, var 1"] = lambda z: decoder(rvconvert.RandomVariable(z, torch.ones_like(z)))
+        var_1 = {"prior, var 1": lambda z: decoder(rvconvert.RandomVariable(z, torch.ones_like(z)))}
+        run.views = run.views._replace(
+            propagate=lambda x: decoder(latent(*encoder(x))),
+            penalty=lambda: decoder.last_penalty,
+            samples=run.views.samples | var_1,
+        )
 
     for _ in run.epochs():
         for step, x in enumerate(run.batches()):
             update_discriminator(x)
             if step % DECODER_EVERY == 0:
                 run.log(loss=update_autoencoder(x) + update_contrastive(x))
-        run.end_epoch(
-            encode=encoder,
-            decode=decoder,
-            propagate=(lambda x: decoder(latent(*encoder(x)))) if args.rv else None,
-            validation_loss=validation_loss,
-            samples=samples,
-        )
+        run.end_epoch()
+    return run
 
 
 if __name__ == "__main__":

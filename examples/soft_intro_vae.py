@@ -7,13 +7,14 @@ gives goes into it in place of a sample.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 import rvconvert
-from common import Run, argument_parser, kl_divergence, load_data, parse_arguments, sample_normal
+from common import Run, Views, argument_parser, kl_divergence, load_data, parse_arguments, sample_normal
 
 FAKE_RECONSTRUCTION = 1e-8  # gamma_r: the decoder's weight for reconstructing fakes
 
@@ -108,15 +109,15 @@ def squared_error(reconstruction: Tensor, x: Tensor) -> Tensor:
     return (reconstruction - x).pow(2).flatten(1).sum(1)
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> Run:
     parser = argument_parser(__doc__, batch=None)
     parser.add_argument("--lr", type=float, default=2e-4)
-    args = parse_arguments(parser)
+    args = parse_arguments(parser, arguments)
     data = load_data(args)
 
     settings = SETTINGS[args.dataset]
     args.batch = args.batch or settings.batch
-    channels = (4, 4) if args.smoke else settings.channels
+    channels = (4, 4) if args.smoke else tuple(c // args.shrink for c in settings.channels)
     image_channels, size, latent_dim = data.train.shape[1], data.train.shape[2], settings.latent_dim
     beta_rec, beta_kl, beta_neg = settings.beta_rec, settings.beta_kl, settings.beta_neg
     scale = 1 / (image_channels * size**2)
@@ -202,9 +203,14 @@ def main() -> None:
         scheduler_e=schedulers[0],
         scheduler_d=schedulers[1],
     )
-    samples = {"prior": decoder}
+    run.views = Views(encoder, decoder, validation_loss, samples={"prior": decoder})
     if args.rv:
-        samples["prior, var 1"] = lambda z: decoder(rvconvert.RandomVariable(z, torch.ones_like(z)))
+        var_1 = {"prior, var 1": lambda z: decoder(rvconvert.RandomVariable(z, torch.ones_like(z)))}
+        run.views = run.views._replace(
+            propagate=lambda x: decoder(reparameterize(*encoder(x))),
+            penalty=lambda: decoder.last_penalty,
+            samples=run.views.samples | var_1,
+        )
 
     for _ in run.epochs():
         for x in run.batches(flip=args.dataset in ("celeba", "faces")):
@@ -213,13 +219,8 @@ def main() -> None:
             update_decoder(x, z, noise)
         for scheduler in schedulers:
             scheduler.step()
-        run.end_epoch(
-            encode=encoder,
-            decode=decoder,
-            propagate=(lambda x: decoder(reparameterize(*encoder(x)))) if args.rv else None,
-            validation_loss=validation_loss,
-            samples=samples,
-        )
+        run.end_epoch()
+    return run
 
 
 if __name__ == "__main__":

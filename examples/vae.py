@@ -6,6 +6,7 @@ Kingma and Welling, "Auto-Encoding Variational Bayes", ICLR 2014; Subramanian, "
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import pairwise
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import rvconvert
-from common import Run, argument_parser, kl_divergence, load_data, parse_arguments
+from common import Run, Views, argument_parser, kl_divergence, load_data, parse_arguments
 
 
 class VanillaVAE(nn.Module):
@@ -23,7 +24,7 @@ class VanillaVAE(nn.Module):
         self,
         in_channels: int = 3,
         latent_dim: int = 128,
-        hidden_dims: tuple[int, ...] = (32, 64, 128, 256, 512),
+        hidden_dims: Sequence[int] = (32, 64, 128, 256, 512),
         size: int = 64,
     ) -> None:
         super().__init__()
@@ -73,16 +74,16 @@ class VanillaVAE(nn.Module):
         return self.decode(z)
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> Run:
     parser = argument_parser(__doc__)
     parser.add_argument("--latent", type=int, default=128)
     parser.add_argument("--lr", type=float, default=0.005)
     parser.add_argument("--kl-weight", type=float, help="batch size / training images, unless given")
-    args = parse_arguments(parser)
+    args = parse_arguments(parser, arguments)
     data = load_data(args)
 
     channels, size = data.train.shape[1], data.train.shape[2]
-    hidden_dims = (4, 4, 8, 8, 16) if args.smoke else (32, 64, 128, 256, 512)
+    hidden_dims = (4, 4, 8, 8, 16) if args.smoke else [d // args.shrink for d in (32, 64, 128, 256, 512)]
     vae = VanillaVAE(channels, args.latent, hidden_dims, size).to(args.device)
     if args.rv:
         vae = rvconvert.convert(vae, covariance=args.covariance, pairs=args.pairs, penalty=args.penalty)
@@ -96,6 +97,13 @@ def main() -> None:
         reconstruction, mu, logvar = vae(x)
         return vae.loss_function(reconstruction, x, mu, logvar, kl_weight)
 
+    run.views = Views(vae.encode, vae.decode, lambda x: losses(x)["loss"], samples={"prior": vae.decode})
+    if args.rv:
+        var_1 = {"prior, var 1": lambda z: vae.decode(rvconvert.RandomVariable(z, torch.ones_like(z))).mean}
+        run.views = run.views._replace(
+            propagate=lambda x: vae(x)[0], penalty=lambda: vae.last_penalty, samples=run.views.samples | var_1
+        )
+
     for _ in run.epochs():
         for x in run.batches(flip=args.dataset in ("celeba", "faces")):
             terms = losses(x)
@@ -106,17 +114,8 @@ def main() -> None:
             if args.rv:
                 run.log(penalty=vae.last_penalty)
         scheduler.step()
-
-        samples = {"prior": vae.decode}
-        if args.rv:
-            samples["prior, var 1"] = lambda z: vae.decode(rvconvert.RandomVariable(z, torch.ones_like(z))).mean
-        run.end_epoch(
-            encode=vae.encode,
-            decode=vae.decode,
-            propagate=(lambda x: vae(x)[0]) if args.rv else None,
-            validation_loss=lambda x: losses(x)["loss"],
-            samples=samples,
-        )
+        run.end_epoch()
+    return run
 
 
 if __name__ == "__main__":

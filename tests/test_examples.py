@@ -105,6 +105,12 @@ def test_a_resumed_run_continues_as_if_it_had_never_stopped(tmp_path: Path, monk
         def decode(z: torch.Tensor) -> torch.Tensor:
             return model(z).view(-1, 1, 32, 32)
 
+        run.views = common.Views(
+            encode=lambda x: (x.flatten(1), torch.zeros(len(x), 32 * 32)),
+            decode=decode,
+            validation_loss=lambda x: run.mse(decode(x.flatten(1)), x),
+            samples={"prior": decode},
+        )
         for _ in run.epochs():
             for x in run.batches():
                 loss = run.mse(decode(x.flatten(1) + torch.randn(len(x), 32 * 32)), x)
@@ -112,12 +118,7 @@ def test_a_resumed_run_continues_as_if_it_had_never_stopped(tmp_path: Path, monk
                 loss.backward()
                 optimizer.step()
                 run.log(loss=loss)
-            run.end_epoch(
-                encode=lambda x: (x.flatten(1), torch.zeros(len(x), 32 * 32)),
-                decode=decode,
-                validation_loss=lambda x: run.mse(decode(x.flatten(1)), x),
-                samples={"prior": decode},
-            )
+            run.end_epoch()
         metrics = read_metrics(args.out)
         return [{name: value for name, value in line.items() if name != "seconds"} for line in metrics]
 
