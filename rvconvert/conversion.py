@@ -22,10 +22,10 @@ from rvconvert.graph.plan import dispatch_report, refuse_unsupported, report_gra
 from rvconvert.graph.program import compile_graph, to_random_variables
 from rvconvert.graph.symbolic import trace_symbolically
 from rvconvert.graph.recorder import Recording, record, unchanged
-from rvconvert.penalty import attach_penalty, variance_penalty
+from rvconvert.penalty import KINDS, attach_penalty, variance_penalty
 from rvconvert.random_variable import RandomVariable, Settings, random_variables
 from rvconvert.report import Report
-from rvconvert.rules.noise import entering
+from rvconvert.rules.noise import SOURCES, entering
 from rvconvert.structure import Structure, flatten
 
 __all__ = ["Conversion", "Options"]
@@ -45,9 +45,14 @@ class Options:
     settings: Settings = dataclasses.field(default_factory=Settings)
 
     def __post_init__(self) -> None:
-        for name, allowed in (("output", ("mean", "distribution")), ("engine", ("auto", "graph", "dispatch"))):
-            if getattr(self, name) not in allowed:
-                raise ConversionError(f"{name}={getattr(self, name)!r} is not one of {', '.join(map(repr, allowed))}")
+        for name, value, allowed in (
+            ("output", self.output, ("mean", "distribution")),
+            ("engine", self.engine, ("auto", "graph", "dispatch")),
+            ("penalty_kind", self.penalty_kind, KINDS),
+            ("covariance", self.settings.covariance, tuple(SOURCES)),
+        ):
+            if value not in allowed:
+                raise ConversionError(f"{name}={value!r} is not one of {', '.join(map(repr, allowed))}")
 
 
 @dataclasses.dataclass
@@ -132,7 +137,7 @@ class Conversion:
         kinds = tuple(
             (isinstance(x, RandomVariable), tuple(x.shape) if batch else tuple(x.shape)[1:], x.ndim, x.dtype, x.device) for x in leaves
         )
-        training = tuple(m.training for m in model.modules())
+        training = tuple((m.training, bool(m._forward_hooks), bool(m._forward_pre_hooks)) for m in model.modules())
         weights = None if first is None else (first.dtype, first.device)
         return (name, batch, structure.signature(), kinds, training, weights)
 

@@ -14,8 +14,9 @@ from torch.overrides import TorchFunctionMode
 
 from rvconvert.errors import NonGaussianError, NoReparameterizationError, UnsupportedOperationError
 from rvconvert.graph.plan import row_for, short_path
+from rvconvert.graph.program import DIFFERENCES, LOSSES
 from rvconvert.graph.recorder import intercepted_modules, unchanged, unscripted, user_frame, where
-from rvconvert.random_variable import RandomVariable, Settings, is_in_place, propagate, random_variables
+from rvconvert.random_variable import RandomVariable, is_in_place, propagate, random_variables
 from rvconvert.registry import PLAIN, operation_name
 from rvconvert.report import Row
 from rvconvert.rules.noise import GAUSSIAN_SOURCES, NON_GAUSSIAN, nth_source
@@ -88,9 +89,12 @@ def _call(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 class _Run(TorchFunctionMode):
     """Supplies the noise sources, and notes each random operation where asked to."""
 
-    def __init__(self, settings: Settings, rows: list[Row] | None = None) -> None:
+    def __init__(self, conversion: Conversion, inputs: Any, rows: list[Row] | None = None) -> None:
         super().__init__()
-        self.settings = settings
+        self.conversion = conversion
+        self.settings = conversion.settings
+        self.inputs = {_storage(x) for x in flatten(inputs)[0] if isinstance(x, torch.Tensor)}
+        self.collapsed: dict[int, tuple[RandomVariable, Any]] = {}
         self.rows = rows
         self.stack: list[str] = []
         self.drew: list[str] = []
@@ -126,9 +130,32 @@ class _Run(TorchFunctionMode):
             self.others.append((NON_GAUSSIAN[func], f"{place}: {source}"))
         if not random_variables(_undress(args), _undress(kwargs)):
             return func(*args, **kwargs)
+        if func in LOSSES or (getattr(func, "__name__", "") in DIFFERENCES and any(self.is_input(a) for a in args)):
+            args, kwargs = self.at_reconstruction(args), self.at_reconstruction(kwargs)
+            if not random_variables(_undress(args), _undress(kwargs)):
+                self.note(operation_name(func), "deterministic")
+                return func(*args, **kwargs)
         if self.rows is None:
             return _call(func, args, kwargs)
         return self.surveyed(func, args, kwargs)
+
+    def is_input(self, value: Any) -> bool:
+        """True for an input of the method, or a view of one."""
+        return isinstance(value, torch.Tensor) and type(value) is not TensorView and _storage(value) in self.inputs
+
+    def at_reconstruction(self, value: Any) -> Any:
+        """``value`` with the reconstructions in it, which meet the input in a loss here, as their means."""
+        if type(value) is TensorView and not value.variable.latent:
+            return self.reconstruction(value.variable)
+        if isinstance(value, tuple):
+            return tuple(self.at_reconstruction(each) for each in value)
+        return {k: self.at_reconstruction(v) for k, v in value.items()} if type(value) is dict else value
+
+    def reconstruction(self, variable: RandomVariable) -> Any:
+        """The mean of a reconstruction, its penalty attached once however often it is asked for."""
+        if id(variable) not in self.collapsed:
+            self.collapsed[id(variable)] = (variable, self.conversion.take_reconstruction(variable))
+        return self.collapsed[id(variable)][1]
 
     def write(self, func: Any, target: torch.Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """An in-place write of a random variable into a plain tensor: from now on the tensor stands for the result."""
@@ -167,7 +194,9 @@ class _Run(TorchFunctionMode):
             return
         place, source = where(user_frame())
         info = {"module": self.stack[-1] if self.stack else "", "where": short_path(place), "source": source}
-        if status == "noise":
+        if status == "deterministic":
+            self.rows.append(Row(operation, status, **info))
+        elif status == "noise":
             self.rows.append(Row(operation, "noise", **info, rule="standard_normal", exactness="exact"))
         else:
             self.rows.append(row_for(operation, rule, info))
@@ -175,8 +204,8 @@ class _Run(TorchFunctionMode):
 
 def run(conversion: Conversion, method: Callable[..., Any], model: nn.Module, args: Any, kwargs: Any) -> Any:
     """Run a method with its noise sources as random variables; outputs leave as the options say."""
-    mode = _Run(conversion.settings)
-    return _collapse(conversion, _execute(conversion, mode, method, model, args, kwargs))
+    mode = _Run(conversion, (args, kwargs))
+    return _collapse(mode, _execute(conversion, mode, method, model, args, kwargs))
 
 
 def survey(conversion: Conversion, method: Callable[..., Any], model: nn.Module, args: Any, kwargs: Any) -> list[Row]:
@@ -186,7 +215,7 @@ def survey(conversion: Conversion, method: Callable[..., Any], model: nn.Module,
         NoReparameterizationError, NonGaussianError: nothing Gaussian, or something else, was drawn.
     """
     rows: list[Row] = []
-    mode = _Run(conversion.settings, rows)
+    mode = _Run(conversion, (args, kwargs), rows)
     with unchanged(model), torch.enable_grad():
         result = _execute(conversion, mode, method, model, args, kwargs)
     name = f"{conversion.plain_class.__name__}.{method.__name__}"
@@ -232,17 +261,26 @@ def _written_back(mode: _Run, result: Any) -> Any:
     return structure.build(iter([mode.current(leaf) for leaf in leaves])) if mode.written else result
 
 
-def _collapse(conversion: Conversion, result: Any) -> Any:
+def _collapse(mode: _Run, result: Any) -> Any:
+    """Random outputs leave as the options say."""
+    options = mode.conversion.options
     leaves, structure = flatten(result, _is_value)
     values = []
     for leaf in leaves:
         if type(leaf) is TensorView:
             variable = leaf.variable
-            if conversion.options.output == "distribution":
+            if options.output == "distribution":
                 leaf = variable
             elif variable.latent or variable.ndim == 0:
-                leaf = conversion.take_mean(variable)
+                leaf = mode.conversion.take_mean(variable)
             else:
-                leaf = conversion.take_reconstruction(variable)
+                leaf = mode.reconstruction(variable)
         values.append(leaf)
     return structure.build(iter(values))
+
+
+def _storage(tensor: torch.Tensor) -> int:
+    try:
+        return tensor.untyped_storage().data_ptr()
+    except (RuntimeError, NotImplementedError):  # no storage of its own
+        return id(tensor)

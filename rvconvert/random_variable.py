@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from rvconvert.errors import ConversionError, UnsupportedOperationError
-from rvconvert.registry import PLAIN, REGISTRY, Registry, operation_name
+from rvconvert.registry import NAMESPACES, PLAIN, REGISTRY, FunctionTable, Registry, operation_name
 
 if TYPE_CHECKING:
     from rvconvert.registry import Rule
@@ -269,10 +269,20 @@ def random_variables(*values: Any) -> list[RandomVariable]:
     return found
 
 
+_IN_PLACE = FunctionTable(
+    {
+        getattr(namespace, name): True
+        for namespace in NAMESPACES
+        for name in dir(namespace)
+        if name == "__setitem__"
+        or (name.endswith("_") and not name.endswith("__") and callable(getattr(namespace, name)))
+    }
+)
+
+
 def is_in_place(func: Callable[..., Any], kwargs: dict[str, Any]) -> bool:
     """True for a call that changes its first argument."""
-    name = getattr(func, "__name__", "")
-    return (name.endswith("_") and not name.endswith("__")) or name == "__setitem__" or kwargs.get("inplace") is True
+    return _IN_PLACE.get(func) is not None or kwargs.get("inplace") is True
 
 
 def propagate(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -286,7 +296,10 @@ def propagate(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str,
     if isinstance(target, RandomVariable):  # the rule sees what the variable was; the variable becomes the result
         args = (target.snapshot(), *args[1:])
     inputs = random_variables(args, kwargs)
-    carrier = max(inputs, key=lambda x: x.precedence)
+    carrier = inputs[0]
+    for each in inputs:
+        if each.precedence > carrier.precedence:
+            carrier = each
     settings = carrier.settings
     rule = settings.rule_for(func)
     if rule is None:

@@ -54,6 +54,8 @@ def _rows(node: fx.Node, recording: Recording, settings: Settings) -> Iterable[R
     elif node not in recording.random:
         if operation not in ("getitem", "Tensor.size", "getattr"):
             yield Row(operation, "deterministic", **place)
+    elif operation == "Tensor.item":
+        yield Row(operation, "random", **place, rule="mean", exactness="exact", assumption="a report: the mean is read")
     elif not settings.needs_rules:
         yield row_for(operation, PLAIN, place)
     elif node.op == "call_module":

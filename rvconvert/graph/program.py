@@ -14,11 +14,11 @@ from torch import fx
 from rvconvert.graph.recorder import Recording
 from rvconvert.rules.noise import GAUSSIAN_SOURCES, nth_source
 
-__all__ = ["compile_graph", "reconstructions", "to_random_variables"]
+__all__ = ["DIFFERENCES", "LOSSES", "compile_graph", "reconstructions", "to_random_variables"]
 
 _COUNT = count()
 
-_LOSSES = frozenset(
+LOSSES = frozenset(
     getattr(namespace, name)
     for namespace in (F, torch, torch._C._nn)
     for name in (
@@ -28,7 +28,7 @@ _LOSSES = frozenset(
     if hasattr(namespace, name)
 )
 _LOSS_MODULES = torch.nn.modules.loss._Loss
-_DIFFERENCES = frozenset(("sub", "__sub__", "__rsub__", "rsub", "subtract"))
+DIFFERENCES = frozenset(("sub", "__sub__", "__rsub__", "rsub", "subtract"))
 
 
 def compile_graph(graph: fx.Graph) -> Callable[..., tuple[Any, ...]]:
@@ -60,8 +60,8 @@ def reconstructions(recording: Recording) -> dict[fx.Node, list[fx.Node]]:
     for node in recording.graph.nodes:
         if node not in recording.random:
             continue
-        loss = node.target in _LOSSES or issubclass(node.meta.get("module_type", object), _LOSS_MODULES)
-        difference = getattr(node.target, "__name__", node.target) in _DIFFERENCES and any(
+        loss = node.target in LOSSES or issubclass(node.meta.get("module_type", object), _LOSS_MODULES)
+        difference = getattr(node.target, "__name__", node.target) in DIFFERENCES and any(
             n not in recording.random and _is_raw_input(n) for n in node.all_input_nodes
         )
         if loss or difference:

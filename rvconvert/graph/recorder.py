@@ -362,6 +362,8 @@ class _Recorder(TorchFunctionMode):
         if path is None or self.leaf is not None:
             return original(module, *args, **kwargs)
         if not (path and self.is_leaf(module)):
+            if path and (module._forward_hooks or module._forward_pre_hooks):
+                self.recording.obstacles.append(f"a hook on {path}, which a graph does not call")
             self.stack.append(path)
             try:
                 return original(module, *args, **kwargs)
