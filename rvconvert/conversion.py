@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -180,15 +180,13 @@ class Conversion:
             return False
         if any(key[0] == name for key in self.programs):
             return True
-        modes = {module: module.training for module in model.modules()}
-        nn.Module.train(model, not model.training)
-        try:
-            return self.examine(name, model, args, kwargs).refusal is None
-        except Exception:  # noqa: BLE001 - the model itself may refuse the inputs in that mode (a batch of one)
-            return False
-        finally:
-            for module, training in modes.items():
-                module.training = training
+        for other in each_mode(model):
+            if other:
+                try:
+                    return self.examine(name, model, args, kwargs).refusal is None
+                except Exception:  # noqa: BLE001 - the model itself may refuse the inputs in that mode (a batch of one)
+                    return False
+        return False
 
     def examine(self, name: str, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Examined:
         """Choose the engine and plan the method; refuses nothing, but says what must be refused."""
@@ -227,13 +225,17 @@ class Conversion:
 
     def refuse_early(self, name: str, model: nn.Module) -> None:
         """Refuse now what a symbolic trace shows to be impossible; the rest is decided at the first call."""
-        with as_class(model, self.plain_class):
-            recording = trace_symbolically(model, name, self.settings.registry, self.options.random_inputs)
-        if recording is not None:
-            refusal = self.noise_refusal(recording, name, False)
-            if refusal is not None:
-                raise refusal
+        refusals = []
+        for _ in each_mode(model):
+            with as_class(model, self.plain_class):
+                recording = trace_symbolically(model, name, self.settings.registry, self.options.random_inputs)
+            if recording is None:
+                return
+            refusals.append(self.noise_refusal(recording, name, False))
             refuse_unsupported(report_graph(recording, self.plain_class.__name__, name, self.settings))
+        for refusal in refusals:  # one mode that samples is enough
+            if refusal is not None and (all(refusals) or not isinstance(refusal, NoReparameterizationError)):
+                raise refusal
 
     def recorded(self, name: str, model: nn.Module, args: Any, kwargs: Any) -> tuple[Recording | None, list[str]]:
         """A recording that replays equal to eager, or the obstacles to one."""
@@ -290,6 +292,18 @@ class Examined:
         return Examined(self.recording, dataclasses.replace(self.report, refusal=str(refusal)), refusal)
 
 
+def each_mode(model: nn.Module) -> Iterator[bool]:
+    """The model's present mode (False), then train for eval or eval for train (True); in the end it is as it was."""
+    modes = {module: module.training for module in model.modules()}
+    yield False
+    try:
+        nn.Module.train(model, not model.training)  # not the model's own train(), which may be something else
+        yield True
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
 class as_class:  # noqa: N801 - used like a function
     """Context in which a model is of its plain class, so that its own code sees no converted method."""
 
@@ -335,6 +349,12 @@ def replay_differs(recording: Recording, model: nn.Module, method: Any, args: An
         return None
 
     other = [x * 0.9 + 0.05 if x.is_floating_point() else x for x in leaves]
+    try:
+        with unchanged(model):
+            a, k = structure.build(iter(x.clone() for x in other))
+            method(model, *a, **k)
+    except Exception:  # noqa: BLE001 - the model takes no such values (binary images, say)
+        other = leaves
     try:
         difference = compare(other, 1)
     except Exception as error:  # noqa: BLE001 - any failure of the replay is the finding

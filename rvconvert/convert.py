@@ -12,7 +12,7 @@ from torch import nn
 
 import rvconvert.covariance  # noqa: F401 - adds the covariance modes
 import rvconvert.rules  # noqa: F401 - fills the rule table
-from rvconvert.conversion import Conversion, Options
+from rvconvert.conversion import Conversion, Options, each_mode
 from rvconvert.errors import ConversionError, UnsupportedOperationError
 from rvconvert.random_variable import RandomVariable, Settings
 from rvconvert.registry import REGISTRY, Registry
@@ -153,18 +153,14 @@ def _prepare(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     reports = []
     for name in conversion.options.methods:
         call = _with_random_inputs(conversion, name, args, kwargs)
-        reports.append(conversion.prepare(name, model, *call).report)
-        modes = {m: m.training for m in model.modules()}
-        nn.Module.train(model, not model.training)
-        try:
-            conversion.prepare(name, model, *call)
-        except UnsupportedOperationError:
-            raise
-        except Exception:  # noqa: BLE001 - the model itself may refuse the example in that mode (a batch of one)
-            pass
-        finally:
-            for each, training in modes.items():
-                each.training = training
+        for other in each_mode(model):
+            try:
+                reports.append(conversion.prepare(name, model, *call).report)
+            except UnsupportedOperationError:
+                raise
+            except Exception:
+                if not other:  # the model itself may refuse the example in the other mode (a batch of one)
+                    raise
     return reports
 
 

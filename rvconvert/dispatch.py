@@ -205,7 +205,12 @@ class _Run(TorchFunctionMode):
 def run(conversion: Conversion, method: Callable[..., Any], model: nn.Module, args: Any, kwargs: Any) -> Any:
     """Run a method with its noise sources as random variables; outputs leave as the options say."""
     mode = _Run(conversion, (args, kwargs))
-    return _collapse(mode, _execute(conversion, mode, method, model, args, kwargs))
+    result = _collapse(mode, _execute(conversion, mode, method, model, args, kwargs))
+    for module in model.modules():  # what the method keeps on the model leaves as its mean too
+        for name, value in vars(module).items():
+            if type(value) is TensorView:
+                vars(module)[name] = conversion.take_mean(value.variable)
+    return result
 
 
 def survey(conversion: Conversion, method: Callable[..., Any], model: nn.Module, args: Any, kwargs: Any) -> list[Row]:

@@ -13,7 +13,7 @@ from rvconvert.random_variable import RandomVariable
 
 __all__ = ["Structure", "flatten"]
 
-_PLAIN = (str, bytes, int, float, complex, bool, type(None), torch.dtype, torch.device, torch.Size, torch.nn.Module)
+_PLAIN = (str, bytes, int, float, complex, bool, type(None), torch.dtype, torch.device, torch.nn.Module)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -22,6 +22,7 @@ from torch.overrides import TorchFunctionMode
 from rvconvert.graph.traced_number import TracedFloat, TracedInt, ignored, traced_size, untraced
 from rvconvert.random_variable import RandomVariable, Settings, random_variables
 from rvconvert.registry import Registry
+from rvconvert.rules.kinds import Metadata
 from rvconvert.rules.noise import GAUSSIAN_SOURCES, NON_GAUSSIAN
 from rvconvert.rules.shape import setitem
 from rvconvert.structure import Structure, flatten
@@ -291,6 +292,9 @@ class _Recorder(TorchFunctionMode):
         versions = [_version(x) for x in mutable]
         node_args = tuple(self.argument(a) for a in args)
         node_kwargs = {k: self.argument(v) for k, v in kwargs.items()}
+        if func is torch.Tensor.new and len(args) == 2 and isinstance(args[1], torch.Size):
+            # new(Size) makes that size, new(tuple) a tensor of those values
+            node_args = (node_args[0], self.add("call_function", torch.Size, (list(node_args[1]),), {}))
         result = func(*plain_args, **plain_kwargs)
         if result is NotImplemented:
             return result
@@ -328,7 +332,8 @@ class _Recorder(TorchFunctionMode):
 
     def finish(self, node: fx.Node, result: Any, mutated: list[torch.Tensor]) -> None:
         """Let the results, and what the call changed in place, stand for the node."""
-        self.inherit(node, node.all_input_nodes)
+        if not self.asks_plainly(node):
+            self.inherit(node, node.all_input_nodes)
         random = node in self.recording.random
         if node in self.taint_of and isinstance(result, torch.Tensor) and result.dtype == torch.bool:
             del self.taint_of[node]  # a mask drawn beside the model is augmentation, as dropout is
@@ -343,6 +348,12 @@ class _Recorder(TorchFunctionMode):
                 self.taint_of.setdefault(self.node_of(tensor), self.taint_of[node])
         if not (random and any(result is tensor for tensor in mutated)):
             self.track(result, node)
+
+    def asks_plainly(self, node: fx.Node) -> bool:
+        """True for a question about shape, type or finiteness: its answer is not random."""
+        function = getattr(torch.Tensor, node.target, None) if node.op == "call_method" else node.target
+        rule = self.registry.find(function) if callable(function) else None
+        return rule is not None and isinstance(rule.kind, Metadata)
 
     def write(self, tensor: torch.Tensor, node: fx.Node) -> None:
         """An in-place write of a random value: later uses of the tensor see the node."""

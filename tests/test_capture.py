@@ -1,0 +1,380 @@
+"""How people spell it: noise sources, output structures, losses inside forward, control flow; both engines agree."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd import Variable
+from torch.distributions import Bernoulli, Independent, MultivariateNormal, Normal
+
+import rvconvert
+from rvconvert.errors import ConversionError, NonGaussianError, NoReparameterizationError, TracingError
+
+ENGINES = ("graph", "dispatch")
+
+
+class VAE(nn.Module):
+    """A linear VAE whose sampling and whose result are given as functions, as other people would write them inline."""
+
+    def __init__(self, sample: Callable[..., Tensor], result: Callable[..., Any]) -> None:
+        super().__init__()
+        self.encoder = nn.Linear(6, 8)
+        self.decoder = nn.Linear(4, 6)
+        self.sample, self.result = sample, result
+        self.register_buffer("steps", torch.zeros(()))
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        mu, logvar = self.encoder(x).chunk(2, -1)
+        z = self.sample(mu, torch.exp(0.5 * logvar))
+        return self.result(self.decoder(z), x, mu, z, *args, **kwargs)
+
+
+@torch.jit.script
+def scripted(mu: Tensor, std: Tensor) -> Tensor:
+    return mu + torch.randn_like(std) * std
+
+
+def in_place(mu: Tensor, std: Tensor) -> Tensor:
+    z = torch.randn_like(std)
+    z.mul_(std)
+    z += mu
+    return z
+
+
+SAMPLERS: dict[str, Callable[..., Tensor]] = {
+    "randn_like": lambda mu, std: mu + torch.randn_like(std) * std,
+    "randn(size)": lambda mu, std: mu + torch.randn(mu.size()) * std,
+    "randn(*size)": lambda mu, std: mu + torch.randn(*mu.size()) * std,
+    "randn(batch, d)": lambda mu, std: mu + torch.randn(mu.size(0), 4) * std,
+    "randn(shape, device)": lambda mu, std: mu + torch.randn(mu.shape, device=mu.device, dtype=mu.dtype) * std,
+    "addcmul": lambda mu, std: mu.addcmul(std, torch.randn(mu.size())),
+    "lerp of zero": lambda mu, std: torch.addcmul(mu, std, torch.randn_like(mu)),
+    "in place": in_place,
+    "data.new().normal_": lambda mu, std: mu + std * Variable(std.data.new(std.size()).normal_()),
+    "FloatTensor": lambda mu, std: mu + std * Variable(torch.FloatTensor(std.size()).normal_()),
+    "empty_like.normal_": lambda mu, std: mu + std * torch.empty_like(std).normal_(),
+    "zeros.normal_(0, 1)": lambda mu, std: mu + std * torch.zeros_like(std).normal_(0, 1),
+    "normal_ with a deviation": lambda mu, std: mu + std * 2.0 * torch.empty_like(std).normal_(std=0.5),
+    "torch.normal(mu, std)": lambda mu, std: torch.normal(mu, std),
+    "torch.normal(0, 1, size)": lambda mu, std: mu + std * torch.normal(0.0, 1.0, mu.shape),
+    "Normal.rsample": lambda mu, std: Normal(mu, std).rsample(),
+    "Normal.sample": lambda mu, std: Normal(mu, std).sample(),
+    "Independent": lambda mu, std: Independent(Normal(mu, std), 1).rsample(),
+    "MultivariateNormal": lambda mu, std: MultivariateNormal(mu, scale_tril=torch.diag_embed(std)).rsample(),
+    "two samples, mean": lambda mu, std: torch.cat([Normal(mu, std).rsample((1,))[0], mu], 1)[:, :4],
+    "torch.jit.script": lambda mu, std: scripted(mu, std),
+}
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_every_spelling_of_the_reparameterization(name: str, engine: str) -> None:
+    torch.manual_seed(0)
+    vae = VAE(SAMPLERS[name], lambda y, x, mu, z: (y, mu, z))
+    x = torch.rand(5, 6)
+    rv = rvconvert.convert(vae, example_inputs=x, engine=engine, output="distribution")
+    for batch in (x, x[:2]):
+        y, mu, z = rv(batch)
+        logvar = rv.encoder(batch)[:, 4:]
+        torch.testing.assert_close(z.mean, mu)
+        torch.testing.assert_close(z.var, logvar.exp())
+        torch.testing.assert_close(y.mean, rv.decoder(mu))
+        torch.testing.assert_close(y.var, logvar.exp() @ rv.decoder.weight.square().T)
+
+
+@dataclasses.dataclass
+class Output:
+    reconstruction: Tensor
+    extra: dict[str, Any]
+
+
+class Named(NamedTuple):
+    reconstruction: Tensor
+    mu: Tensor
+
+
+class Record(OrderedDict):
+    """A mapping of its own, as model outputs are; its entries are attributes too."""
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return self[name]
+        except KeyError as error:
+            raise AttributeError(name) from error
+
+
+STRUCTURES: dict[str, Callable[..., Any]] = {
+    "tensor": lambda y, x, mu, z: y,
+    "tuple": lambda y, x, mu, z: (y, mu, None, 3),
+    "list": lambda y, x, mu, z: [y, x, mu, z],
+    "dict": lambda y, x, mu, z: {"recon": y, "latent": {"mu": mu, "z": [z]}},
+    "dataclass": lambda y, x, mu, z: Output(y, {"mu": mu, "name": "a"}),
+    "namedtuple": lambda y, x, mu, z: Named(y, mu),
+    "mapping": lambda y, x, mu, z: Record(recon=y, mu=mu),
+    "distribution": lambda y, x, mu, z: Normal(y, 1.0),
+    "independent Bernoulli": lambda y, x, mu, z: Independent(Bernoulli(logits=y), 1),
+}
+
+
+def described(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return tuple(value.shape)
+    if isinstance(value, dict):
+        return type(value), {k: described(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value), [described(v) for v in value]
+    if hasattr(value, "__dict__"):
+        return type(value), {k: described(v) for k, v in vars(value).items()}
+    return value
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("name", STRUCTURES)
+def test_outputs_keep_their_structure(name: str, engine: str) -> None:
+    vae = VAE(SAMPLERS["randn_like"], STRUCTURES[name])
+    x = torch.rand(5, 6)
+    rv = rvconvert.convert(vae, example_inputs=x, engine=engine)
+    assert described(rv(x)) == described(vae(x))
+    expected = rv.encoder(x)[:, 4:].exp() @ rv.decoder.weight.square().T
+    torch.testing.assert_close(rv.last_penalty, 50 * expected.square().mean())
+
+
+LOSSES: dict[str, Callable[..., Any]] = {
+    "mse_loss": lambda y, x, mu, z: F.mse_loss(y, x) + mu.square().mean(),
+    "module": lambda y, x, mu, z: nn.BCEWithLogitsLoss()(y, x),
+    "by hand": lambda y, x, mu, z: ((y - x) ** 2).mean(),
+    "by hand, reversed": lambda y, x, mu, z: (x - y).pow(2).sum(1).mean(),
+    "log_prob": lambda y, x, mu, z: -Normal(y, 1.0).log_prob(x).sum(),
+    "Bernoulli": lambda y, x, mu, z: -Bernoulli(logits=y, validate_args=False).log_prob(x).mean(),
+}
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("name", LOSSES)
+def test_a_loss_inside_forward_is_that_of_the_mean_with_the_penalty_attached(name: str, engine: str) -> None:
+    vae = VAE(SAMPLERS["randn_like"], LOSSES[name])
+    x = torch.rand(5, 6)
+    rv = rvconvert.convert(vae, example_inputs=x, engine=engine)
+    loss = rv(x)
+    mu = rv.encoder(x)[:, :4]
+    torch.testing.assert_close(loss, LOSSES[name](rv.decoder(mu), x, mu, mu))
+    loss.backward()
+    found = rv.decoder.weight.grad.clone()
+    rv.zero_grad()
+    var = rv.encoder(x)[:, 4:].exp() @ rv.decoder.weight.square().T
+    (LOSSES[name](rv.decoder(mu), x, mu, mu) + 50 * var.square().mean()).backward()
+    torch.testing.assert_close(found, rv.decoder.weight.grad)
+
+
+CONTROL: dict[str, Callable[..., Any]] = {
+    "branch on batch": lambda y, x, mu, z: y * 2 if x.shape[0] > 3 else y * 3,
+    "assert": lambda y, x, mu, z: checked(y),
+    "loop over features": lambda y, x, mu, z: torch.stack([y[:, i] * i for i in range(x.size(1))], 1),
+    "unpacked shape": lambda y, x, mu, z: y.view(*x.shape),
+    "numpy scalar": lambda y, x, mu, z: y.reshape(-1, np.prod([2, 3])),
+    "len": lambda y, x, mu, z: y / len(x),
+    "flag": lambda y, x, mu, z, double=False: y * 2 if double else y,
+    "write": lambda y, x, mu, z: written(y),
+    "isinstance": lambda y, x, mu, z: y * 2 if isinstance(y, torch.Tensor) else None,
+    "mean method": lambda y, x, mu, z: y - y.mean(dim=1, keepdim=True),
+    "no_grad": lambda y, x, mu, z: y + reference(y),
+}
+
+
+def checked(y: Tensor) -> Tensor:
+    assert y.dim() == 2 and not torch.isnan(y).any(), "bad"
+    return y
+
+
+def written(y: Tensor) -> Tensor:
+    out = torch.zeros(y.shape[0], 2, 6)
+    out[:, 0] = y
+    out[:, 1] = y * 2
+    return out.flatten(1)
+
+
+@torch.no_grad()
+def reference(y: Tensor) -> Tensor:
+    return torch.ones_like(y)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("name", CONTROL)
+def test_python_just_runs(name: str, engine: str) -> None:
+    """With no variance (std = 0) the converted model is the plain one, at every batch size and flag."""
+    vae = VAE(lambda mu, std: mu + 0.0 * std * torch.randn_like(std), CONTROL[name])
+    x = torch.rand(5, 6)
+    rv = rvconvert.convert(vae, example_inputs=x, engine=engine)
+    for batch in (x, x[:1], torch.rand(7, 6)):
+        torch.testing.assert_close(rv(batch), vae(batch))
+    if name == "flag":
+        torch.testing.assert_close(rv(x, double=True), vae(x, double=True))
+        torch.testing.assert_close(rv(x), vae(x))
+
+
+class Counting(VAE):
+    """Keeps notes: a buffer that it updates, results that a trainer reads, and a counter."""
+
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+        self.steps.add_(1)
+        y = super().forward(x)
+        self.kl = y.sum() * 0 + self.steps
+        return y
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_what_forward_keeps_on_the_model_is_kept(engine: str) -> None:
+    rv = rvconvert.convert(
+        Counting(SAMPLERS["randn_like"], STRUCTURES["tensor"]), example_inputs=torch.rand(5, 6), engine=engine
+    )
+    assert rv.steps == 0
+    rv(torch.rand(5, 6))
+    rv(torch.rand(5, 6))
+    assert rv.steps == 2
+    assert float(rv.kl) == 2.0
+    assert float(copy.deepcopy(rv).kl) == 2.0
+
+
+def test_value_dependent_python_goes_to_the_dispatch_engine() -> None:
+    def result(y: Tensor, x: Tensor, mu: Tensor, z: Tensor) -> Tensor:
+        return y * 2 if x.sum() > 10 else y
+
+    vae = VAE(lambda mu, std: mu + 0.0 * torch.randn_like(std), result)
+    x = torch.rand(5, 6)
+    rv = rvconvert.convert(vae, example_inputs=x)
+    for batch in (x * 0, x * 10):
+        torch.testing.assert_close(rv(batch), vae(batch))
+    report = rvconvert.plan(vae, example_inputs=x)
+    assert report.engine == "dispatch" and "decides by the value" in report.reason and "test_capture.py" in report.reason
+    with pytest.raises(TracingError, match="engine='dispatch'"):
+        rvconvert.convert(vae, example_inputs=x, engine="graph")
+
+
+def test_value_of_a_random_variable_is_refused() -> None:
+    vae = VAE(SAMPLERS["randn_like"], lambda y, x, mu, z: y * 2 if y.sum() > 0 else y)
+    with pytest.raises(ConversionError, match="value of a random variable"):
+        rvconvert.convert(vae, example_inputs=torch.rand(5, 6))
+
+
+class OnlyInTraining(VAE):
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+        mu, logvar = self.encoder(x).chunk(2, -1)
+        z = mu + logvar.exp() * torch.randn_like(mu) if self.training else mu
+        return self.decoder(z)
+
+
+@pytest.mark.parametrize("examples", [True, False])
+@pytest.mark.parametrize("training", [True, False])
+def test_a_model_that_samples_in_training_alone(training: bool, examples: bool) -> None:
+    vae = OnlyInTraining(SAMPLERS["randn_like"], STRUCTURES["tensor"]).train(training)
+    x = torch.rand(5, 6)
+    rv = rvconvert.convert(vae, example_inputs=x if examples else None)
+    for mode in (False, True, False):
+        rv.train(mode)
+        before = rv.last_penalty
+        torch.testing.assert_close(rv(x), rv.decoder(rv.encoder(x)[:, :4]))
+        assert (rv.last_penalty is not before) == mode
+
+
+def test_several_latents_of_a_hierarchy() -> None:
+    class Ladder(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.e, self.prior, self.d = nn.Linear(6, 8), nn.Linear(4, 8), nn.Linear(8, 6)
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            m1, s1 = self.e(x).chunk(2, -1)
+            z1 = m1 + s1.exp() * torch.randn_like(s1)
+            m2, s2 = self.prior(z1).chunk(2, -1)
+            z2 = m2 + F.softplus(s2) * torch.randn_like(s2)
+            return self.d(torch.cat([z1, z2], 1)), z2, m2
+
+    x = torch.rand(5, 6)
+    model = Ladder()
+    both = [rvconvert.convert(model, example_inputs=x, engine=e, output="distribution")(x) for e in ENGINES]
+    for a, b in zip(*both, strict=True):
+        torch.testing.assert_close(a.mean, b.mean)
+        torch.testing.assert_close(a.var, b.var)
+    rv = rvconvert.convert(model, example_inputs=x)
+    rv(x)
+    torch.testing.assert_close(rv.last_penalty, 50 * both[0][0].var.square().mean())
+
+
+def test_wrapped_tied_frozen_shared_and_on_meta() -> None:
+    x = torch.rand(5, 6)
+    vae = VAE(SAMPLERS["randn_like"], STRUCTURES["tensor"])
+    vae.tied = nn.Linear(4, 6)
+    vae.tied.weight = vae.decoder.weight
+    vae.same = vae.decoder
+    for parameter in vae.encoder.parameters():
+        parameter.requires_grad_(False)
+    rv = rvconvert.convert(nn.DataParallel(vae), example_inputs=x)
+    assert rv.module.tied.weight is rv.module.decoder.weight and rv.module.same is rv.module.decoder
+    rv(x).sum().backward()
+    assert rv.module.encoder.weight.grad is None and rv.module.decoder.weight.grad is not None
+    assert rvconvert.convert(copy.deepcopy(vae).to("meta"), example_inputs=x.to("meta"))(x.to("meta")).shape == (5, 6)
+    assert rvconvert.convert(copy.deepcopy(vae).double(), example_inputs=x.double())(x.double()).dtype == torch.float64
+
+
+def test_a_hook_on_a_container_still_runs() -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = VAE(SAMPLERS["randn_like"], STRUCTURES["tensor"])
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.inner(x)
+
+    model, calls = Model(), []
+    model.inner.register_forward_hook(lambda *a: calls.append("container"))
+    model.inner.decoder.register_forward_hook(lambda *a: calls.append("layer"))
+    rv = rvconvert.convert(model, example_inputs=torch.rand(5, 6))
+    calls.clear()
+    rv(torch.rand(5, 6))
+    assert calls == ["layer", "container"]
+
+
+class Quantizer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.codes = nn.Linear(6, 6), nn.Embedding(10, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        nearest = torch.cdist(self.layer(x), self.codes.weight).argmin(1)
+        return self.layer(self.codes(nearest))
+
+
+def test_vector_quantization_and_discrete_latents_are_refused() -> None:
+    with pytest.raises(NoReparameterizationError, match=r"vector quantization.*test_capture.py"):
+        rvconvert.convert(Quantizer(), example_inputs=torch.rand(5, 6))
+    vae = VAE(lambda mu, std: mu + torch.zeros_like(std).uniform_(), STRUCTURES["tensor"])
+    with pytest.raises(NonGaussianError, match="uniform"):
+        rvconvert.convert(vae, example_inputs=torch.rand(5, 6))
+    vae = VAE(lambda mu, std: F.gumbel_softmax(mu) + torch.randn_like(std), STRUCTURES["tensor"])
+    with pytest.raises(NonGaussianError, match="Gumbel"):
+        rvconvert.convert(vae, example_inputs=torch.rand(5, 6))
+
+
+def test_dropout_in_the_encoder_stays_plain() -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.e, self.d, self.dropout = nn.Linear(6, 8), nn.Linear(4, 6), nn.Dropout(0.5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            mu, logvar = self.e(self.dropout(x)).chunk(2, -1)
+            return self.d(mu + torch.randn_like(mu) * logvar.exp())
+
+    x = torch.rand(5, 6)
+    rv = rvconvert.convert(Model(), example_inputs=x)
+    assert not torch.equal(rv(x), rv(x))
+    assert torch.equal(rv.eval()(x), rv(x))
