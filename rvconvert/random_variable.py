@@ -181,7 +181,7 @@ class RandomVariable:
     is_mps = property(lambda self: self._mean.is_mps)
     is_quantized = property(lambda self: False)
     data = property(lambda self: self.detach())
-    T = property(lambda self: self.permute(*range(self.ndim - 1, -1, -1)))
+    T = property(lambda self: self.permute(tuple(range(self.ndim))[::-1]))
     mT = property(lambda self: self.transpose(-2, -1))
 
     def __len__(self) -> int:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import enum
-from collections.abc import Callable, Iterable, Iterator
+import types
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, Protocol
@@ -13,7 +14,7 @@ import torch.nn.functional as F
 
 from rvconvert.errors import ConversionError
 
-__all__ = ["NAMESPACES", "PLAIN", "REGISTRY", "Exactness", "Kind", "Registry", "Rule", "operation_name", "spellings"]
+__all__ = ["NAMESPACES", "PLAIN", "REGISTRY", "Exactness", "FunctionTable", "Kind", "Registry", "Rule", "operation_name", "spellings"]
 
 
 class Exactness(str, enum.Enum):
@@ -130,6 +131,51 @@ def operation_name(func: Callable[..., Any]) -> str:
     return f"{module}.{name}" if module else str(name)
 
 
+class FunctionTable:
+    """A dictionary keyed by torch functions that ``torch.compile`` can read while it traces.
+
+    Dynamo does not hash builtins and the methods of a tensor: their place in ``_values`` is computed when a model is
+    compiled and stands as a constant. A function written in Python is known to it by its name.
+    """
+
+    def __init__(self, entries: Mapping[Any, Any] | None = None) -> None:
+        self._values: list[Any] = []
+        self._places: dict[Any, int] = {}
+        self._names: dict[str, int] = {}
+        self._native = _as_constant(lambda func: self._places.get(func))
+        for func, value in (entries or {}).items():
+            self[func] = value
+
+    def __setitem__(self, func: Any, value: Any) -> None:
+        if func in self._places:
+            self._values[self._places[func]] = value
+            return
+        self._places[func] = len(self._values)
+        if isinstance(func, types.FunctionType):
+            self._names[f"{func.__module__}.{func.__name__}"] = len(self._values)
+        self._values.append(value)
+
+    def items(self) -> list[tuple[Any, Any]]:
+        """Every function with its value."""
+        return [(func, self._values[place]) for func, place in self._places.items()]
+
+    def get(self, func: Any) -> Any:
+        """What is known of ``func``, or None."""
+        if not torch.compiler.is_compiling():
+            place = self._places.get(func)
+        elif isinstance(func, types.FunctionType):
+            place = self._names.get(f"{func.__module__}.{func.__name__}")
+        else:
+            place = self._native(func)
+        return None if place is None else self._values[place]
+
+
+def _as_constant(function: Callable[..., Any]) -> Callable[..., Any]:
+    """``torch.compiler.assume_constant_result``, which would import Dynamo."""
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
 class Registry:
     """Rules by operation and by module class.
 
@@ -139,7 +185,7 @@ class Registry:
 
     def __init__(self, parent: Registry | None = None) -> None:
         self._parent = parent
-        self._functions: dict[Any, Rule] = {}
+        self._functions = FunctionTable()
         self._modules: dict[type[torch.nn.Module], Rule] = {}
         self._rules: dict[str, Rule] = {}
         self._fallback: Callable[[Callable[..., Any]], Rule | None] | None = None
@@ -161,7 +207,7 @@ class Registry:
             ConversionError: one of them has a rule here already and ``replace`` is False.
         """
         functions = list(functions)
-        taken = [operation_name(f) for f in functions if f in self._functions]
+        taken = [operation_name(f) for f in functions if self._functions.get(f) is not None]
         taken += [m.__qualname__ for m in rule.modules if m in self._modules]
         if taken and not replace:
             raise ConversionError(
@@ -176,10 +222,15 @@ class Registry:
 
     def find(self, func: Callable[..., Any]) -> Rule | None:
         """The rule for a torch function or method, or None."""
-        rule = self._functions.get(func)
+        rule: Rule | None = self._functions.get(func)
         if rule is None and self._parent is not None:
             return self._parent.find(func)
         return rule
+
+    def served(self) -> list[tuple[Callable[..., Any], Rule]]:
+        """Every function that has a rule here or in the parent, with its rule."""
+        inherited = {} if self._parent is None else dict(self._parent.served())
+        return list({**inherited, **dict(self._functions.items())}.items())
 
     def set_fallback(self, chooser: Callable[[Callable[..., Any]], Rule | None]) -> None:
         """Set what ``fallback`` asks: a function that gives a declared approximate rule, or None."""

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from rvconvert.random_variable import Origin, RandomVariable, random_variables
-from rvconvert.registry import NAMESPACES, REGISTRY, Exactness, Kind, Rule, spellings
+from rvconvert.registry import NAMESPACES, REGISTRY, Exactness, FunctionTable, Kind, Rule, spellings
 from rvconvert.rules import gaussian
 
 __all__ = [
@@ -114,7 +114,7 @@ class full_precision:  # noqa: N801 - used like torch.autocast
     """Context in which autocast does not lower the precision of moments."""
 
     def __init__(self, x: RandomVariable | torch.Tensor) -> None:
-        self._context = torch.autocast(x.device.type, enabled=False) if torch.is_autocast_enabled(x.device.type) else None
+        self._context = torch.autocast(x.device.type, enabled=False) if x.device.type != "meta" and torch.is_autocast_enabled(x.device.type) else None
 
     def __enter__(self) -> None:
         if self._context is not None:
@@ -153,7 +153,7 @@ class Shape:
     data: tuple[str, ...] = ("input",)
 
     def __call__(self, func: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        func = _MOVES_ANY_LAYOUT.get(func, out_of_place(func))
+        func = _MOVES_ANY_LAYOUT.get(func) or out_of_place(func)
         like = random_variables(args, kwargs)[0]
         values, rest, options = bind(self.names, args, kwargs)
         present = {name: value for name, value in zip(self.names, values, strict=True) if value is not None}
@@ -182,10 +182,9 @@ class Shape:
 
 
 # The variance may lie in memory in another order than the mean (an expanded one, say), where a view is refused.
-_MOVES_ANY_LAYOUT: dict[Any, Function] = {
-    torch.Tensor.view: torch.Tensor.reshape,
-    torch.Tensor.view_as: torch.Tensor.reshape_as,
-}
+_MOVES_ANY_LAYOUT = FunctionTable(
+    {torch.Tensor.view: torch.Tensor.reshape, torch.Tensor.view_as: torch.Tensor.reshape_as}
+)
 
 
 def variance_or_zero(value: Any) -> Any:
@@ -392,12 +391,12 @@ def _twins() -> dict[Any, Function]:
     return table
 
 
-_TWINS = _twins()
+_TWINS = FunctionTable(_twins())
 
 
 def out_of_place(func: Function) -> Function:
     """The twin of an in-place function that leaves its argument alone; any other function is its own."""
-    return _TWINS.get(func, func)
+    return _TWINS.get(func) or func
 
 
 @dataclass(frozen=True)
