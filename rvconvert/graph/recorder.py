@@ -497,7 +497,8 @@ def _storage_key(tensor: torch.Tensor) -> Any:
     storage = _storage(tensor)
     if storage is None:
         return None
-    return (storage, tensor.storage_offset(), tuple(tensor.shape), tensor.stride(), tensor.dtype)
+    with torch._C.DisableTorchFunction():  # a recorded size would fix the batch size by being hashed
+        return (storage, tensor.storage_offset(), tuple(tensor.shape), tensor.stride(), tensor.dtype)
 
 
 def _plain_tensor_attributes(root: nn.Module) -> dict[int, str]:
