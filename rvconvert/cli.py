@@ -276,14 +276,6 @@ def _shape(text: str) -> tuple[tuple[int, ...], torch.dtype]:
     return shape, dtype
 
 
-def _range(text: str) -> tuple[float, float]:
-    try:
-        low, high = (float(x) for x in text.split(","))
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a range; write -1,1") from None
-    return low, high
-
-
 def _at_least_one(text: str) -> int:
     value = int(text) if text.isdigit() else 0
     if value < 1:
@@ -419,7 +411,9 @@ def _parser() -> argparse.ArgumentParser:
     verifier.add_argument("--images", metavar="PATH", help="images to run on: .npy, .npz, .pt, or a folder of pictures")
     verifier.add_argument("--count", type=_at_least_one, default=16, help="use at most so many images (default: %(default)s)")
     verifier.add_argument("--size", type=_at_least_one, help="crop and scale pictures of a folder to this side")
-    verifier.add_argument("--range", type=_range, default=(0.0, 1.0), metavar="LOW,HIGH", help="of the pixels (default: 0,1)")
+    verifier.add_argument(
+        "--range", type=float, nargs=2, default=(0.0, 1.0), metavar=("LOW", "HIGH"), help="of the pixels (default: 0 1)"
+    )
     verifier.add_argument("--samples", type=_at_least_one, default=1000, help="Monte Carlo samples (default: %(default)s)")
     verifier.add_argument("--seed", type=int, default=0, help="of the samples (default: %(default)s)")
     verifier.add_argument("--allow-pickle", action="store_true", help="unpickle code in the file: only if you trust its author")

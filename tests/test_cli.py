@@ -201,7 +201,7 @@ def test_refusals_are_one_message_and_exit_1(case: str, folder: Path, capsys) ->
         ("plan net.py:VAE --example-shape 4,0", "is not a shape"),
         ("plan net.py:VAE --covariance quantum", "invalid choice"),
         ("verify rv.pt --samples 0", "not a whole number above 0"),
-        ("verify rv.pt --range 1", "is not a range"),
+        ("verify rv.pt --range 1", "expected 2 arguments"),
     ],
 )
 def test_wrong_usage_is_exit_2(command: str, message: str, folder: Path, capsys) -> None:
@@ -228,7 +228,7 @@ def test_verify_on_images(folder: Path, capsys) -> None:
         Image.fromarray(pixels).save(folder / "photos" / f"{i}.png")
     code, _, err = run(capsys, "verify rv.pt --images photos --samples 50")
     assert code == 1 and "--size" in err
-    code, out, err = run(capsys, "verify rv.pt --images photos --size 4 --range -1,1 --samples 50")
+    code, out, err = run(capsys, "verify rv.pt --images photos --size 4 --range -1 1 --samples 50")
     assert code == 0 and "decoder.0" in out, err
     data = json.loads(run(capsys, "verify rv.pt --images photos --size 4 --samples 50 --json")[1])
     assert data
