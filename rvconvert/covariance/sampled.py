@@ -15,9 +15,11 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree
 
+from rvconvert.covariance.each import on_each
 from rvconvert.errors import ConversionError
 from rvconvert.random_variable import RandomVariable, Settings, is_in_place, random_variables
-from rvconvert.rules.kinds import Metadata, substitute
+from rvconvert.registry import Exactness
+from rvconvert.rules.kinds import Collapse, Metadata, substitute
 from rvconvert.rules.noise import SOURCES, entering
 from rvconvert.rules.shape import setitem
 
@@ -94,7 +96,10 @@ class SampledVariable(RandomVariable):
                 f"{name} asks for the value of a random variable, which differs between its paths; take x.mean for "
                 "its expected value, or leave that part of the model out of the conversion (methods=...)"
             )
-        if isinstance(rule.kind, Metadata) and not is_in_place(func, kwargs):
+        if isinstance(rule.kind, Collapse):
+            return rule(func, args, kwargs)
+        # (A declared approximate one, such as argsort, does depend on values.)
+        if isinstance(rule.kind, Metadata) and rule.exactness is Exactness.EXACT and not is_in_place(func, kwargs):
             return func(*substitute(args, lambda x: x._mean), **substitute(kwargs, lambda x: x._mean))
         if rule.name == "setitem":
             func = setitem
@@ -117,24 +122,6 @@ class SampledVariable(RandomVariable):
         else:
             result = on_each(plain, paths)
         return _pytree.tree_map(lambda x: SampledVariable.of_paths(x, settings) if isinstance(x, Tensor) else x, result)
-
-
-def on_each(plain: Callable[..., Any], paths: list[Tensor]) -> Any:
-    """``plain`` on every path: vectorised, or one path after the other where torch cannot."""
-    try:
-        return torch.vmap(plain, randomness="different")(*paths)
-    except (RuntimeError, ValueError, NotImplementedError, TypeError):
-        results = [plain(*each) for each in zip(*(p.unbind(0) for p in paths), strict=True)]  # a real error comes again
-    leaves, structure = zip(*(_pytree.tree_flatten(each) for each in results), strict=True)
-    joined = []
-    for values in zip(*leaves, strict=True):
-        if isinstance(values[0], Tensor):
-            joined.append(torch.stack(values))
-        elif all(each == values[0] for each in values):
-            joined.append(values[0])
-        else:
-            raise ConversionError(f"an operation gave {values[0]!r} on one path, {values[-1]!r} on another: not tensors")
-    return _pytree.tree_unflatten(joined, structure[0])
 
 
 def antithetic_normal(zeros: Tensor, settings: Settings) -> SampledVariable:
