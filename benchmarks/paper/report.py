@@ -1,0 +1,144 @@
+"""Write every table anew from the JSON files, and the marked blocks of README.md with them.
+
+    python -m benchmarks.paper.report
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+
+from benchmarks.paper import (
+    cells,
+    cost,
+    figure3,
+    penalty_sweep,
+    pictures,
+    quirks,
+    results,
+    table1,
+    table2,
+    transfer,
+)  # fmt: skip
+
+TABLES: dict[str, Callable[[list[results.Record]], str]] = {
+    module.__name__.rpartition(".")[2]: module.table
+    for module in (table1, table2, figure3, cost, transfer, penalty_sweep, quirks, pictures)
+}
+README = cells.HERE / "README.md"
+
+
+def claims(read: Callable[[str], list[results.Record]]) -> str:
+    """The paper's claims, counted over the cells that have been run."""
+    rows = [
+        *reconstruction(read("table1")),
+        *generation(read("table2")),
+        *convergence(read("figure3")),
+        *price(read("cost")),
+        *transferred(read("transfer")),
+        *variance(read("penalty_sweep")),
+    ]
+    return results.markdown(["section", "the paper says", "measured here"], rows)
+
+
+def reconstruction(records: list[results.Record]) -> list[list[str]]:
+    pairs = [pairs for _, group in table1.in_order(records) if (pairs := table1.pair_by_seed(group))]
+    if not pairs:
+        return []
+    verdicts = [table1.verdict(each) for each in pairs]
+    counted = "; ".join(
+        f"{name} in {verdicts.count(name)}" for name in ("confirmed", "only under the paper's protocol", "not confirmed")
+    )
+    sampled = sum(all(rv["mse_sample"] < plain["mse_sample"] for plain, rv in each) for each in pairs)
+    lowered = f"of {len(pairs)} cells, RV training lowers the error from a *sample* in {sampled}"
+    return [
+        ["5.4, Table 1", "in all ten cells RV reconstructs better, up to 16 times", f"of {len(pairs)} cells: {counted}"],
+        ["5.6", "the plain network keeps the functionality of the RV one", lowered],
+    ]
+
+
+def generation(records: list[results.Record]) -> list[list[str]]:
+    better, total = 0, 0
+    for group in results.grouped(records, ["cell", "metric", "seed", *results.GROUP]).values():
+        by = {(record["variant"], record["way"]): record["distance"] for record in group}
+        if ("plain", "prior") in by and ("rv", "prior, var 1") in by:
+            total += 1
+            better += by["rv", "prior, var 1"] < by["plain", "prior"]
+    if not total:
+        return []
+    measured = f"lower distance in {better} of {total} runs"
+    return [["5.5, Table 2", "RV, with var 1, has the lower FID in all three cells", measured]]
+
+
+def convergence(records: list[results.Record]) -> list[list[str]]:
+    later = lower = total = 0
+    for group in results.grouped(records, ["cell", "seed", *results.GROUP]).values():
+        by = {record["variant"]: record for record in group}
+        if {"plain", "rv"} <= set(by):
+            plain, rv = figure3.curve(by["plain"], False), figure3.curve(by["rv"], True)
+            total += 1
+            later += figure3.epoch(rv) > figure3.epoch(plain)
+            lower += min(rv) < min(plain)
+    if not total:
+        return []
+    return [
+        ["5.3, Figure 3", "RV reaches its least loss in a similar or earlier epoch", f"later in {later} of {total} runs"],
+        ["5.3", "RV's least loss is lower by far, L_c included", f"lower in {lower} of {total} runs"],
+    ]
+
+
+def price(records: list[results.Record]) -> list[list[str]]:
+    ratios: dict[str, list[float]] = {"seconds": [], "operations": []}
+    for group in results.grouped(records, ["cell", "shrink", "batch"]).values():
+        by = {record["mode"]: record for record in group}
+        if {"plain", "independent"} <= set(by):
+            for what, values in ratios.items():
+                values.append(by["independent"][f"training_{what}"] / by["plain"][f"training_{what}"])
+    if not ratios["seconds"]:
+        return []
+    measured = f"a training step: {span(ratios['seconds'])} times the time, {span(ratios['operations'])} times the FLOPs"
+    return [["5.2", "about 3 times slower, about 30 % more FLOPs", measured]]
+
+
+def transferred(records: list[results.Record]) -> list[list[str]]:
+    own = [record for record in records if record["variant"] == "rv"]
+    if not own:
+        return []
+    ends = [f"{pick(record[name] for record in own):.1e}" for name in ("rv_and_mean", "rv_and_sample") for pick in (min, max)]
+    return [["5.6", f"the plain network with RV's weights is {transfer.PAPER:.2e} from RV, in MSE",
+             f"decoding the mean {ends[0]} to {ends[1]}; decoding a sample {ends[2]} to {ends[3]}"]]  # fmt: skip
+
+
+def variance(records: list[results.Record]) -> list[list[str]]:
+    own = [record for record in records if record["penalty"] == 50]
+    if not own:
+        return []
+    propagated = span([record["variance_propagated"] for record in own])
+    true = span([record["variance_monte_carlo"] for record in own])
+    return [["4.3", "L_c drives the variance of the output to zero",
+             f"at λ = 50 the propagated variance is {propagated}, the true one {true}"]]  # fmt: skip
+
+
+def span(values: list[float]) -> str:
+    low, high = results.number(min(values)), results.number(max(values))
+    return low if low == high else f"{low} to {high}"
+
+
+def main() -> None:
+    folder = cells.HERE / "results"
+    blocks = {"claims": claims(lambda name: results.read(folder, name))}
+    for name, table in TABLES.items():
+        if records := results.read(folder, name):
+            blocks[name] = table(records)
+            (folder / f"{name}.md").write_text(blocks[name])
+    text = README.read_text()
+    for name, block in blocks.items():
+        marked = re.compile(rf"(<!-- {name} -->\n).*?(<!-- end {name} -->)", re.DOTALL)
+        if not marked.search(text):
+            raise SystemExit(f"{README} has no block <!-- {name} -->")
+        text = marked.sub(lambda match, block=block: match[1] + block + match[2], text)
+    README.write_text(text)
+
+
+if __name__ == "__main__":
+    main()
