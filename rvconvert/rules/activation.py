@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from rvconvert.random_variable import random_variables
+from rvconvert.random_variable import RandomVariable, random_variables
 from rvconvert.registry import Exactness
 from rvconvert.rules import gaussian
-from rvconvert.rules.kinds import Composite, Elementwise, add_rule, bind
+from rvconvert.rules.kinds import Composite, Elementwise, Shape, add_rule, bind, first_order
 
 _GAUSSIAN = "a Gaussian input"
 
@@ -30,31 +31,45 @@ def closed_form(function: Callable[..., Any]) -> Callable[..., Any]:
     return moments
 
 
+def kinks_of(positions: Callable[..., tuple[float, ...]]) -> Callable[..., tuple[float, ...]]:
+    """Where a function is not smooth, from its own arguments: ``positions`` names and defaults those it needs."""
+    names = list(inspect.signature(positions).parameters)
+
+    def kinks(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[float, ...]:
+        values, _, _ = bind(("input", *names), args, kwargs)
+        return positions(**{n: v for n, v in zip(names, values[1:], strict=True) if v is not None})
+
+    return kinks
+
+
 def _activation(
     name: str,
     function: Callable[..., Any],
     *modules: type[nn.Module],
-    kinks: Sequence[float] = (),
-    functions: Sequence[Callable[..., Any]] | None = None,
+    kinks: Callable[..., tuple[float, ...]] | None = None,
     exactness: Exactness = Exactness.MOMENT_MATCHED,
     assumption: str = _GAUSSIAN,
 ) -> None:
-    kind = Elementwise(closed_form(function), kinks=(lambda args, kwargs: tuple(kinks)) if kinks else None)
-    add_rule(name, kind, exactness, assumption, modules=modules, functions=functions)
+    kind = Elementwise(closed_form(function), kinks=kinks and kinks_of(kinks))
+    add_rule(name, kind, exactness, assumption, modules=modules)
 
 
-_activation("relu", gaussian.relu, nn.ReLU, kinks=(0.0,))
-_activation("leaky_relu", gaussian.leaky_relu, nn.LeakyReLU, kinks=(0.0,))
-_activation("relu6", gaussian.relu6, nn.ReLU6, kinks=(0.0, 6.0))
-_activation("hardtanh", gaussian.hardtanh, nn.Hardtanh, kinks=(-1.0, 1.0))
-_activation("hardsigmoid", gaussian.hardsigmoid, nn.Hardsigmoid, kinks=(-3.0, 3.0))
-_activation("hardswish", gaussian.hardswish, nn.Hardswish, kinks=(-3.0, 3.0))
-_activation("hardshrink", gaussian.hardshrink, nn.Hardshrink, kinks=(-0.5, 0.5))
-_activation("softshrink", gaussian.softshrink, nn.Softshrink, kinks=(-0.5, 0.5))
-_activation("threshold", gaussian.threshold, nn.Threshold)
-_activation("elu", gaussian.elu, nn.ELU, kinks=(0.0,))
-_activation("selu", gaussian.selu, nn.SELU, kinks=(0.0,))
-_activation("celu", gaussian.celu, nn.CELU, kinks=(0.0,))
+def _at_zero() -> tuple[float, ...]:
+    return (0.0,)
+
+
+_activation("relu", gaussian.relu, nn.ReLU, kinks=_at_zero)
+_activation("leaky_relu", gaussian.leaky_relu, nn.LeakyReLU, kinks=_at_zero)
+_activation("relu6", gaussian.relu6, nn.ReLU6, kinks=lambda: (0.0, 6.0))
+_activation("hardtanh", gaussian.hardtanh, nn.Hardtanh, kinks=lambda min_val=-1.0, max_val=1.0: (min_val, max_val))
+_activation("hardsigmoid", gaussian.hardsigmoid, nn.Hardsigmoid, kinks=lambda: (-3.0, 3.0))
+_activation("hardswish", gaussian.hardswish, nn.Hardswish, kinks=lambda: (-3.0, 3.0))
+_activation("hardshrink", gaussian.hardshrink, nn.Hardshrink, kinks=lambda lambd=0.5: (-lambd, lambd))
+_activation("softshrink", gaussian.softshrink, nn.Softshrink, kinks=lambda lambd=0.5: (-lambd, lambd))
+_activation("threshold", gaussian.threshold, nn.Threshold, kinks=lambda threshold=0.0: (threshold,))
+_activation("elu", gaussian.elu, nn.ELU, kinks=_at_zero)
+_activation("selu", gaussian.selu, nn.SELU, kinks=_at_zero)
+_activation("celu", gaussian.celu, nn.CELU, kinks=_at_zero)
 _activation("gelu", gaussian.gelu, nn.GELU)
 _activation("silu", gaussian.silu, nn.SiLU)
 _activation("tanh", gaussian.tanh, nn.Tanh)
@@ -63,31 +78,51 @@ _activation("softplus", gaussian.softplus, nn.Softplus)
 _activation("mish", gaussian.mish, nn.Mish)
 _activation("softsign", gaussian.softsign, nn.Softsign)
 _activation("logsigmoid", gaussian.logsigmoid, nn.LogSigmoid)
-_activation("abs", gaussian.absolute, kinks=(0.0,))
-_activation("absolute", gaussian.absolute, kinks=(0.0,))
+_activation("abs", gaussian.absolute, kinks=_at_zero)
+_activation("absolute", gaussian.absolute, kinks=_at_zero)
 _activation("exp", gaussian.exp)
 _activation("expm1", gaussian.expm1)
 _activation("square", gaussian.square)
 _activation("sin", gaussian.sin)
+_activation("sinh", gaussian.sinh)
+_activation("cosh", gaussian.cosh)
 _activation("cos", gaussian.cos)
 _activation("erf", gaussian.erf)
-_DELTA = "first and second order at the mean; the input must stay away from where the function is singular"
-for _name, _function in (("sqrt", gaussian.sqrt), ("rsqrt", gaussian.rsqrt), ("log", gaussian.log)):
-    _activation(_name, _function, exactness=Exactness.APPROXIMATE, assumption=_DELTA)
+_POSITIVE = "a positive, lognormal input"
+_activation("sqrt", gaussian.sqrt, exactness=Exactness.APPROXIMATE, assumption=_POSITIVE)
+_activation("rsqrt", gaussian.rsqrt, exactness=Exactness.APPROXIMATE, assumption=_POSITIVE)
+_activation("log", gaussian.log, exactness=Exactness.APPROXIMATE, assumption=_POSITIVE)
 
 
-def _clamp_moments(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def _logarithm(base: float, shift: float = 0.0) -> Any:
+    def moments(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        x = random_variables(args, kwargs)[0]
+        return gaussian.log(x.mean + shift, x.var, base)
+
+    return moments
+
+
+add_rule("log2", Elementwise(_logarithm(2.0)), Exactness.APPROXIMATE, _POSITIVE)
+add_rule("log10", Elementwise(_logarithm(10.0)), Exactness.APPROXIMATE, _POSITIVE)
+add_rule("log1p", Elementwise(_logarithm(math.e, 1.0)), Exactness.APPROXIMATE, "1 + x is positive and lognormal")
+
+
+def _clamp(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     (x, low, high), _, _ = bind(("input", "min", "max"), args, kwargs)
-    return gaussian.clamp(x.mean, x.var, low, high)
+    if any(isinstance(each, RandomVariable) for each in (low, high)) or not isinstance(x, RandomVariable):
+        out = x if low is None else torch.maximum(x, low)
+        out = out if high is None else torch.minimum(out, high)
+        return out.mean, out.var
+    shape = torch.broadcast_shapes(*(each.shape for each in (x, low, high) if hasattr(each, "shape")))
+    return gaussian.clamp(x.mean.expand(shape), x.var.expand(shape), low, high)
 
 
 def _clamp_kinks(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[float, ...]:
-    bounds = (*args[1:], *kwargs.values())
-    return tuple(float(b) for b in bounds if isinstance(b, (int, float)))
+    return tuple(float(b) for b in (*args[1:], *kwargs.values()) if isinstance(b, (int, float)))
 
 
 for _name in ("clamp", "clip"):
-    add_rule(_name, Elementwise(_clamp_moments, kinks=_clamp_kinks), Exactness.MOMENT_MATCHED, _GAUSSIAN)
+    add_rule(_name, Elementwise(_clamp, _clamp, kinks=_clamp_kinks), Exactness.MOMENT_MATCHED, _GAUSSIAN)
 
 
 def _clamp_min(input: Any, min: Any) -> Any:
@@ -110,7 +145,7 @@ def _prelu(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
 
 add_rule(
-    "prelu", Elementwise(_prelu, kinks=lambda args, kwargs: (0.0,)), Exactness.MOMENT_MATCHED, _GAUSSIAN, modules=(nn.PReLU,)
+    "prelu", Elementwise(_prelu, kinks=kinks_of(_at_zero)), Exactness.MOMENT_MATCHED, _GAUSSIAN, modules=(nn.PReLU,)
 )
 
 
@@ -127,15 +162,17 @@ def _rrelu(input: Any, lower: float = 1 / 8, upper: float = 1 / 3, training: boo
 
 add_rule("rrelu", Composite(_rrelu), Exactness.MOMENT_MATCHED, _GAUSSIAN, modules=(nn.RReLU,))
 
-_BY_QUADRATURE = (
-    "sinh cosh tan asin acos atan arcsin arccos arctan asinh acosh atanh arcsinh arctanh erfc erfinv exp2 log1p log2 "
-    "log10 logit sinc i0 ndtr lgamma digamma tanhshrink special_erfcx erfcx log_ndtr deg2rad rad2deg nan_to_num float_power"
-).split()
+_BY_QUADRATURE = "atan arctan asinh arcsinh erfc exp2 sinc i0 i0e i1e ndtr tanhshrink log_ndtr".split()
 _QUADRATURE_MODULES: dict[str, tuple[type[nn.Module], ...]] = {"tanhshrink": (nn.Tanhshrink,)}
 for _name in _BY_QUADRATURE:
-    add_rule(
-        _name, Elementwise(), Exactness.MOMENT_MATCHED, "a Gaussian input; quadrature", modules=_QUADRATURE_MODULES.get(_name, ())
-    )
+    _modules = _QUADRATURE_MODULES.get(_name, ())
+    add_rule(_name, Elementwise(), Exactness.MOMENT_MATCHED, "a Gaussian input; quadrature", modules=_modules)
+
+# Defined on a part of the line, or with poles: a Gaussian has no moments under them.
+_PARTIAL = "asin acos atanh acosh arcsin arccos arctanh arccosh tan logit erfinv lgamma digamma".split()
+for _name in _PARTIAL:
+    add_rule(_name, Elementwise(first_order), Exactness.APPROXIMATE, "first order at the mean, inside the domain")
+add_rule("nan_to_num", Shape(), Exactness.EXACT, "no element is NaN or infinite")
 
 
 def _glu(input: Any, dim: int = -1) -> Any:

@@ -7,33 +7,40 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rvconvert.random_variable import RandomVariable, random_variables
+from rvconvert.errors import UnsupportedOperationError
+from rvconvert.random_variable import RandomVariable
 from rvconvert.registry import Exactness
 from rvconvert.rules import gaussian
-from rvconvert.rules.kinds import Composite, Elementwise, FixedLinear, add_rule, bind, moments, substitute
+from rvconvert.rules.extrema import constants
+from rvconvert.rules.kinds import (
+    Composite,
+    Elementwise,
+    FixedLinear,
+    add_rule,
+    at_means,
+    bind,
+    first_order,
+    moments,
+    spread,
+    unique,
+)
 
 _INDEPENDENT = "operands are independent"
-
-
-def _means(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    return func(*substitute(args, lambda x: x.mean), **substitute(kwargs, lambda x: x.mean))
-
-
-def _spread(var: Tensor, like: Tensor) -> Tensor:
-    return var if var.shape == like.shape else var.expand(like.shape)
 
 
 def _sum(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Tensor]:
     """y = a + alpha b: var = v_a + alpha^2 v_b (with sub and rsub alike, for independent operands)."""
     (a, b, alpha), _, _ = bind(("input", "other", "alpha"), args, kwargs)
     first, second = (b, a) if getattr(func, "__name__", "") in ("rsub", "__rsub__") else (a, b)
-    mean = _means(func, args, kwargs)
+    if isinstance(alpha, RandomVariable):
+        raise UnsupportedOperationError(f"{func.__name__}: alpha is a random variable; write it as a product")
+    mean = at_means(func, args, kwargs)
     var: Any = 0
     if isinstance(first, RandomVariable):
         var = var + first.var
     if isinstance(second, RandomVariable):
         var = var + (second.var if alpha is None or alpha == 1 else second.var * (alpha * alpha))
-    return mean, _spread(var, mean)
+    return mean, spread(var, mean)
 
 
 def _product(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Tensor]:
@@ -47,25 +54,26 @@ def _product(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[
         var = b_var * (a * a)
     else:
         var = a_var * (b.square() + b_var) + a.square() * b_var
-    return mean, _spread(var, mean)
+    return mean, spread(var, mean)
 
 
 def _quotient(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Tensor]:
-    """y = a / b: exact for a constant b, else by the delta method (a quotient of Gaussians has no moments)."""
+    """y = a / b: exact for a constant b, else a times 1/b with b lognormal (a quotient of Gaussians has no moments)."""
     (a, b, mode), _, _ = bind(("input", "other", "rounding_mode"), args, kwargs)
     if getattr(func, "__name__", "") in ("__rtruediv__", "__rdiv__", "reciprocal"):
         a, b = (1.0, a) if func.__name__ == "reciprocal" else (b, a)
     (a, a_var), (b, b_var) = moments(a), moments(b)
     if mode is not None:
-        raise NotImplementedError(f"division of a random variable with rounding_mode={mode!r}")
-    mean = a / b
+        return first_order(func, args, kwargs)
     if b_var is None:
-        var = a_var / (b * b)
-    else:
-        relative = b_var / b.square()
-        var = mean.square() * relative + (0 if a_var is None else a_var / b.square())
-        mean = mean * (1 + relative)
-    return mean, _spread(var, mean)
+        mean = a / b
+        return mean, spread(a_var / (b * b), mean)
+    inverse, inverse_var = gaussian.reciprocal(b, b_var)
+    mean = a * inverse
+    var = inverse_var * (a * a)
+    if a_var is not None:
+        var = var + a_var * (inverse.square() + inverse_var)
+    return mean, spread(var, mean)
 
 
 add_rule("add", Elementwise(_sum, _sum), Exactness.EXACT_IF_INDEPENDENT, _INDEPENDENT, keeps_latent=True)
@@ -79,13 +87,14 @@ for _name in ("div", "divide", "true_divide", "rdiv", "reciprocal"):
         _name,
         Elementwise(_quotient, _quotient),
         Exactness.APPROXIMATE,
-        "exact for a constant divisor; a random one is taken by the delta method and must stay away from 0",
+        "exact for a constant divisor; a random one is taken as lognormal, so it must stay away from 0",
         keeps_latent=True,
     )
 
 
 def _negative(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Tensor]:
-    return -args[0].mean, args[0].var
+    x = args[0] if args else kwargs["input"]
+    return -x.mean, x.var
 
 
 for _name in ("neg", "negative"):
@@ -100,108 +109,84 @@ def _addcdiv(input: Any, tensor1: Any, tensor2: Any, *, value: float = 1) -> Any
     return input + value * (tensor1 / tensor2)
 
 
-def _lerp(input: Any, end: Any, weight: Any) -> Any:
-    return input * (1 - weight) + weight * end
+def _lerp(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    """y = a + w (b - a): var = (1-w)^2 v_a + w^2 v_b + v_w ((b - a)^2 + v_a + v_b)."""
+    (a, b, w), _, _ = bind(("input", "end", "weight"), args, kwargs)
+    (a, a_var), (b, b_var), (w, w_var) = moments(a), moments(b), moments(w)
+    mean = a + w * (b - a)
+    a_var, b_var = (0 if v is None else v for v in (a_var, b_var))
+    var = (1 - w) ** 2 * a_var + w**2 * b_var
+    if w_var is not None:
+        var = var + w_var * ((b - a).square() + a_var + b_var)
+    return mean, spread(var, mean)
 
 
 add_rule("addcmul", Composite(_addcmul), Exactness.EXACT_IF_INDEPENDENT, _INDEPENDENT, keeps_latent=True)
 add_rule("addcdiv", Composite(_addcdiv), Exactness.APPROXIMATE, "as div", keeps_latent=True)
-add_rule("lerp", Composite(_lerp), Exactness.EXACT_IF_INDEPENDENT, _INDEPENDENT, keeps_latent=True)
+add_rule("lerp", Elementwise(_lerp, _lerp), Exactness.EXACT_IF_INDEPENDENT, _INDEPENDENT, keeps_latent=True)
 
 
 def _power(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Tensor]:
     (x, exponent), _, _ = bind(("input", "exponent"), args, kwargs)
-    if isinstance(x, RandomVariable) and isinstance(exponent, (int, float)):
-        if exponent == 2:
-            return gaussian.square(x.mean, x.var)
-        if exponent == 1:
-            return x.mean, x.var
-        return gaussian.quadrature(lambda value: value**exponent, x.mean, x.var)
-    if isinstance(x, RandomVariable) and not isinstance(exponent, RandomVariable):
-        return gaussian.quadrature(lambda value: torch.pow(value, exponent), x.mean, x.var)
-    if isinstance(exponent, RandomVariable) and not isinstance(x, RandomVariable):
-        return gaussian.quadrature(lambda value: torch.pow(x, value), exponent.mean, exponent.var)
-    return _delta(func, args, kwargs)
+    if isinstance(exponent, RandomVariable):
+        # a^X = e^(X log a), for a positive constant.
+        rate = torch.as_tensor(x, dtype=exponent.dtype, device=exponent.device).log()
+        mean, var = torch.broadcast_tensors(exponent.mean * rate, exponent.var * rate.square())
+        return gaussian.exp(mean, var)
+    if isinstance(exponent, Tensor):
+        return gaussian.quadrature(lambda value: torch.pow(value, exponent), *_broadcast(x, exponent))
+    return gaussian.power(x.mean, x.var, exponent)
 
 
-def _delta(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Tensor]:
-    """First order at the means: var = sum of (df/dx_i)^2 v_i over independent operands."""
-    inputs = list({id(x): x for x in random_variables(args, kwargs)}.values())
-    shape = torch.broadcast_shapes(*(x.shape for x in inputs))
-    means = [x.mean.expand(shape) for x in inputs]
-
-    def function(*values: Tensor) -> Tensor:
-        value = {id(x): each for x, each in zip(inputs, values, strict=True)}
-        return func(*substitute(args, lambda x: value[id(x)]), **substitute(kwargs, lambda x: value[id(x)]))
-
-    mean = function(*means)
-    var = torch.zeros_like(mean)
-    for i, x in enumerate(inputs):
-        tangents = tuple(torch.ones_like(m) if i == j else torch.zeros_like(m) for j, m in enumerate(means))
-        _, slope = torch.func.jvp(function, tuple(means), tangents)
-        var = var + slope.square() * x.var.expand(shape)
-    return mean, var
+def _broadcast(x: RandomVariable, other: Tensor) -> tuple[Tensor, Tensor]:
+    shape = torch.broadcast_shapes(x.shape, other.shape)
+    return x.mean.expand(shape), x.var.expand(shape)
 
 
 add_rule(
-    "pow", Elementwise(_power, _delta), Exactness.MOMENT_MATCHED, "a Gaussian input; a square is exact", keeps_latent=True
+    "pow",
+    Elementwise(_power, first_order),
+    Exactness.MOMENT_MATCHED,
+    "a Gaussian input, whole powers exact; under a negative or fractional power a lognormal one",
+    keeps_latent=True,
 )
 
 
-def _rpow(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Tensor]:
-    return _power(torch.pow, (args[1], args[0]), {})
+def _float_power(input: Any, exponent: Any) -> Any:
+    return torch.pow(*(x.double() if isinstance(x, (Tensor, RandomVariable)) else x for x in (input, exponent)))
 
 
-add_rule("rpow", Elementwise(_rpow), Exactness.MOMENT_MATCHED, "a Gaussian input")
-for _name in ("atan2", "hypot", "logaddexp", "logaddexp2", "xlogy", "copysign", "fmod", "remainder", "floor_divide"):
-    add_rule(
-        _name,
-        Elementwise(None, _delta),
-        Exactness.APPROXIMATE,
-        "a Gaussian input for one random operand; first order at the means for two",
-    )
+add_rule("float_power", Composite(_float_power), Exactness.MOMENT_MATCHED, "as pow")
 
 
-def clark_maximum(a: Tensor, a_var: Tensor, b: Tensor, b_var: Tensor) -> tuple[Tensor, Tensor]:
-    """Moments of max(A, B) for independent Gaussians (Clark 1961), as b + relu(a - b) plus what b varies."""
-    total = a_var + b_var
-    safe = torch.where(total > 0, total, 1)
-    theta = safe.sqrt()
-    alpha = (a - b) / theta
-    above = torch.where(total > 0, torch.special.ndtr(alpha), (a > b).to(a.dtype))
-    excess, excess_var = gaussian.relu(a - b, total)
-    # max = B + (A-B)+ and Cov(B, (A-B)+) = -v_b P(A > B), by Stein's rule.
-    return b + excess, b_var + excess_var - 2 * b_var * above
+def _rpow(x: Any, base: Any) -> Any:
+    return torch.pow(base, x)
 
 
-def _maximum(sign: int) -> Any:
-    def combine(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Tensor]:
-        (a, b), _, _ = bind(("input", "other"), args, kwargs)
-        (a, a_var), (b, b_var) = moments(a), moments(b)
-        if a_var is None:
-            a, a_var, b, b_var = b, b_var, a, a_var
-        b = torch.as_tensor(b, dtype=a.dtype, device=a.device)
-        if b_var is None:
-            mean, var = gaussian.relu((a - b) * sign, a_var.expand(torch.broadcast_shapes(a.shape, b.shape)))
-            return b + sign * mean, var
-        mean, var = clark_maximum(sign * a, a_var, sign * b, b_var)
-        return sign * mean, var
-
-    return combine
+add_rule("rpow", Composite(_rpow), Exactness.MOMENT_MATCHED, "a Gaussian exponent, a positive base")
+_TWO = "one random operand: Gaussian, by quadrature; two: first order at the means"
+for _name in ("atan2", "arctan2", "hypot", "logaddexp", "logaddexp2", "copysign", "ldexp"):
+    add_rule(_name, Elementwise(None, first_order), Exactness.APPROXIMATE, _TWO)
+_STEPS = "a Gaussian input; quadrature, which smooths the steps"
+for _name in ("fmod", "remainder"):
+    add_rule(_name, Elementwise(None, first_order), Exactness.APPROXIMATE, _STEPS)
 
 
-def _bound_kinks(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[float, ...]:
-    """Constant numbers that a random variable is compared with."""
-    return tuple(float(x) for x in (*args, *kwargs.values()) if isinstance(x, (int, float)) and not isinstance(x, bool))
+def _floor_divide(input: Any, other: Any) -> Any:
+    return torch.floor(input / other)
 
 
-for _name, _sign in (("maximum", 1), ("minimum", -1), ("fmax", 1), ("fmin", -1)):
-    add_rule(
-        _name,
-        Elementwise(_maximum(_sign), _maximum(_sign), kinks=_bound_kinks),
-        Exactness.EXACT_IF_INDEPENDENT,
-        "Gaussian, independent operands (Clark 1961)",
-    )
+add_rule("floor_divide", Composite(_floor_divide), Exactness.APPROXIMATE, _STEPS)
+
+
+def _xlogy(input: Any, other: Any) -> Any:
+    return input * torch.log(other)
+
+
+add_rule("xlogy", Composite(_xlogy), Exactness.APPROXIMATE, "as log: a positive, lognormal other; operands are independent")
+
+
+# ---- comparisons: indicators -------------------------------------------------------------------------------------
 
 
 def _comparison(above: bool) -> Any:
@@ -210,7 +195,7 @@ def _comparison(above: bool) -> Any:
         (a, a_var), (b, b_var) = moments(a), moments(b)
         difference = (a - b) if above else (b - a)
         var = (0 if a_var is None else a_var) + (0 if b_var is None else b_var)
-        certain = (difference > 0).to(difference.dtype)
+        certain = at_means(func, args, kwargs).to(difference.dtype)
         std = torch.where(var > 0, var, 1).sqrt()
         p = torch.where(var > 0, torch.special.ndtr(difference / std), certain)
         return p, p * (1 - p)
@@ -218,43 +203,116 @@ def _comparison(above: bool) -> Any:
     return probability
 
 
-for _name, _above in (("gt", True), ("ge", True), ("lt", False), ("le", False), ("greater", True), ("less", False)):
+for _name in ("gt", "ge", "lt", "le", "greater", "less", "greater_equal", "less_equal"):
+    _above = _name.startswith("g")
     add_rule(
         _name,
-        Elementwise(_comparison(_above), _comparison(_above), kinks=_bound_kinks),
+        Elementwise(_comparison(_above), _comparison(_above), kinks=constants),
         Exactness.EXACT_IF_INDEPENDENT,
         "Gaussian, independent operands; the result is the indicator's mean and variance",
     )
 
 
-def _where_independent(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Tensor]:
+def _equality(value: float) -> Any:
+    """Two variables are equal with probability 0, unless neither varies."""
+
+    def probability(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        (a, b), _, _ = bind(("input", "other"), args, kwargs)
+        (a, a_var), (b, b_var) = moments(a), moments(b)
+        varies = ((0 if a_var is None else a_var) + (0 if b_var is None else b_var)) > 0
+        p = torch.where(varies | (a != b), 1 - value, value).to(varies.device, unique(args, kwargs)[0].dtype)
+        return p, torch.zeros_like(p)
+
+    return probability
+
+
+for _name, _value in (("eq", 1.0), ("ne", 0.0), ("not_equal", 0.0)):
+    add_rule(
+        _name,
+        Elementwise(_equality(_value), _equality(_value)),
+        Exactness.EXACT_IF_INDEPENDENT,
+        "a continuous variable meets another value with probability 0",
+    )
+
+
+def _conjunction(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    p, q = (_probability(x) for x in bind(("input", "other"), args, kwargs)[0])
+    name = func.__name__
+    both = p * q if "and" in name else p + q - p * q if "xor" not in name else p + q - 2 * p * q
+    return both, both * (1 - both)
+
+
+def _probability(x: Any) -> Tensor:
+    """That an indicator (random or not) holds."""
+    return x.mean if isinstance(x, RandomVariable) else torch.as_tensor(x).bool().to(torch.get_default_dtype())
+
+
+def _complement(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    x = args[0] if args else kwargs["input"]
+    return 1 - x.mean, x.var
+
+
+_INDICATORS = "operands are indicators (of comparisons), independent unless functions of one variable"
+for _name in ("logical_and", "logical_or", "logical_xor"):
+    add_rule(_name, Elementwise(_conjunction, _conjunction), Exactness.EXACT_IF_INDEPENDENT, _INDICATORS)
+for _name in ("logical_not", "bitwise_not"):
+    add_rule(_name, Elementwise(_complement), Exactness.EXACT, "the operand is an indicator")
+
+
+# ---- selection and steps -----------------------------------------------------------------------------------------
+
+
+def _where(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Tensor]:
     """E = p a + (1-p) b, the mixture's variance; operands independent of each other."""
     (condition, a, b), _, _ = bind(("condition", "input", "other"), args, kwargs)
-    if getattr(func, "__qualname__", "").startswith("TensorBase") or func is torch.Tensor.where:
-        condition, a = a, condition
-    p = condition.mean if isinstance(condition, RandomVariable) else condition
+    p, p_var = moments(condition)
     (a, a_var), (b, b_var) = moments(a), moments(b)
-    if not isinstance(condition, RandomVariable):
+    a_var, b_var = (0.0 if v is None else v for v in (a_var, b_var))
+    if p_var is None:
         mean = torch.where(p, a, b)
-        return mean, torch.where(p, 0 if a_var is None else a_var, 0 if b_var is None else b_var).to(mean.dtype)
+        return mean, spread(torch.where(p, a_var, b_var).to(mean.dtype), mean)
     mean = p * a + (1 - p) * b
-    var = p * (0 if a_var is None else a_var) + (1 - p) * (0 if b_var is None else b_var) + p * (1 - p) * (a - b) ** 2
-    return mean, _spread(var, mean)
+    return mean, spread(p * a_var + (1 - p) * b_var + p * (1 - p) * (a - b) ** 2, mean)
 
 
+def _where_method(self: Any, condition: Any, other: Any) -> Any:
+    return torch.where(condition, self, other)
+
+
+_WHERE = "condition and branches are independent, unless all are functions of one variable"
+add_rule("where", Elementwise(_where, _where), Exactness.EXACT_IF_INDEPENDENT, _WHERE, functions=(torch.where,))
 add_rule(
-    "where",
-    Elementwise(_where_independent, _where_independent),
-    Exactness.EXACT_IF_INDEPENDENT,
-    "condition and branches are independent, unless all are functions of one variable",
+    "Tensor.where", Composite(_where_method), Exactness.EXACT_IF_INDEPENDENT, _WHERE, functions=(torch.Tensor.where,)
 )
-for _name in ("logical_not", "logical_and", "logical_or", "bitwise_not", "heaviside", "sign", "sgn", "round", "floor", "ceil", "trunc", "frac"):
-    add_rule(_name, Elementwise(None, _delta), Exactness.APPROXIMATE, "a Gaussian input; steps are smoothed by quadrature")
+for _name in ("round", "floor", "ceil", "trunc", "fix", "frac"):
+    add_rule(_name, Elementwise(), Exactness.APPROXIMATE, _STEPS)
+def _sign(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    """P(X > 0) - P(X < 0); its square is 1 unless X is 0 for certain."""
+    x = args[0] if args else kwargs["input"]
+    above, below = torch.gt(x, 0).mean, torch.lt(x, 0).mean
+    mean = above - below
+    return mean, (above + below).square() - mean.square()
 
 
-def _squares(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    return func(*args, **kwargs)
+def _heaviside(input: Any, values: Any) -> Any:
+    certain = (input.mean == 0) & (input.var == 0)
+    return torch.where(certain, values.to(input.dtype), torch.gt(input, 0))
 
 
-for _name in ("cumsum",):
-    add_rule(_name, FixedLinear(_squares), Exactness.EXACT_IF_INDEPENDENT, _INDEPENDENT)
+def _at_zero(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[float, ...]:
+    return (0.0,)
+
+
+for _name in ("sign", "sgn"):
+    add_rule(_name, Elementwise(_sign, kinks=_at_zero), Exactness.MOMENT_MATCHED, "a Gaussian input")
+add_rule("heaviside", Composite(_heaviside), Exactness.MOMENT_MATCHED, "a Gaussian input, constant values")
+
+
+def _twice(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """``square`` of a scaling: the scale once more."""
+    result: Tensor = func(func(*args, **kwargs))
+    return result
+
+
+for _name in ("deg2rad", "rad2deg"):
+    add_rule(_name, FixedLinear(_twice), Exactness.EXACT)

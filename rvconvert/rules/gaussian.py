@@ -544,6 +544,30 @@ def _square_gain(mean: Tensor, var: Tensor) -> Tensor:
 
 
 @_widened
+def sinh(mean: Tensor, var: Tensor) -> Moments:
+    """sinh x, exact."""
+    return torch.exp(0.5 * var) * torch.sinh(mean), 0.5 * torch.expm1(var) * (torch.exp(var) * torch.cosh(2 * mean) + 1)
+
+
+@_gain_of(sinh)
+def _sinh_gain(mean: Tensor, var: Tensor) -> Tensor:
+    return torch.exp(0.5 * var) * torch.cosh(mean)
+
+
+@_widened
+def cosh(mean: Tensor, var: Tensor) -> Moments:
+    """cosh x, exact."""
+    # e^v cosh 2m - 1 without cancellation.
+    excess = torch.expm1(var) + 2 * torch.exp(var) * torch.sinh(mean).square()
+    return torch.exp(0.5 * var) * torch.cosh(mean), 0.5 * torch.expm1(var) * excess
+
+
+@_gain_of(cosh)
+def _cosh_gain(mean: Tensor, var: Tensor) -> Tensor:
+    return torch.exp(0.5 * var) * torch.sinh(mean)
+
+
+@_widened
 def sin(mean: Tensor, var: Tensor) -> Moments:
     """sin x, exact."""
     shrink, spread = torch.exp(-0.5 * var), -torch.expm1(-var)
@@ -911,58 +935,66 @@ def _celu_gain(mean: Tensor, var: Tensor, alpha: float = 1.0) -> Tensor:
     return _elu_gain(mean, var, alpha, 1.0, 1.0 / alpha)
 
 
-# ---- functions without Gaussian moments: second-order expansion at the mean ---------------------------------------
+# ---- functions without Gaussian moments: a positive variable, taken as lognormal -----------------------------------
+#
+# A Gaussian has no moments under a negative or fractional power or a logarithm (x <= 0 has positive probability).
+# A positive variable with the same mean and variance does: the lognormal one, with r = var/mean^2 its deviation's
+# square relative to the mean. To first order in r this is the expansion at the mean.
 
 
-def delta(value: Tensor, first: Tensor, second: Tensor, var: Tensor) -> Moments:
-    """Second-order moments from f(m), f'(m), f''(m): f + f'' v/2 and f'² v + f''² v²/2."""
-    return value + 0.5 * second * var, var * (first * first + 0.5 * second * second * var)
+def _relative(mean: Tensor, var: Tensor) -> Tensor:
+    """r = var/mean^2; 0 where nothing varies. Bounded, so that a mean of 0 has finite gradients."""
+    square = mean * mean
+    varies = (var > 0) & (square > 0)
+    return torch.clamp(torch.where(varies, var, 0) / torch.where(varies, square, 1), max=1e6)
 
 
 @_widened
 def power(mean: Tensor, var: Tensor, exponent: float) -> Moments:
-    """x^exponent: exact for 0, 1, 2 and 3, else the second-order expansion.
+    """x^exponent: exact for 0, 1, 2, ..., else of a lognormal variable."""
+    if exponent >= 0 and exponent == int(exponent):
+        return _whole_power(mean, var, int(exponent))
+    r = _relative(mean, var)
+    log_scale = torch.log1p(r)
+    # The root of 0 has an infinite slope; with nothing varying it adds nothing to the variance.
+    base = torch.where(r > 0, mean, 1)
+    out = torch.pow(mean, exponent) * torch.exp(0.5 * exponent * (exponent - 1) * log_scale)
+    spread = torch.pow(base, exponent) ** 2 * torch.exp(exponent * (exponent - 1) * log_scale)
+    return out, spread * torch.expm1(exponent * exponent * log_scale)
 
-    A Gaussian has no moments under a negative or fractional power (x <= 0 has positive probability): the
-    expansion stands for a positive variable and is good for mean >> s only.
-    """
-    if exponent == 0:
-        return torch.ones_like(mean), torch.zeros_like(var)
-    if exponent == 1:
-        return mean, var
-    if exponent == 2:
-        return square(mean, var)
-    if exponent == 3:
-        m2 = mean * mean
-        return mean * (m2 + 3 * var), 3 * var * (3 * m2 * m2 + 12 * m2 * var + 5 * var * var)
-    first = exponent * torch.pow(mean, exponent - 1)
-    return delta(
-        torch.pow(mean, exponent), first, exponent * (exponent - 1) * torch.pow(mean, exponent - 2), var
-    )
+
+def _whole_power(mean: Tensor, var: Tensor, exponent: int) -> Moments:
+    """E[X^p] = m E[X^(p-1)] + (p-1) v E[X^(p-2)] (Stein); Var[f(X)] = sum_k v^k E[f^(k)(X)]^2 / k!, no term negative."""
+    raw = [torch.ones_like(mean), mean]
+    for p in range(2, exponent + 1):
+        raw.append(mean * raw[p - 1] + (p - 1) * var * raw[p - 2])
+    out_var = torch.zeros_like(var)
+    for k in range(1, exponent + 1):
+        out_var = out_var + (math.perm(exponent, k) * raw[exponent - k]).square() * var**k / math.factorial(k)
+    return raw[exponent], out_var
 
 
 @_gain_of(power)
 def _power_gain(mean: Tensor, var: Tensor, exponent: float) -> Tensor:
-    if exponent in (0, 1):
-        return torch.full_like(mean, float(exponent))
-    if exponent == 2:
-        return 2 * mean
-    third = exponent * (exponent - 1) * (exponent - 2)
-    return exponent * torch.pow(mean, exponent - 1) + 0.5 * third * torch.pow(mean, exponent - 3) * var
+    if exponent >= 0 and exponent == int(exponent):
+        return exponent * _whole_power(mean, var, max(int(exponent) - 1, 0))[0]
+    r = _relative(mean, var)
+    scale = torch.exp(0.5 * exponent * (exponent - 1) * torch.log1p(r))
+    return exponent * torch.pow(mean, exponent - 1) * scale * (1 - (exponent - 1) * r / (1 + r))
 
 
 def reciprocal(mean: Tensor, var: Tensor) -> Moments:
-    """1/x by the second-order expansion (no moments exist)."""
+    """1/x of a lognormal variable."""
     return power(mean, var, -1.0)
 
 
 def sqrt(mean: Tensor, var: Tensor) -> Moments:
-    """√x by the second-order expansion, for a positive variable."""
+    """√x of a lognormal variable."""
     return power(mean, var, 0.5)
 
 
 def rsqrt(mean: Tensor, var: Tensor) -> Moments:
-    """1/√x by the second-order expansion, for a positive variable."""
+    """1/√x of a lognormal variable."""
     return power(mean, var, -0.5)
 
 
@@ -982,13 +1014,14 @@ def _rsqrt_gain(mean: Tensor, var: Tensor) -> Tensor:
 
 
 @_widened
-def log(mean: Tensor, var: Tensor) -> Moments:
-    """log x by the second-order expansion, for a positive variable."""
-    inverse = 1.0 / mean
-    return delta(torch.log(mean), inverse, -inverse * inverse, var)
+def log(mean: Tensor, var: Tensor, base: float = math.e) -> Moments:
+    """log x of a lognormal variable, exact for one; to any base."""
+    scale = 1.0 / math.log(base)
+    log_scale = torch.log1p(_relative(mean, var))
+    return (torch.log(mean) - 0.5 * log_scale) * scale, log_scale * (scale * scale)
 
 
 @_gain_of(log)
-def _log_gain(mean: Tensor, var: Tensor) -> Tensor:
-    inverse = 1.0 / mean
-    return inverse + inverse**3 * var
+def _log_gain(mean: Tensor, var: Tensor, base: float = math.e) -> Tensor:
+    r = _relative(mean, var)
+    return (1.0 + r / (1.0 + r)) / (mean * math.log(base))

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from functools import reduce
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
+from rvconvert.random_variable import RandomVariable
 from rvconvert.registry import Exactness
-from rvconvert.rules.kinds import Bilinear, Composite, add_rule
+from rvconvert.rules.kinds import Bilinear, Composite, FixedLinear, add_rule, moments, same_map
 
 _INDEPENDENT = "inputs are independent"
 
@@ -22,37 +25,156 @@ for _dims, _conv, _transposed in (
     add_rule(
         f"conv_transpose{_dims}d", Bilinear(), Exactness.EXACT_IF_INDEPENDENT, _INDEPENDENT, modules=(_transposed,)
     )
-for _name in ("matmul", "mm", "bmm", "mv", "dot", "inner", "outer", "vdot"):
-    add_rule(_name, Bilinear(("input", "other")), Exactness.EXACT_IF_INDEPENDENT, _INDEPENDENT)
+for _name, _operands in (
+    *((name, ("input", "other")) for name in ("matmul", "inner", "kron")),
+    ("mm", ("input", "mat2")),
+    ("bmm", ("input", "mat2")),
+    ("mv", ("input", "vec")),
+    ("dot", ("input", "tensor")),
+    ("vdot", ("input", "other")),
+    ("outer", ("input", "vec2")),
+    ("ger", ("input", "vec2")),
+    ("vecdot", ("x", "y")),
+    ("tensordot", ("a", "b")),
+):
+    add_rule(_name, Bilinear(_operands), Exactness.EXACT_IF_INDEPENDENT, _INDEPENDENT)
 
 
 def _rmatmul(x: Any, other: Any) -> Any:
     return torch.matmul(other, x)
 
 
-add_rule("rmatmul", Composite(_rmatmul), Exactness.EXACT_IF_INDEPENDENT, _INDEPENDENT)
-
-
 def _addmm(input: Any, mat1: Any, mat2: Any, *, beta: float = 1, alpha: float = 1) -> Any:
     return beta * input + alpha * torch.matmul(mat1, mat2)
 
 
-for _name in ("addmm", "baddbmm", "addmv"):
-    add_rule(_name, Composite(_addmm), Exactness.EXACT_IF_INDEPENDENT, _INDEPENDENT)
+def _baddbmm(input: Any, batch1: Any, batch2: Any, *, beta: float = 1, alpha: float = 1) -> Any:
+    return beta * input + alpha * torch.bmm(batch1, batch2)
+
+
+def _addbmm(input: Any, batch1: Any, batch2: Any, *, beta: float = 1, alpha: float = 1) -> Any:
+    return beta * input + alpha * torch.sum(torch.bmm(batch1, batch2), 0)
+
+
+def _addmv(input: Any, mat: Any, vec: Any, *, beta: float = 1, alpha: float = 1) -> Any:
+    return beta * input + alpha * torch.mv(mat, vec)
+
+
+def _addr(input: Any, vec1: Any, vec2: Any, *, beta: float = 1, alpha: float = 1) -> Any:
+    return beta * input + alpha * torch.outer(vec1, vec2)
+
+
+for _name, _body in (
+    ("rmatmul", _rmatmul),
+    ("addmm", _addmm),
+    ("baddbmm", _baddbmm),
+    ("addbmm", _addbmm),
+    ("addmv", _addmv),
+    ("addr", _addr),
+):
+    add_rule(_name, Composite(_body), Exactness.EXACT_IF_INDEPENDENT, _INDEPENDENT)
+
+
+def _chain(*matrices: Any) -> Any:
+    return reduce(torch.matmul, matrices[0] if isinstance(matrices[0], (list, tuple)) else matrices)
+
+
+_CHAIN = "inputs are independent; elements of a product of two random matrices are taken as independent too"
+add_rule("chain_matmul", Composite(_chain), Exactness.APPROXIMATE, _CHAIN)
+add_rule("multi_dot", Composite(_chain), Exactness.APPROXIMATE, _CHAIN)
 
 
 def _bilinear(input1: Any, input2: Any, weight: torch.Tensor, bias: torch.Tensor | None = None) -> Any:
-    # out_o = sum_i input1_i (sum_j W_oij input2_j): a linear map of input2, then a product with input1.
-    inner = torch.matmul(weight.flatten(0, 1), input2.unsqueeze(-1)).squeeze(-1)
-    inner = inner.unflatten(-1, weight.shape[:2])
-    out = torch.matmul(inner, input1.unsqueeze(-1)).squeeze(-1)
-    return out if bias is None else out + bias
+    """y = x1' W x2: var = (W^2)(v1, v2) + sum_i v1_i (W m2)_i^2 + sum_j v2_j (m1' W)_j^2, for each output."""
+    (a, a_var), (b, b_var) = moments(input1), moments(input2)
+    mean = F.bilinear(a, b, weight, bias)
+    var: Any = 0
+    if a_var is not None:
+        rows = torch.einsum("oij,...j->...oi", weight, b)
+        var = var + torch.einsum("...oi,...i->...o", rows.square(), a_var)
+    if b_var is not None:
+        columns = torch.einsum("oij,...i->...oj", weight, a)
+        var = var + torch.einsum("...oj,...j->...o", columns.square(), b_var)
+    if a_var is not None and b_var is not None:
+        var = var + F.bilinear(a_var, b_var, weight.square())
+    like = input1 if isinstance(input1, RandomVariable) else input2
+    return like.with_moments(mean, var)
 
 
 add_rule(
-    "bilinear",
-    Composite(_bilinear),
+    "bilinear", Composite(_bilinear), Exactness.EXACT_IF_INDEPENDENT, _INDEPENDENT, modules=(nn.Bilinear,)
+)
+
+
+def _linalg_cross(input: Any, other: Any, *, dim: int = -1) -> Any:
+    a1, a2, b1, b2 = (torch.roll(x, -k, dim) for x in (input, other) for k in (1, 2))
+    return a1 * b2 - a2 * b1
+
+
+def _cross(input: Any, other: Any, dim: int | None = None) -> Any:
+    return _linalg_cross(input, other, dim=list(input.shape).index(3) if dim is None else dim)
+
+
+add_rule(
+    "linalg_cross",
+    Composite(_linalg_cross),
     Exactness.EXACT_IF_INDEPENDENT,
-    "inputs are independent; with input2 random, the inner products are taken as independent too",
-    modules=(nn.Bilinear,),
+    _INDEPENDENT,
+    functions=(torch.linalg.cross,),
+)
+add_rule("cross", Composite(_cross), Exactness.EXACT_IF_INDEPENDENT, _INDEPENDENT)
+
+
+# ---- einsum --------------------------------------------------------------------------------------------------------
+
+_ONE = FixedLinear(same_map)
+_TWO = Bilinear(("input", "other"))
+
+
+def _contract(terms: list[str], output: str, operands: list[Any]) -> Any:
+    """``einsum`` of one or two operands, of which any may be random."""
+    equation = ",".join(terms) + "->" + output
+    if not any(isinstance(x, RandomVariable) for x in operands):
+        return torch.einsum(equation, *operands)
+    kind = _ONE if len(operands) == 1 else _TWO
+    return kind(lambda *tensors: torch.einsum(equation, *tensors), tuple(operands), {})
+
+
+def _letters(term: str, wanted: str) -> str:
+    """The letters of ``term`` that ``wanted`` has too, each once; the ellipsis stays."""
+    return ("..." if "..." in term else "") + "".join(x for x in dict.fromkeys(term.replace("...", "")) if x in wanted)
+
+
+def _einsum(equation: Any, *operands: Any) -> Any:
+    """Sums of products, one operand after the other; indices that only one operand has are summed first.
+
+    So two terms of a sum never share an element, and the law of independent products holds.
+    """
+    values = list(operands[0]) if len(operands) == 1 and isinstance(operands[0], (list, tuple)) else list(operands)
+    if not isinstance(equation, str):
+        raise NotImplementedError("einsum of random variables takes its equation as a string")
+    left, arrow, output = equation.replace(" ", "").partition("->")
+    terms = left.split(",")
+    if not arrow:
+        once = sorted(x for x in set(left) - set(",.") if left.count(x) == 1)
+        output = ("..." if "..." in left else "") + "".join(once)
+    for i, term in enumerate(terms):
+        shared = output + "".join(terms[:i] + terms[i + 1 :])
+        kept = _letters(term, shared)
+        if kept != term:
+            terms[i], values[i] = kept, _contract([term], kept, [values[i]])
+    while len(terms) > 1:
+        rest = output + "".join(terms[2:])
+        kept = _letters(terms[0] + terms[1], rest) if len(terms) > 2 else output
+        value = _contract(terms[:2], kept, values[:2])
+        terms, values = [kept, *terms[2:]], [value, *values[2:]]
+    return values[0] if terms[0] == output else _contract(terms, output, values)
+
+
+add_rule(
+    "einsum",
+    Composite(_einsum),
+    Exactness.EXACT_IF_INDEPENDENT,
+    "operands are independent; of three or more random ones, intermediate products are taken as independent",
+    functions=(torch.einsum,),
 )

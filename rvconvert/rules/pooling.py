@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rvconvert.random_variable import RandomVariable
 from rvconvert.registry import Exactness
-from rvconvert.rules.kinds import Composite, FixedLinear, add_rule, bind
-from rvconvert.rules.reduction import tournament
+from rvconvert.rules.extrema import by_pairs, clark_maximum, maximum_over
+from rvconvert.rules.kinds import Composite, FixedLinear, Shape, add_rule, bind
 
 _INDEPENDENT = "elements are independent"
 _POOL = ("input", "kernel_size", "stride", "padding", "ceil_mode", "count_include_pad", "divisor_override")
@@ -23,41 +24,42 @@ def _tuple(value: Any, n: int) -> tuple[int, ...]:
 
 def _average_square(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     """Each output is w sum(x): its variance w^2 sum(v), with w and the sum over ones from the pool itself."""
-    values, _, _ = bind(_POOL, args, kwargs)
-    var = values[0]
-    count = torch.ones_like(var[:1, :1])
-    weight = func(count, *args[1:], **{k: v for k, v in kwargs.items() if k != "input"})
-    n = 1 if func in (F.avg_pool1d, torch.avg_pool1d) else 2 if func is F.avg_pool2d else 3
-    options = dict(zip(_POOL[1:5], values[1:5], strict=True))
-    options = {k: v for k, v in options.items() if v is not None}
-    if n == 1:  # avg_pool1d has no divisor_override
-        var, count = var.unsqueeze(-2), count.unsqueeze(-2)
-        for name, other in (("kernel_size", 1), ("stride", 1), ("padding", 0)):
-            if name in options:
-                options[name] = (other, *_tuple(options[name], 1))
-        if "stride" not in options:
-            options["stride"] = options["kernel_size"]
-        total = [F.avg_pool2d(x, **options, divisor_override=1).squeeze(-2) for x in (var, count)]
-    else:
-        pool = F.avg_pool2d if n == 2 else F.avg_pool3d
-        total = [pool(x, **options, divisor_override=1) for x in (var, count)]
-    return total[0] * (weight / total[1]).square()
+    (var, *shape, include, divisor), _, _ = bind(_POOL, args, kwargs)
+    n = int(func.__name__[-2])
+    average = {1: F.avg_pool1d, 2: F.avg_pool2d, 3: F.avg_pool3d}[n]
+    options: dict[str, Any] = {k: v for k, v in zip(_POOL[1:5], shape, strict=True) if v is not None}
+    ones = var.new_ones(1, 1, *var.shape[-n:])
+    # Counting the padding, every window of avg_pool1d divides by its size (but for one that ceil_mode cuts).
+    extra = {} if divisor is None else {"divisor_override": divisor}
+    weight = average(ones, **options, count_include_pad=include is not False, **extra)
+    count, total = _window_sums(ones, n, options), _window_sums(var, n, options)
+    return total * (weight / count).square().reshape(weight.shape[-n:])
 
 
-def _adaptive_average_square(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+def _window_sums(x: Tensor, n: int, options: dict[str, Any]) -> Tensor:
+    """The sum of each pooling window; in one dimension as a row of two, for a divisor can be given there."""
+    if n > 1:
+        return (F.avg_pool2d if n == 2 else F.avg_pool3d)(x, **options, divisor_override=1)
+    neutral = {"kernel_size": 1, "stride": 1, "padding": 0}
+    rows = {k: (neutral[k], *_tuple(v, 1)) if k in neutral else v for k, v in options.items()}
+    return F.avg_pool2d(x.unsqueeze(-2), **rows, divisor_override=1).squeeze(-2)
+
+
+def adaptive_average_square(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     """The window of output i is [floor(i n/m), ceil((i+1) n/m)): an average of its elements."""
     (var, size), _, _ = bind(("input", "output_size"), args, kwargs)
-    n = 1 if "1d" in func.__name__ else 2 if "2d" in func.__name__ else 3
-    sizes = _tuple(size, n)
+    n = int(func.__name__[-2])
     out = func(*args, **kwargs)
-    for axis, target in zip(range(-n, 0), sizes, strict=True):
-        length = var.shape[axis]
-        target = length if target is None else target
-        window = torch.tensor(
-            [-(-(i + 1) * length // target) - i * length // target for i in range(target)], dtype=var.dtype, device=var.device
-        )
+    for axis, target in zip(range(-n, 0), _tuple(size, n), strict=True):
+        window = torch.tensor([b - a for a, b in _adaptive_ends(var.shape[axis], target)], dtype=var.dtype, device=var.device)
         out = out / window.reshape(-1, *(1,) * (-axis - 1))
     return out
+
+
+def _adaptive_ends(length: int, target: int | None) -> list[tuple[int, int]]:
+    """Where each window of adaptive pooling begins and ends: [floor(i n/m), ceil((i+1) n/m))."""
+    target = length if target is None else target
+    return [(i * length // target, -(-(i + 1) * length // target)) for i in range(target)]
 
 
 for _n, _average, _adaptive in (
@@ -70,60 +72,74 @@ for _n, _average, _adaptive in (
     )
     add_rule(
         f"adaptive_avg_pool{_n}d",
-        FixedLinear(_adaptive_average_square),
+        FixedLinear(adaptive_average_square),
         Exactness.EXACT_IF_INDEPENDENT,
         _INDEPENDENT,
         modules=(_adaptive,),
     )
 
 
-def _windows(x: Tensor, kernel: tuple[int, ...], stride: tuple[int, ...], padding: tuple[int, ...], dilation: tuple[int, ...], value: float, ceil_mode: bool) -> Tensor:
-    """(N, C, *out, kernel elements): the elements of each pooling window."""
+def _windows(x: Tensor, shape: Sequence[tuple[int, ...]], ceil_mode: bool, value: float) -> Tensor:
+    """(..., *out, kernel elements): the elements of each pooling window, ``value`` where it is padded."""
     pads: list[int] = []
-    for axis in range(len(kernel) - 1, -1, -1):
-        span = dilation[axis] * (kernel[axis] - 1) + 1
-        length = x.shape[axis - len(kernel)] + 2 * padding[axis]
-        extra = 0
-        if ceil_mode and (length - span) % stride[axis]:
-            extra = stride[axis] - (length - span) % stride[axis]
-            if length + extra - span >= x.shape[axis - len(kernel)] + padding[axis]:
-                extra = 0  # torch drops a window that would start in the right padding
-        pads += [padding[axis], padding[axis] + extra]
+    dims = len(shape[0])
+    for axis, (k, s, p, d) in reversed(list(enumerate(zip(*shape, strict=True)))):
+        size, span = x.shape[axis - dims], d * (k - 1) + 1
+        left_over = (size + 2 * p - span) % s
+        extra = s - left_over if ceil_mode and left_over else 0
+        if (size + 2 * p + extra - span) // s * s >= size + p:
+            extra = 0  # torch drops a window that would start in the right padding
+        pads += [p, p + extra]
     x = F.pad(x, pads, value=value)
-    for axis, (k, s, d) in enumerate(zip(kernel, stride, dilation, strict=True)):
-        x = x.unfold(2 + axis, d * (k - 1) + 1, s)[..., ::d]
-    return x.flatten(-len(kernel))
+    for k, s, _, d in zip(*shape, strict=True):  # each unfolding moves the next axis to the same place
+        x = x.unfold(-dims, d * (k - 1) + 1, s)[..., ::d]
+    return x.flatten(-dims)
 
 
 def _max_pool(n: int) -> Any:
+    indexed = {1: F.max_pool1d_with_indices, 2: F.max_pool2d_with_indices, 3: F.max_pool3d_with_indices}[n]
+
     def pool(
-        input: Any, kernel_size: Any, stride: Any = None, padding: Any = 0, dilation: Any = 1,
-        ceil_mode: bool = False, return_indices: bool = False,
+        input: Any,
+        kernel_size: Any,
+        stride: Any = None,
+        padding: Any = 0,
+        dilation: Any = 1,
+        ceil_mode: bool = False,
+        return_indices: bool = False,
     ) -> Any:
         kernel = _tuple(kernel_size, n)
-        strides = kernel if stride is None or stride == [] else _tuple(stride, n)
-        shape = (kernel, strides, _tuple(padding, n), _tuple(dilation, n))
-        # Padding never wins: far below every element, yet finite, so that moments stay finite.
-        floor = (input.mean.detach() - 12 * input.var.detach().sqrt()).amin() - 1 if any(shape[2]) or ceil_mode else input.mean.new_zeros(())
-        mean = _windows(input.mean - floor, *shape, 0.0, ceil_mode)
-        var = _windows(input.var, *shape, 0.0, ceil_mode)
-        mean, var = tournament(mean, var, (-1,))
-        return input.with_moments(mean.squeeze(-1) + floor, var.squeeze(-1))
+        shape = (kernel, _tuple(stride, n) if stride else kernel, _tuple(padding, n), _tuple(dilation, n))
+        # Padding must never win: it lies far below every element, yet is finite, so that moments stay finite.
+        floor = (input.mean - 12 * input.var.sqrt()).detach().amin() - 1
+        mean = _windows(input.mean - floor, shape, ceil_mode, 0.0)
+        var = _windows(input.var, shape, ceil_mode, 0.0)
+        mean, var = by_pairs(mean, var, (-1,), clark_maximum)
+        out = input.with_moments(mean.squeeze(-1) + floor, var.squeeze(-1))
+        if not return_indices:
+            return out
+        return out, indexed(input.mean, kernel_size, stride, padding, dilation, ceil_mode)[1]
 
     return pool
 
 
 def _adaptive_max_pool(n: int) -> Any:
+    indexed = (F.adaptive_max_pool1d_with_indices, F.adaptive_max_pool2d_with_indices, F.adaptive_max_pool3d_with_indices)[n - 1]
+
     def pool(input: Any, output_size: Any, return_indices: bool = False) -> Any:
+        x = input
         for axis, target in zip(range(-n, 0), _tuple(output_size, n), strict=True):
-            length = input.shape[axis]
-            target = length if target is None else target
-            parts = [
-                torch.amax(torch.narrow(input, axis, i * length // target, -(-(i + 1) * length // target) - i * length // target), axis, keepdim=True)
-                for i in range(target)
-            ]
-            input = torch.cat(parts, axis)
-        return input
+            ends = _adaptive_ends(x.shape[axis], target)
+            parts = [maximum_over(torch.narrow(x, axis, a, b - a), axis, keepdim=True) for a, b in ends]
+            x = torch.cat(parts, axis)
+        return (x, indexed(input.mean, output_size)[1]) if return_indices else x
+
+    return pool
+
+
+def _with_indices(body: Any) -> Any:
+    def pool(*args: Any, **kwargs: Any) -> Any:
+        return body(*args, **{**kwargs, "return_indices": True})
 
     return pool
 
@@ -134,23 +150,31 @@ for _n, _max, _adaptive_max in (
     (2, nn.MaxPool2d, nn.AdaptiveMaxPool2d),
     (3, nn.MaxPool3d, nn.AdaptiveMaxPool3d),
 ):
-    add_rule(f"max_pool{_n}d", Composite(_max_pool(_n)), Exactness.APPROXIMATE, _CLARK, modules=(_max,))
-    add_rule(
-        f"adaptive_max_pool{_n}d", Composite(_adaptive_max_pool(_n)), Exactness.APPROXIMATE, _CLARK, modules=(_adaptive_max,)
-    )
+    for _name, _pool, _module in (
+        (f"max_pool{_n}d", _max_pool(_n), _max),
+        (f"adaptive_max_pool{_n}d", _adaptive_max_pool(_n), _adaptive_max),
+    ):
+        add_rule(_name, Composite(_pool), Exactness.APPROXIMATE, _CLARK, modules=(_module,))
+        add_rule(f"{_name}_with_indices", Composite(_with_indices(_pool)), Exactness.APPROXIMATE, _CLARK)
+for _n, _unpool in ((1, nn.MaxUnpool1d), (2, nn.MaxUnpool2d), (3, nn.MaxUnpool3d)):
+    add_rule(f"max_unpool{_n}d", Shape(), Exactness.EXACT, "the indices are constant", modules=(_unpool,))
 
 
 def _lp_pool(n: int) -> Any:
-    average = {1: F.avg_pool1d, 2: F.avg_pool2d, 3: F.avg_pool3d}[n]
+    average = (F.avg_pool1d, F.avg_pool2d, F.avg_pool3d)[n - 1]
 
-    def pool(input: RandomVariable, norm_type: float, kernel_size: Any, stride: Any = None, ceil_mode: bool = False) -> Any:
-        size = 1
-        for k in _tuple(kernel_size, n):
-            size *= k
+    def pool(input: Any, norm_type: float, kernel_size: Any, stride: Any = None, ceil_mode: bool = False) -> Any:
+        size = math.prod(_tuple(kernel_size, n))
         return (average(input**norm_type, kernel_size, stride, 0, ceil_mode) * size) ** (1 / norm_type)
 
     return pool
 
 
-for _n in (1, 2):
-    add_rule(f"lp_pool{_n}d", Composite(_lp_pool(_n)), Exactness.APPROXIMATE, "the sum of powers is Gaussian")
+for _n, _lp in ((1, nn.LPPool1d), (2, nn.LPPool2d), (3, nn.LPPool3d)):
+    add_rule(
+        f"lp_pool{_n}d",
+        Composite(_lp_pool(_n)),
+        Exactness.APPROXIMATE,
+        "elements are independent; the sum of powers is positive and lognormal",
+        modules=(_lp,),
+    )

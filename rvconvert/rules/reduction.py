@@ -1,4 +1,4 @@
-"""Reductions: sums and means (linear), products, norms and extrema."""
+"""Reductions: sums and means (linear), products, variances and norms."""
 
 from __future__ import annotations
 
@@ -7,78 +7,136 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
 from rvconvert.random_variable import RandomVariable
 from rvconvert.registry import Exactness
-from rvconvert.rules.arithmetic import clark_maximum
-from rvconvert.rules.kinds import Composite, FixedLinear, add_rule, bind
+from rvconvert.rules.extrema import by_pairs
+from rvconvert.rules.kinds import Composite, FixedLinear, add_rule, same_map
+from rvconvert.rules.normalization import standardized
 
 _INDEPENDENT = "elements are independent"
 
 
-def _same_map(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
-    return func(*args, **kwargs)
-
-
-def _mean_square(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
+def _mean_square(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     var = args[0] if args else kwargs["input"]
     out = func(*args, **kwargs)
     return out * (out.numel() / var.numel())
 
 
 for _name in ("sum", "nansum", "cumsum", "trace", "sum_to_size"):
-    add_rule(_name, FixedLinear(_same_map), Exactness.EXACT_IF_INDEPENDENT, _INDEPENDENT)
+    add_rule(_name, FixedLinear(same_map), Exactness.EXACT_IF_INDEPENDENT, _INDEPENDENT)
 for _name in ("mean", "nanmean"):
     add_rule(_name, FixedLinear(_mean_square), Exactness.EXACT_IF_INDEPENDENT, _INDEPENDENT)
 
 
-def _dims(x: RandomVariable, dim: int | Sequence[int] | None) -> tuple[int, ...]:
-    if dim is None:
+def dims_of(x: RandomVariable, dim: int | Sequence[int] | None) -> tuple[int, ...]:
+    """The dims that an argument ``dim`` means: all for None or ()."""
+    if dim is None or dim == ():
         return tuple(range(x.ndim))
     return (dim,) if isinstance(dim, int) else tuple(dim)
 
 
-def _variance(input: Any, dim: Any = None, unbiased: bool = True, keepdim: bool = False, *, correction: Any = None) -> Any:
+# ---- variance and deviation ----------------------------------------------------------------------------------------
+
+
+def _variance(
+    input: Any, dim: Any = None, unbiased: bool = True, keepdim: bool = False, *, correction: Any = None
+) -> Any:
+    """A quadratic form x' M x of Gaussians, M = (I - 1/n)/(n - correction): var = 2 tr(MVMV) + 4 m' MVM m."""
     if isinstance(dim, bool):
         dim, unbiased = None, dim
-    dims = _dims(input, dim)
+    dims = dims_of(input, dim)
     n = math.prod(input.shape[d] for d in dims)
-    correction = int(unbiased) if correction is None else correction
-    centred = input - torch.mean(input, dims, keepdim=True)
-    return torch.sum(centred * centred, dims, keepdim=keepdim) / (n - correction)
+    scale = 1 / (n - (int(unbiased) if correction is None else correction))
+    mean, var = input.mean, input.var
+    centred = mean - mean.mean(dims, keepdim=True)
+
+    def total(x: Tensor) -> Tensor:
+        return x.sum(dims, keepdim=keepdim)
+
+    out = total(centred.square()) + (1 - 1 / n) * total(var)
+    out_var = 2 * ((1 - 2 / n) * total(var.square()) + (total(var) / n).square()) + 4 * total(centred.square() * var)
+    return input.with_moments(out * scale, out_var * (scale * scale))
 
 
 def _std(*args: Any, **kwargs: Any) -> Any:
     return torch.sqrt(_variance(*args, **kwargs))
 
 
-add_rule("var", Composite(_variance), Exactness.APPROXIMATE, "deviations from the mean are independent")
-add_rule("std", Composite(_std), Exactness.APPROXIMATE, "as var, and a Gaussian variance under the root")
+def _with_mean(spread: Any) -> Any:
+    def body(
+        input: Any, dim: Any = None, unbiased: bool = True, keepdim: bool = False, *, correction: Any = None
+    ) -> Any:
+        if isinstance(dim, bool):
+            dim, unbiased = None, dim
+        mean = torch.mean(input, dims_of(input, dim), keepdim=keepdim)
+        return spread(input, dim, unbiased, keepdim, correction=correction), mean
+
+    return body
 
 
-def _var_mean(input: Any, *args: Any, **kwargs: Any) -> Any:
-    (dim,), _, options = bind(("dim",), args[:1], kwargs)
-    return _variance(input, *args, **kwargs), torch.mean(input, _dims(input, dim), keepdim=options.get("keepdim", False))
+_GAUSSIAN = "elements are Gaussian and independent"
+_ROOT = "elements are Gaussian and independent; the variance under the root is taken as lognormal"
+add_rule("var", Composite(_variance), Exactness.EXACT_IF_INDEPENDENT, _GAUSSIAN)
+add_rule("std", Composite(_std), Exactness.APPROXIMATE, _ROOT)
+add_rule("var_mean", Composite(_with_mean(_variance)), Exactness.EXACT_IF_INDEPENDENT, _GAUSSIAN)
+add_rule("std_mean", Composite(_with_mean(_std)), Exactness.APPROXIMATE, _ROOT)
 
 
-add_rule("var_mean", Composite(_var_mean), Exactness.APPROXIMATE, "as var")
+# ---- norms and distances -------------------------------------------------------------------------------------------
 
 
-def _norm(input: Any, p: Any = 2, dim: Any = None, keepdim: bool = False, dtype: Any = None) -> Any:
-    dims = _dims(input, dim)
-    if p in (2, 2.0, "fro", None):
+def _norm(input: Any, p: Any = 2, dim: Any = None, keepdim: bool = False, dtype: Any = None, out: Any = None) -> Any:
+    dims = dims_of(input, dim)
+    if p in (2, "fro", None):
         return torch.sqrt(torch.sum(input * input, dims, keepdim=keepdim))
-    if p in (1, 1.0):
+    if p == 1:
         return torch.sum(torch.abs(input), dims, keepdim=keepdim)
+    if abs(p) == math.inf:
+        return (torch.amax if p > 0 else torch.amin)(torch.abs(input), dims, keepdim=keepdim)
     return torch.sum(torch.abs(input) ** p, dims, keepdim=keepdim) ** (1 / p)
 
 
-def _linalg_norm(x: Any, ord: Any = 2, dim: Any = None, keepdim: bool = False, *, dtype: Any = None) -> Any:
-    return _norm(x, 2 if ord is None else ord, dim, keepdim)
+def _linalg_norm(x: Any, ord: Any = None, dim: Any = None, keepdim: bool = False, *, dtype: Any = None) -> Any:
+    return _norm(x, ord, dim, keepdim)
 
 
-_NORM = "elements are independent and the sum of powers Gaussian"
-add_rule("norm", Composite(_norm), Exactness.APPROXIMATE, _NORM, functions=(torch.norm, torch.Tensor.norm, torch.functional.norm))
+def _normalize(input: Any, p: float = 2.0, dim: Any = 1, eps: float = 1e-12, out: Any = None) -> Any:
+    dims = dims_of(input, dim)
+    if p != 2:
+        return input / torch.clamp(_norm(input, p, dims, keepdim=True), min=eps)
+    n = math.prod(input.shape[d] for d in dims)
+    mean, var = standardized(input.mean, input.var, dims, eps * eps / n, centred=False)
+    return input.with_moments(mean / math.sqrt(n), var / n)
+
+
+def _cosine_similarity(x1: Any, x2: Any, dim: int = 1, eps: float = 1e-8) -> Any:
+    first, second = (F.normalize(x, 2.0, dim, eps) for x in torch.broadcast_tensors(x1, x2))
+    return torch.sum(first * second, dim)
+
+
+def _pairwise_distance(x1: Any, x2: Any, p: float = 2.0, eps: float = 1e-6, keepdim: bool = False) -> Any:
+    return _norm(x1 - x2 + eps, p, -1, keepdim)
+
+
+def _cdist(x1: Any, x2: Any, p: float = 2.0, compute_mode: Any = None) -> Any:
+    return _norm(torch.unsqueeze(x1, -2) - torch.unsqueeze(x2, -3), p, -1)
+
+
+def _dist(input: Any, other: Any, p: float = 2) -> Any:
+    return _norm(input - other, p)
+
+
+_NORM = "elements are independent; the sum of powers under the root is taken as lognormal"
+add_rule(
+    "norm",
+    Composite(_norm),
+    Exactness.APPROXIMATE,
+    _NORM,
+    functions=(torch.norm, torch.Tensor.norm, torch.functional.norm),
+)
 add_rule(
     "vector_norm",
     Composite(_linalg_norm),
@@ -86,73 +144,57 @@ add_rule(
     _NORM,
     functions=(torch.linalg.vector_norm, torch.linalg.norm),
 )
+add_rule("pairwise_distance", Composite(_pairwise_distance), Exactness.APPROXIMATE, _NORM, modules=(torch.nn.PairwiseDistance,))
+add_rule("cdist", Composite(_cdist), Exactness.APPROXIMATE, _NORM)
+add_rule("dist", Composite(_dist), Exactness.APPROXIMATE, _NORM)
+_UNIT = "elements are independent; the norm is taken at second order about its expectation"
+add_rule("normalize", Composite(_normalize), Exactness.APPROXIMATE, _UNIT)
+add_rule("cosine_similarity", Composite(_cosine_similarity), Exactness.APPROXIMATE, _UNIT, modules=(torch.nn.CosineSimilarity,))
 
 
-def _normalize(input: Any, p: float = 2.0, dim: Any = 1, eps: float = 1e-12, out: Any = None) -> Any:
-    return input / torch.clamp(_norm(input, p, dim, keepdim=True), min=eps)
+# ---- products and sums of exponentials -----------------------------------------------------------------------------
 
 
-add_rule("normalize", Composite(_normalize), Exactness.APPROXIMATE, "as div: the norm is independent of each element")
-
-
-def _extremum(sign: int) -> Any:
-    def reduce(input: Any, dim: Any = None, keepdim: bool = False) -> Any:
-        if isinstance(dim, (RandomVariable, torch.Tensor)):
-            return (torch.maximum if sign > 0 else torch.minimum)(input, dim)
-        dims = _dims(input, dim)
-        mean, var = tournament(sign * input.mean, input.var, dims)
-        mean = sign * mean
-        if not keepdim:
-            mean, var = mean.flatten(-len(dims)).squeeze(-1), var.flatten(-len(dims)).squeeze(-1)
-        else:
-            for d in sorted(x % input.ndim for x in dims):
-                mean, var = mean.unsqueeze(d).squeeze(-1), var.unsqueeze(d).squeeze(-1)
-        value = input.with_moments(mean, var)
-        if isinstance(dim, int):
-            index = (torch.max if sign > 0 else torch.min)(input.mean, dim, keepdim=keepdim).indices
-            return (torch.return_types.max if sign > 0 else torch.return_types.min)((value, index))
-        return value
-
-    return reduce
-
-
-def tournament(mean: torch.Tensor, var: torch.Tensor, dims: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Moments of the maximum over ``dims`` by pairs (Clark 1961); the dims are moved last and kept as size 1."""
-    mean, var = (torch.movedim(x, tuple(dims), tuple(range(-len(dims), 0))) for x in (mean, var))
-    kept = mean.shape[: mean.ndim - len(dims)]
-    mean, var = mean.reshape(*kept, -1), var.reshape(*kept, -1)
-    while mean.shape[-1] > 1:
-        n = mean.shape[-1]
-        half = n // 2
-        top, top_var = clark_maximum(mean[..., :half], var[..., :half], mean[..., half : 2 * half], var[..., half : 2 * half])
-        mean = torch.cat((top, mean[..., 2 * half :]), -1)
-        var = torch.cat((top_var, var[..., 2 * half :]), -1)
-    return mean.reshape(*kept, *(1 for _ in dims)), var.reshape(*kept, *(1 for _ in dims))
-
-
-_CLARK = "Gaussian, independent elements; each pair's maximum is taken as Gaussian again (Clark 1961)"
-for _name, _sign in (("max", 1), ("min", -1), ("amax", 1), ("amin", -1)):
-    add_rule(_name, Composite(_extremum(_sign)), Exactness.APPROXIMATE, _CLARK)
+def _times(a: Tensor, a_var: Tensor, b: Tensor, b_var: Tensor) -> tuple[Tensor, Tensor]:
+    return a * b, a_var * (b.square() + b_var) + a.square() * b_var
 
 
 def _prod(input: Any, dim: Any = None, keepdim: bool = False, *, dtype: Any = None) -> Any:
-    dims = _dims(input, dim)
-    second = (input.mean.square() + input.var).movedim(dims, tuple(range(-len(dims), 0))).flatten(-len(dims))
-    mean = input.mean.movedim(dims, tuple(range(-len(dims), 0))).flatten(-len(dims))
-    first, second = mean.prod(-1), second.prod(-1)
-    if keepdim and isinstance(dim, int):
-        first, second = first.unsqueeze(dim), second.unsqueeze(dim)
-    return input.with_moments(first, second - first.square())
+    dims = dims_of(input, dim)
+    out = input.with_moments(*by_pairs(input.mean, input.var, dims, _times))
+    return out if keepdim else torch.squeeze(out, dims)
+
+
+def _cumprod(input: Any, dim: int, *, dtype: Any = None) -> Any:
+    parts = [torch.unbind(x, dim) for x in (input.mean, input.var)]
+    running = [(parts[0][0], parts[1][0])]
+    for mean, var in zip(parts[0][1:], parts[1][1:], strict=True):
+        running.append(_times(*running[-1], mean, var))
+    return input.with_moments(*(torch.stack(x, dim) for x in zip(*running, strict=True)))
 
 
 add_rule("prod", Composite(_prod), Exactness.EXACT_IF_INDEPENDENT, _INDEPENDENT)
+add_rule("cumprod", Composite(_cumprod), Exactness.EXACT_IF_INDEPENDENT, _INDEPENDENT)
+
+
+def _exponentials(input: Any, dim: Any) -> tuple[Any, Tensor]:
+    """exp(x - top) with the greatest mean as top: no overflow, and -inf stays 0."""
+    top = torch.amax(input.mean, dim, keepdim=True).detach()
+    top = torch.where(torch.isfinite(top), top, 0)
+    return torch.exp(input - top), top
 
 
 def _logsumexp(input: Any, dim: Any, keepdim: bool = False) -> Any:
-    top = torch.amax(input.mean, dim, keepdim=True).detach()
-    total = torch.sum(torch.exp(input - top), dim, keepdim=True)
-    out = torch.log(total) + top
+    terms, top = _exponentials(input, dim)
+    out = torch.log(torch.sum(terms, dim, keepdim=True)) + top
     return out if keepdim else torch.squeeze(out, dim)
 
 
-add_rule("logsumexp", Composite(_logsumexp), Exactness.APPROXIMATE, "elements are independent and their sum Gaussian")
+def _logcumsumexp(input: Any, dim: int) -> Any:
+    terms, top = _exponentials(input, dim)
+    return torch.log(torch.cumsum(terms, dim)) + top
+
+
+_LOGNORMAL = "elements are Gaussian and independent; the sum of their exponentials is taken as lognormal"
+add_rule("logsumexp", Composite(_logsumexp), Exactness.APPROXIMATE, _LOGNORMAL)
+add_rule("logcumsumexp", Composite(_logcumsumexp), Exactness.APPROXIMATE, _LOGNORMAL)

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from rvconvert.random_variable import RandomVariable
 from rvconvert.registry import Exactness
-from rvconvert.rules.kinds import FixedLinear, Shape, add_rule, bind
-from rvconvert.rules.pooling import _adaptive_average_square
+from rvconvert.rules.kinds import Composite, FixedLinear, add_rule, bind, same_map
+from rvconvert.rules.linearize import LINEARIZED
+from rvconvert.rules.pooling import adaptive_average_square
 
 _INTERPOLATE = ("input", "size", "scale_factor", "mode", "align_corners", "recompute_scale_factor", "antialias")
 
@@ -26,7 +29,7 @@ def _interpolate_square(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     dims = var.ndim - 2
     target = F.interpolate(var[:1, :1], **options).shape[2:]
     if mode == "area":
-        return _adaptive_average_square(getattr(F, f"adaptive_avg_pool{dims}d"), (var, tuple(target)), {})
+        return adaptive_average_square(getattr(F, f"adaptive_avg_pool{dims}d"), (var, tuple(target)), {})
     for axis in range(dims):
         weights = _axis_weights(var.shape[2 + axis], target[axis], axis, mode, options, var)
         var = torch.movedim(torch.movedim(var, 2 + axis, -1) @ weights.square().T, -1, 2 + axis)
@@ -45,10 +48,12 @@ def _axis_weights(length: int, target: int, axis: int, mode: str, options: dict[
         if scale is not None:
             where["recompute_scale_factor"] = options.get("recompute_scale_factor")
         return F.interpolate(eye, mode="linear", **where, **shared).squeeze(1).T
-    where = {"scale_factor": (scale, 1.0)} if scale is not None else {"size": (target, 1)}
+    where = {"scale_factor": (scale, 1.0)} if scale is not None else {"size": (target, 2)}
     if scale is not None:
         where["recompute_scale_factor"] = options.get("recompute_scale_factor")
-    return F.interpolate(eye.unsqueeze(-1), mode=mode, **where, **shared).flatten(1).T
+    # Two equal columns: on an image one pixel wide, torch's antialiasing takes rows for columns.
+    columns = torch.stack((eye, eye), -1)
+    return F.interpolate(columns, mode=mode, **where, **shared)[..., 0].flatten(1).T
 
 
 add_rule(
@@ -61,16 +66,65 @@ add_rule(
 )
 
 
-def _unfold_is_selection(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    return func(*args, **kwargs)
-
-
-add_rule("im2col", Shape(), Exactness.EXACT, functions=(F.unfold,), modules=(nn.Unfold,))
 add_rule(
-    "col2im",
-    FixedLinear(_unfold_is_selection),
+    "fold", FixedLinear(same_map), Exactness.EXACT_IF_INDEPENDENT, "elements are independent", modules=(nn.Fold,)
+)
+
+
+def _axis_positions(position: Tensor, size: int, align_corners: bool, padding_mode: str) -> Tensor:
+    """Grid coordinates in [-1, 1] as positions on an axis of ``size`` elements."""
+    position = (position + 1) / 2 * (size - 1) if align_corners else ((position + 1) * size - 1) / 2
+    if padding_mode == "border":
+        return position.clamp(0, size - 1)
+    if padding_mode == "reflection":
+        low, span = (0.0, size - 1.0) if align_corners else (-0.5, float(size))
+        if span == 0:
+            return torch.zeros_like(position)
+        folded = torch.remainder(position - low, 2 * span)
+        return (torch.minimum(folded, 2 * span - folded) + low).clamp(0, size - 1)
+    return position
+
+
+def _grid_sample(
+    input: Any, grid: Any, mode: str = "bilinear", padding_mode: str = "zeros", align_corners: bool | None = None
+) -> Any:
+    """A weighted sum of the 2^d elements around each point of a constant grid (of one, where mode is nearest)."""
+    if isinstance(grid, RandomVariable) or mode == "bicubic":
+        return LINEARIZED.kind(F.grid_sample, (input, grid, mode, padding_mode, align_corners), {})
+    mean = F.grid_sample(input.mean, grid, mode, padding_mode, align_corners)
+    sizes = input.shape[2:]
+    # The last axis of the grid runs from the last axis of the input to the first.
+    at = [
+        _axis_positions(grid[..., -1 - axis], size, bool(align_corners), padding_mode) for axis, size in enumerate(sizes)
+    ]
+    if mode == "nearest":
+        return input.with_moments(mean, _gathered(input.var, [torch.round(x) for x in at]))
+    low = [torch.floor(x) for x in at]
+    var = torch.zeros_like(mean)
+    for corner in itertools.product((0, 1), repeat=len(sizes)):
+        places = [x + step for x, step in zip(low, corner, strict=True)]
+        weight = torch.ones_like(at[0])
+        for x, place in zip(at, places, strict=True):
+            weight = weight * (1 - (x - place).abs())
+        var = var + _gathered(input.var, places) * weight.square().unsqueeze(1)
+    return input.with_moments(mean, var)
+
+
+def _gathered(x: Tensor, places: list[Tensor]) -> Tensor:
+    """(N, C, *out): the elements of ``x`` at integral places of each sample; 0 outside."""
+    inside = torch.ones_like(places[0], dtype=torch.bool)
+    flat = torch.zeros_like(places[0], dtype=torch.long)
+    for place, size in zip(places, x.shape[2:], strict=True):
+        inside = inside & (place >= 0) & (place <= size - 1)
+        flat = flat * size + place.clamp(0, size - 1).long()
+    index = flat.flatten(1).unsqueeze(1).expand(-1, x.shape[1], -1)
+    found = x.flatten(2).gather(2, index).reshape(x.shape[0], x.shape[1], *flat.shape[1:])
+    return found * inside.unsqueeze(1)
+
+
+add_rule(
+    "grid_sample",
+    Composite(_grid_sample),
     Exactness.EXACT_IF_INDEPENDENT,
-    "elements are independent",
-    functions=(F.fold,),
-    modules=(nn.Fold,),
+    "elements are independent and the grid constant; a random grid or bicubic weights are linearised at the mean",
 )

@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from rvconvert.errors import UnsupportedOperationError
 from rvconvert.random_variable import RandomVariable, random_variables
-from rvconvert.registry import Exactness
+from rvconvert.registry import Exactness, operation_name
 from rvconvert.rules.kinds import Composite, Metadata, Shape, add_rule
 
 _QUESTIONS = (
@@ -19,20 +20,34 @@ _QUESTIONS = (
     "is_signed is_set_to register_hook isnan isinf isfinite isreal"
 ).split()
 add_rule("len", Metadata(), Exactness.EXACT, functions=(torch.Tensor.__len__, torch.Tensor.__format__, torch.Tensor.__repr__))
+
+
+def _requires_grad(input: Any, requires_grad: bool = True) -> Any:
+    input.mean.requires_grad_(requires_grad)
+    return input
+
+
+def _retain_grad(input: Any) -> None:
+    input.mean.retain_grad()
+
+
+add_rule("requires_grad_", Composite(_requires_grad), Exactness.EXACT, functions=(torch.Tensor.requires_grad_,))
+add_rule("retain_grad", Composite(_retain_grad), Exactness.EXACT)
 for _name in _QUESTIONS:
     add_rule(_name, Metadata(), Exactness.EXACT)
 
 _VIEWS = (
     "view reshape view_as reshape_as flatten ravel unflatten squeeze unsqueeze permute transpose t movedim moveaxis "
     "swapaxes swapdims adjoint expand expand_as repeat tile repeat_interleave broadcast_to contiguous clone detach "
-    "to float double half bfloat16 type type_as cuda cpu requires_grad_ retain_grad alias narrow select split "
-    "split_with_sizes chunk tensor_split unsafe_chunk unsafe_split hsplit vsplit dsplit unbind unfold as_strided "
+    "float double half bfloat16 cuda cpu narrow select split "
+    "split_with_sizes chunk tensor_split unsafe_chunk unsafe_split hsplit vsplit dsplit unbind unfold "
     "diagonal diag diag_embed triu tril flip fliplr flipud rot90 roll index_select take gather take_along_dim "
     "masked_select pixel_shuffle pixel_unshuffle channel_shuffle narrow_copy slice_scatter getitem pin_memory "
-    "movedims atleast_1d atleast_2d atleast_3d view_as_real resolve_conj resolve_neg to_dense positive"
+    "atleast_1d atleast_2d atleast_3d resolve_conj resolve_neg to_dense positive"
 ).split()
 _MODULES: dict[str, tuple[type[nn.Module], ...]] = {
     "flatten": (nn.Flatten,),
+    "unfold": (nn.Unfold,),
     "unflatten": (nn.Unflatten,),
     "pixel_shuffle": (nn.PixelShuffle,),
     "pixel_unshuffle": (nn.PixelUnshuffle,),
@@ -41,36 +56,69 @@ _MODULES: dict[str, tuple[type[nn.Module], ...]] = {
 for _name in _VIEWS:
     add_rule(_name, Shape(), Exactness.EXACT, modules=_MODULES.get(_name, ()), keeps_latent=True)
 
-for _name in ("cat", "concat", "concatenate", "stack", "hstack", "vstack", "dstack", "column_stack", "block_diag"):
+
+class _Cast(Shape):
+    """To another type or device; to an integral one there is no way, for that reads values."""
+
+    def __call__(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        result = super().__call__(func, args, kwargs)
+        if isinstance(result, torch.Tensor):
+            raise UnsupportedOperationError(
+                f"{operation_name(func)} turns a random variable into {result.dtype}, which holds values, not moments; "
+                "take x.mean there, or leave that part of the model out of the conversion (methods=...)"
+            )
+        return result
+
+
+for _name in ("to", "type", "type_as"):
+    add_rule(_name, _Cast(), Exactness.EXACT, keeps_latent=True)
+
+for _name in ("cat", "concat", "concatenate", "stack", "hstack", "vstack", "dstack", "column_stack"):
     add_rule(_name, Shape(("tensors",), ("tensors",)), Exactness.EXACT, keeps_latent=True)
 
 
-class _Variadic:
-    """Functions of ``*tensors``: each result carries its own variance."""
-
-    def __call__(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        like = random_variables(args, kwargs)[0]
-        tensors = args[0] if len(args) == 1 and isinstance(args[0], (list, tuple)) else args
-        means = func(*(x.mean if isinstance(x, RandomVariable) else x for x in tensors), **kwargs)
-        vars_ = func(*(x.var if isinstance(x, RandomVariable) else torch.zeros_like(x) for x in tensors), **kwargs)
-        random = [isinstance(x, RandomVariable) for x in tensors]
-        return [like.with_moments(m, v) if r else m for m, v, r in zip(means, vars_, random, strict=True)]
+def _broadcast_tensors(*tensors: Any) -> Any:
+    """Each result carries its own variance; a plain tensor stays plain."""
+    tensors = tensors[0] if len(tensors) == 1 and isinstance(tensors[0], (list, tuple)) else tensors
+    shape = torch.broadcast_shapes(*(x.shape for x in tensors))
+    return [x.expand(shape) for x in tensors]
 
 
-add_rule("broadcast_tensors", _Variadic(), Exactness.EXACT, keeps_latent=True)
+def _block_diag(*tensors: Any) -> Any:
+    return Shape(("tensors",), ("tensors",))(lambda parts: torch.block_diag(*parts), (tensors,), {})
+
+
+add_rule("broadcast_tensors", Composite(_broadcast_tensors), Exactness.EXACT, keeps_latent=True)
+add_rule("block_diag", Composite(_block_diag), Exactness.EXACT, keeps_latent=True)
 
 for _name, _names, _data in (
     ("pad", ("input", "pad", "mode", "value"), ("input", "value")),
     ("constant_pad_nd", ("input", "pad", "value"), ("input", "value")),
     ("masked_fill", ("input", "mask", "value"), ("input", "value")),
+    ("scatter_add", ("input", "dim", "index", "src"), ("input", "src")),
     ("masked_scatter", ("input", "mask", "source"), ("input", "source")),
     ("index_fill", ("input", "dim", "index", "value"), ("input", "value")),
     ("index_copy", ("input", "dim", "index", "source"), ("input", "source")),
-    ("scatter", ("input", "dim", "index", "src"), ("input", "src")),
     ("select_scatter", ("input", "src"), ("input", "src")),
     ("index_put", ("input", "indices", "values"), ("input", "values")),
 ):
     add_rule(_name, Shape(_names, _data), Exactness.EXACT)
+
+
+def _scatter(input: Any, dim: int, index: Any, src: Any = None, *, value: Any = None, reduce: Any = None) -> Any:
+    if reduce is not None:
+        raise UnsupportedOperationError(f"scatter with reduce={reduce!r} has no rule; scatter_add has one")
+    kind = Shape(("input", "dim", "index", "src"), ("input", "src"))
+    return kind(torch.scatter, (input, dim, index, value if src is None else src), {})
+
+
+def _index_add(input: Any, dim: int, index: Any, source: Any, *, alpha: float = 1) -> Any:
+    kind = Shape(("input", "dim", "index", "source"), ("input", "source"))
+    return kind(torch.index_add, (input, dim, index, source if alpha == 1 else source * alpha), {})
+
+
+add_rule("scatter", Composite(_scatter), Exactness.EXACT)
+add_rule("index_add", Composite(_index_add), Exactness.EXACT_IF_INDEPENDENT, "operands are independent")
 
 
 def setitem(input: Any, index: Any, value: Any) -> Any:
@@ -104,16 +152,21 @@ SETITEM = add_rule("setitem", Composite(setitem), Exactness.EXACT)
 
 
 def _copy(input: Any, source: Any, non_blocking: bool = False) -> Any:
-    source = source if isinstance(source, RandomVariable) else torch.as_tensor(source)
-    return source.expand(input.shape).to(input.dtype)
+    if isinstance(source, RandomVariable):
+        return source.expand(input.shape).to(input.dtype)
+    mean = torch.as_tensor(source, device=input.device).expand(input.shape).to(input.dtype, copy=True)
+    return input.with_moments(mean, torch.zeros_like(mean))
 
 
-add_rule("copy_", Composite(_copy), Exactness.EXACT, functions=(torch.Tensor.copy_, torch.Tensor.set_))
+add_rule("copy_", Composite(_copy), Exactness.EXACT, functions=(torch.Tensor.copy_,))
 
 
-def _fill(input: Any, value: Any) -> Any:
-    return torch.full_like(input, value) if not isinstance(value, RandomVariable) else value.expand(input.shape)
+def _fill(input: Any, value: Any = 0.0) -> Any:
+    if isinstance(value, RandomVariable):
+        return value.expand(input.shape).to(input.dtype)
+    mean = torch.full_like(input.mean, value) if isinstance(value, (int, float)) else value.expand(input.shape)
+    return input.with_moments(mean.to(input.dtype), torch.zeros_like(input.var))
 
 
 add_rule("fill", Composite(_fill), Exactness.EXACT)
-add_rule("zero_", Metadata(), Exactness.EXACT, functions=(torch.Tensor.zero_, torch.zero_))
+add_rule("zero_", Composite(_fill), Exactness.EXACT, functions=(torch.Tensor.zero_, torch.zero_))

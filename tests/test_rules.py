@@ -1,0 +1,115 @@
+"""Every registered rule against the oracle: Monte Carlo, and dense quadrature where it is elementwise."""
+
+import pytest
+import torch
+
+from rvconvert import REGISTRY, RandomVariable
+from rvconvert.registry import Exactness
+from rvconvert.rules.kinds import Collapse, Elementwise, Metadata
+from tests.cases import CASES
+from tests.oracle import Constants, leaves, monte_carlo, tensors
+
+RULES = {rule.name: rule for rule in REGISTRY}
+
+
+def propagated(case, constants, moments):
+    return leaves(case.run(constants, [RandomVariable(m.clone(), v.clone()) for m, v in moments]))
+
+
+def test_every_rule_has_a_case_and_every_case_a_rule():
+    tested = {case.rule for case in CASES}
+    assert sorted(set(RULES) - tested) == []
+    assert sorted(tested - set(RULES)) == []
+
+
+def test_every_rule_serves_a_function():
+    served = {rule.name for _, rule in REGISTRY.served()}
+    assert sorted(name for name in RULES if name not in served) == []
+
+
+def test_only_approximate_rules_are_allowed_an_error():
+    loose = {case.rule for case in CASES if case.mean_error or case.var_error}
+    assert {name for name in loose if RULES[name].exactness is not Exactness.APPROXIMATE} == set()
+
+
+MODULES = sorted({m for rule in REGISTRY for m in rule.modules}, key=lambda m: m.__name__)
+
+
+@pytest.mark.parametrize("module", MODULES, ids=lambda m: m.__name__)
+def test_every_module_class_of_a_rule_is_in_a_case(module):
+    built = set()
+    for case in CASES:
+        if module in RULES[case.rule].modules:
+            constants = Constants()
+            case.run(constants, [m for m, _ in case.moments()])
+            built |= {type(each) for each in constants.made} | {type(make()) for make in case.modules}
+    assert module in built
+
+
+SCALED = [pytest.param(case, scale, id=f"{case}-{scale}") for case in CASES for scale in case.scales]
+
+
+@pytest.mark.parametrize(("case", "scale"), SCALED)
+def test_moments(case, scale):
+    rule = RULES[case.rule]
+    constants, moments = Constants(scale), case.moments()
+    results = propagated(case, constants, moments)
+    plain = tensors(case.run(constants, [m.clone() for m, _ in moments]))
+    assert len(results) == len(plain)
+    if isinstance(rule.kind, (Metadata, Collapse)):
+        for got, expected in zip(results, plain, strict=True):
+            assert isinstance(got, torch.Tensor)
+            torch.testing.assert_close(got, expected, equal_nan=True)
+        return
+    estimates = iter(monte_carlo(case, constants, moments))
+    for got, expected in zip(results, plain, strict=True):
+        if not isinstance(got, RandomVariable):
+            assert not expected.is_floating_point() or case.rule == "broadcast_tensors"  # indices are those of the means
+            if expected.is_floating_point() or expected.dtype == torch.bool:
+                next(estimates)
+            continue
+        estimate = next(estimates)
+        scale = estimate.var.clamp(min=estimate.var.mean().item())
+        deviation = scale.sqrt()
+        allowed = estimate.mean_error + case.mean_error * deviation + 1e-9 * (1 + estimate.mean.abs())
+        error = torch.where(got.mean == estimate.mean, 0.0, got.mean - estimate.mean).abs()
+        where = int((error - allowed).argmax())
+        assert (error <= allowed).all(), (
+            f"mean {got.mean.flatten()[where]:.5f}, sampled {estimate.mean.flatten()[where]:.5f} "
+            f"({((error / deviation).flatten()[where]):.3f} deviations off)"
+        )
+        allowed = estimate.var_error + case.var_error * scale + 1e-9
+        error = (got.var - estimate.var).abs()
+        where = int((error - allowed).argmax())
+        assert (error <= allowed).all(), (
+            f"var {got.var.flatten()[where]:.5f}, sampled {estimate.var.flatten()[where]:.5f}, "
+            f"ratio {(got.var / estimate.var).flatten()[where]:.3f}"
+        )
+
+
+ELEMENTWISE = [
+    case
+    for case in CASES
+    if case.rule in RULES
+    and isinstance(RULES[case.rule].kind, Elementwise)
+    and RULES[case.rule].exactness is not Exactness.APPROXIMATE
+    and len(case.shapes) == 1
+]
+
+
+@pytest.mark.parametrize("case", ELEMENTWISE, ids=str)
+def test_elementwise_moments_against_dense_quadrature(case):
+    constants, moments = Constants(), case.moments()
+    (got,) = propagated(case, constants, moments)
+    ((mean, var),) = moments
+    nodes = torch.linspace(-9, 9, 6001, dtype=torch.float64)
+    weights = torch.exp(-0.5 * nodes.square())
+    weights = (weights / weights.sum()).reshape(-1, *(1,) * mean.ndim)
+    values = mean + var.sqrt() * nodes.reshape(weights.shape)
+    f = torch.func.vmap(lambda x: case.run(constants, [x]).to(torch.float64))(values)
+    centre = f[f.shape[0] // 2]
+    expected = centre + (weights * (f - centre)).sum(0)
+    variance = (weights * (f - expected).square()).sum(0)
+    tolerance = 2e-3 if case.kinked else 2e-5
+    torch.testing.assert_close(got.mean, expected, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(got.var, variance, rtol=5 * tolerance, atol=tolerance)
