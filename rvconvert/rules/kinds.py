@@ -246,9 +246,9 @@ class Bilinear:
             if b_var is None:
                 var = self.squared(product, a_var, b, like)
             elif a_var is None:
-                var = product(a.square(), b_var)
+                var = widened(product, a.square(), b_var)
             else:
-                var = product(a_var, b.square() + b_var) + product(a.square(), b_var)
+                var = widened(product, a_var, b.square() + b_var) + widened(product, a.square(), b_var)
             if bias_var is not None:
                 var = var + bias_var
         return like.with_moments(mean, var)
@@ -256,12 +256,17 @@ class Bilinear:
     @staticmethod
     def squared(product: Function, var: torch.Tensor, weight: torch.Tensor, like: RandomVariable) -> torch.Tensor:
         """The product of a variance and a squared constant, at the width the settings ask for."""
-        if weight.dtype != var.dtype and weight.dtype in (torch.bfloat16, torch.float16):
-            weight = weight.to(var.dtype)
         dtype = like.settings.variance_dtype
         if dtype is None:
-            return product(var, weight.square())
+            return widened(product, var, weight.square())
         return product(var.to(dtype), weight.square().to(dtype)).to(var.dtype)
+
+
+def widened(product: Function, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """A product at the wider of two dtypes: under autocast one factor may be of half width and the other not."""
+    dtype = torch.promote_types(a.dtype, b.dtype)
+    result: torch.Tensor = product(a.to(dtype), b.to(dtype))
+    return result
 
 
 def _ancestors(x: RandomVariable) -> Iterator[tuple[RandomVariable, Function, tuple[float, ...]]]:
