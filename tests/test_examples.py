@@ -28,11 +28,14 @@ FALLS = {
     "soft_intro_vae": "reconstruction",
     "soft_intro_vae --rv": "penalty",
 }
-sys.path.insert(0, str(EXAMPLES))
+sys.path[:0] = [str(EXAMPLES), str(ROOT)]
 
 import common  # noqa: E402
+import dc_vae  # noqa: E402
 import image_sets  # noqa: E402
 from beta_tcvae import log_normal, log_stratified_weights  # noqa: E402
+
+from benchmarks.paper import report, results, table1  # noqa: E402
 
 
 def run_in_process(monkeypatch: pytest.MonkeyPatch, name: str, *arguments: str | Path) -> None:
@@ -81,6 +84,12 @@ def test_train_vae(rv: bool) -> None:
     if rv:
         difference = float(output.splitlines()[-1].rpartition(" ")[2])
         assert 0 <= difference < 0.1
+
+
+def test_the_posterior_of_dc_vae_starts_with_unit_variance() -> None:
+    mu, logvar = dc_vae.Encoder(latent_dim=6, in_channels=1, channels=8)(torch.rand(4, 1, 32, 32))
+    assert mu.shape == logvar.shape == (4, 6) and mu.std() > 0
+    torch.testing.assert_close(logvar, torch.zeros(4, 6))
 
 
 def test_train_vae_trains_a_converted_model_with_one_line_changed() -> None:
@@ -211,3 +220,34 @@ def test_faces_are_cropped_and_split_by_the_partition_file(tmp_path: Path) -> No
 def test_a_missing_set_is_named(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"mnist\.npz"):
         image_sets.load("mnist", tmp_path)
+
+
+def test_the_papers_tables_are_made_of_their_json_files() -> None:
+    folder = report.cells.HERE / "results"
+    readme = report.README.read_text()
+    for name, table in report.TABLES.items():
+        if records := results.read(folder, name):
+            assert (folder / f"{name}.md").read_text() == table(records)
+            assert table(records) in readme, f"{name}: python -m benchmarks.paper.report"
+
+
+def test_a_cell_of_table_1_runs_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = "--cells vae-digits --variants plain,rv --epochs 1 --images 96 --test-images 32 --shrink 16 --seeds 1 --batch 32"
+    monkeypatch.setattr(sys, "argv", ["table1", *options.split(), "--runs", str(tmp_path / "runs"), "--results", str(tmp_path)])
+    with torch.random.fork_rng():
+        table1.main()
+    plain, rv = results.read(tmp_path, "table1")
+    assert (plain["variant"], rv["variant"]) == ("plain", "rv")
+    assert all(math.isfinite(rv[name]) for name in ("mse_rv", "mse_mean", "mse_sample", "mse_between_rv_and_mean", "kl"))
+    assert "mse_rv" not in plain and {"mse_mean", "mse_sample", "kl"} <= set(plain)
+    assert f"{rv['mse_rv']:.4f}" in (tmp_path / "table1.md").read_text()
+    monkeypatch.setattr(table1.cells, "train", lambda *_: pytest.fail("trained again"))
+    table1.main()
+
+
+def test_a_claim_is_confirmed_only_against_the_mean() -> None:
+    plain = {"mse_mean": 0.2, "mse_sample": 0.4}
+    claims = {0.1: "confirmed", 0.3: "only under the paper's protocol", 0.5: "not confirmed"}
+    for mse, claim in claims.items():
+        assert table1.verdict([(plain, {"mse_rv": mse})]) == claim
+    assert table1.verdict([(plain, {"mse_rv": 0.1}), (plain, {"mse_rv": 0.3})]) == "only under the paper's protocol"

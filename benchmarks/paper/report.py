@@ -41,6 +41,22 @@ def claims(read: Callable[[str], list[results.Record]]) -> str:
     return results.markdown(["section", "the paper says", "measured here"], rows)
 
 
+def effort(read: Callable[[str], list[results.Record]]) -> str:
+    """How many runs stand behind the tables, under which conditions, and how long they trained."""
+    runs = {run_of(record): record for name in TABLES for record in read(name) if "seconds" in record}
+    rows = []
+    for (cell, *_), group in table1.in_order(list(runs.values())):
+        seconds = sum(record["seconds"] for record in group)
+        tested = f"{group[0]['tested_on']:,}"
+        rows.append([cells.title(cell), results.conditions(group[0]), tested, f"{len(group)}", f"{seconds / 60:.1f}"])
+    rows.append(["all", "", "", f"{len(runs)}", f"{sum(record['seconds'] for record in runs.values()) / 60:.1f}"])
+    return results.markdown(["cell", "trained on", "test images", "runs", "minutes"], rows)
+
+
+def run_of(record: results.Record) -> tuple:
+    return tuple(record[name] for name in ("cell", "variant", "seed", "penalty", "quirk", *results.GROUP))
+
+
 def reconstruction(records: list[results.Record]) -> list[list[str]]:
     pairs = [pairs for _, group in table1.in_order(records) if (pairs := table1.pair_by_seed(group))]
     if not pairs:
@@ -126,9 +142,13 @@ def span(values: list[float]) -> str:
 
 def main() -> None:
     folder = cells.HERE / "results"
-    blocks = {"claims": claims(lambda name: results.read(folder, name))}
+
+    def read(name: str) -> list[results.Record]:
+        return results.read(folder, name)
+
+    blocks = {"claims": claims(read), "effort": effort(read)}
     for name, table in TABLES.items():
-        if records := results.read(folder, name):
+        if records := read(name):
             blocks[name] = table(records)
             (folder / f"{name}.md").write_text(blocks[name])
     text = README.read_text()
