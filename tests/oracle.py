@@ -87,6 +87,9 @@ class Case:
         batch: the dim of each input that is the batch, or None where there is none or samples are mixed.
         kinked: the function jumps, so that dense quadrature is not to be trusted beyond 1e-3.
         modules: modules that are the same operation.
+        composed: several operations with correlated values between them, of which the laws alone are asked.
+        random: the operation draws by itself (dropout).
+        scales: of the constants.
         label: what is particular to the case.
     """
 
@@ -101,6 +104,7 @@ class Case:
     batch: int | None = 0
     kinked: bool = False
     modules: tuple[Callable[[], nn.Module], ...] = ()
+    composed: bool = False
     random: bool = False
     label: str = ""
     scales: tuple[float, ...] = (1.0, 3.0)

@@ -9,8 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from rvconvert.random_variable import RandomVariable
 from rvconvert.registry import Exactness
-from rvconvert.rules.kinds import Composite, add_rule, full_precision, own_python
+from rvconvert.rules.kinds import Composite, add_rule, full_precision, moments, own_python
 
 
 def softmax(mean: Tensor, var: Tensor, dim: int) -> tuple[Tensor, Tensor]:
@@ -58,6 +59,37 @@ add_rule("softmin", Composite(_softmin), Exactness.APPROXIMATE, _SOFTMAX, module
 add_rule("log_softmax", Composite(_log_softmax), Exactness.APPROXIMATE, _SOFTMAX, modules=(nn.LogSoftmax,))
 
 
+def attend(scores: Any, value: Any, dropout: float) -> RandomVariable:
+    """o = sum_j softmax(scores)_j value_j, to first order in the scores: do/ds_j = p_j (value_j - o).
+
+    So weights that sum to 1 move no output whose values agree. With dropout each weight is masked by itself.
+    """
+    (s, s_var), (x, x_var) = moments(scores), moments(value)
+    like = scores if isinstance(scores, RandomVariable) else value
+    closed = torch.isneginf(s).all(-1, keepdim=True)  # a query with every key masked attends to nothing, as in torch
+    s = s.masked_fill(closed, 0.0)
+    if s_var is None:
+        p, p_var = torch.softmax(s, -1).masked_fill(closed, 0.0), None
+    else:
+        p, p_var = (part.masked_fill(closed, 0.0) for part in softmax(s, s_var, -1))
+    mean = torch.matmul(p, x)
+    second = p.square() if p_var is None else p.square() + p_var
+    var = torch.zeros_like(mean)
+    if s_var is not None:
+        # sum_j a_j (x_j - o)^2 expanded about the keys' average, as products of matrices; rounding may leave it below 0.
+        a = p.square() * s_var
+        centre = x.mean(-2, keepdim=True)
+        near, far = x - centre, mean - centre
+        spread = torch.matmul(a, near.square()) - 2 * far * torch.matmul(a, near) + far.square() * a.sum(-1, keepdim=True)
+        var = var + spread.clamp(min=0)
+    if x_var is not None:
+        var = var + torch.matmul(second, x_var)
+    if dropout > 0:
+        raw = x.square() if x_var is None else x.square() + x_var
+        var = var + dropout / (1 - dropout) * torch.matmul(second, raw)
+    return like.with_moments(mean, var)
+
+
 def _scaled_dot_product_attention(
     query: Any,
     key: Any,
@@ -68,7 +100,7 @@ def _scaled_dot_product_attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Any:
-    """softmax(q k' scale + mask) v, written out in operations that have rules."""
+    """softmax(q k' scale + mask) v."""
     if enable_gqa:
         key, value = (torch.repeat_interleave(x, query.shape[-3] // x.shape[-3], -3) for x in (key, value))
     scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
@@ -79,10 +111,8 @@ def _scaled_dot_product_attention(
         scores = torch.masked_fill(scores, ~attn_mask, -math.inf)
     elif attn_mask is not None:
         scores = scores + attn_mask
-    weights = torch.softmax(scores, -1)
-    if dropout_p > 0:
-        weights = F.dropout(weights, dropout_p)
-    return torch.matmul(weights, value)
+    with full_precision(query):
+        return attend(scores, value, dropout_p)
 
 
 _multi_head_attention = own_python(F.multi_head_attention_forward)
@@ -94,7 +124,7 @@ def _multi_head_attention_forward(*args: Any, average_attn_weights: bool = True,
     return out, torch.mean(weights, -3) if average_attn_weights and weights is not None else weights
 
 
-_ATTENTION = "queries, keys, weights and values are independent of each other; as softmax"
+_ATTENTION = "queries, keys and values are independent of each other, as are the scores; first order in the scores"
 add_rule("scaled_dot_product_attention", Composite(_scaled_dot_product_attention), Exactness.APPROXIMATE, _ATTENTION)
 add_rule(
     "multi_head_attention_forward",

@@ -8,11 +8,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.overrides
 from torch import Tensor
 
 from rvconvert.errors import UnsupportedOperationError
 from rvconvert.random_variable import RandomVariable
-from rvconvert.registry import NAMESPACES, REGISTRY, Exactness, Rule, operation_name
+from rvconvert.registry import REGISTRY, Exactness, Rule, operation_name
 from rvconvert.rules.kinds import full_precision, join, out_of_place, substitute, unique
 from rvconvert.rules.noise import GAUSSIAN_SOURCES, NON_GAUSSIAN
 
@@ -124,18 +125,13 @@ _REFUSED = frozenset(
 )
 
 
-def _public(func: Callable[..., Any]) -> bool:
-    name = getattr(func, "__name__", "")
-    return bool(name) and any(getattr(namespace, name, None) is not None for namespace in NAMESPACES)
-
-
 def chooser(func: Callable[..., Any]) -> Rule | None:
     """The linearised rule for a torch function that may have one, else None."""
     name = getattr(func, "__name__", "")
     plain = out_of_place(func)
     writes = name.endswith("_") and not name.endswith("__") and plain is func
     reads = name.startswith(("__", "is", "to_", "fft", "rfft", "hfft", "stft")) or name in _REFUSED
-    if writes or reads or not _public(func) or func in GAUSSIAN_SOURCES or func in NON_GAUSSIAN:
+    if writes or reads or torch.overrides.resolve_name(func) is None or func in GAUSSIAN_SOURCES or func in NON_GAUSSIAN:
         return None
     return REGISTRY.find(plain) or LINEARIZED
 
