@@ -21,7 +21,7 @@ from rvconvert.errors import (
 from rvconvert.graph.plan import dispatch_report, refuse_unsupported, report_graph
 from rvconvert.graph.program import compile_graph, to_random_variables
 from rvconvert.graph.symbolic import trace_symbolically
-from rvconvert.graph.recorder import Recording, record, unchanged
+from rvconvert.graph.recorder import Recording, as_class, record, unchanged
 from rvconvert.penalty import KINDS, attach_penalty, variance_penalty
 from rvconvert.random_variable import RandomVariable, Settings, random_variables
 from rvconvert.report import Report
@@ -78,6 +78,7 @@ class Conversion:
         self.last_penalty: torch.Tensor | None = None
         self._penalty: torch.Tensor | None = None  # of the call under way
         self.penalty_scale: float = 1.0
+        self.warned_of_truth = False
 
     # --- the two ways a random variable leaves --------------------------------------------------
 
@@ -304,20 +305,6 @@ def each_mode(model: nn.Module) -> Iterator[bool]:
             module.training = training
 
 
-class as_class:  # noqa: N801 - used like a function
-    """Context in which a model is of its plain class, so that its own code sees no converted method."""
-
-    def __init__(self, model: nn.Module, plain_class: type[nn.Module]) -> None:
-        self.model, self.plain = model, plain_class
-
-    def __enter__(self) -> None:
-        self.converted = type(self.model)
-        self.model.__class__ = self.plain
-
-    def __exit__(self, *error: Any) -> None:
-        self.model.__class__ = self.converted
-
-
 def replay_differs(recording: Recording, model: nn.Module, method: Any, args: Any, kwargs: Any) -> str | None:
     """Run the plain graph beside the model on other inputs, another seed and another batch size.
 
@@ -340,8 +327,7 @@ def replay_differs(recording: Recording, model: nn.Module, method: Any, args: An
                     results.append(tuple(found))
         eager, replayed = results
         count = len(replayed) - len(recording.attributes)
-        replayed = [x for x in replayed[:count] if isinstance(x, torch.Tensor)]
-        for a, b in zip(eager, replayed, strict=False):
+        for a, b in zip(eager, [x for x in replayed[:count] if isinstance(x, torch.Tensor)], strict=False):
             if a.shape != b.shape:
                 return f"an output of shape {tuple(b.shape)} instead of {tuple(a.shape)}"
             if not torch.allclose(a, b, rtol=1e-4, atol=1e-5, equal_nan=True):

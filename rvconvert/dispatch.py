@@ -15,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 from rvconvert.errors import NonGaussianError, NoReparameterizationError, UnsupportedOperationError
 from rvconvert.graph.plan import row_for, short_path
 from rvconvert.graph.program import DIFFERENCES, LOSSES
-from rvconvert.graph.recorder import intercepted_modules, unchanged, unscripted, user_frame, where
+from rvconvert.graph.recorder import as_class, intercepted_modules, unchanged, unscripted, user_frame, where
 from rvconvert.random_variable import RandomVariable, is_in_place, propagate, random_variables
 from rvconvert.registry import PLAIN, operation_name
 from rvconvert.report import Row
@@ -53,7 +53,7 @@ class TensorView(torch.Tensor):
         return _call(func, args, kwargs or {})
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         raise UnsupportedOperationError(f"{func} reads a random variable where no rule can act")
 
 
@@ -239,18 +239,16 @@ def _is_value(x: Any) -> bool:
 
 
 def _execute(conversion: Conversion, mode: _Run, method: Any, model: nn.Module, args: Any, kwargs: Any) -> Any:
-    from rvconvert.conversion import as_class
-
     leaves, structure = flatten((args, kwargs))
     args, kwargs = structure.build(iter([_dress(x) for x in leaves]))
     paths = {id(module): path for path, module in model.named_modules()}
 
     def module_call(original: Any, module: nn.Module, module_args: Any, module_kwargs: Any) -> Any:
         rule = conversion.settings.registry.find_module(type(module))
-        by_rule = rule is not None and rule.body is not None and conversion.settings.needs_rules
-        if by_rule and random_variables(_undress(module_args), _undress(module_kwargs)):
+        body = rule.body if rule is not None and conversion.settings.needs_rules else None
+        if body is not None and random_variables(_undress(module_args), _undress(module_kwargs)):
             mode.note(type(module).__name__, "random", rule)
-            return _dress(rule.body(module, *_undress(module_args), **_undress(module_kwargs)))
+            return _dress(body(module, *_undress(module_args), **_undress(module_kwargs)))
         mode.stack.append(paths.get(id(module), ""))
         try:
             return original(module, *module_args, **module_kwargs)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import os
 from collections.abc import Iterable
 from typing import Any
@@ -11,10 +12,10 @@ from torch import fx
 from rvconvert.errors import UnsupportedOperationError
 from rvconvert.graph.recorder import IGNORED_INSIDE, Recording
 from rvconvert.random_variable import Settings
-from rvconvert.registry import PLAIN, Rule, operation_name
+from rvconvert.registry import PLAIN, Exactness, Rule, operation_name
 from rvconvert.report import Report, Row
 
-__all__ = ["dispatch_report", "refuse_unsupported", "report_graph", "row_for"]
+__all__ = ["dispatch_report", "node_row", "refuse_unsupported", "report_graph", "row_for"]
 
 
 def row_for(operation: str, rule: Rule | None, place: dict[str, Any]) -> Row:
@@ -44,6 +45,13 @@ def report_graph(recording: Recording, model: str, method: str, settings: Settin
     return Report(model, method, "graph", "recorded from one run, equal to eager on another", tuple(rows), tuple(notes))
 
 
+def node_row(node: fx.Node, recording: Recording, settings: Settings) -> Row:
+    """One row for a node that computes something, the first where a module holds several operations."""
+    for row in _rows(node, recording, settings):
+        return row
+    return Row(_operation(node), "random", module=node.meta.get("module", ""), where=short_path(node.meta.get("where", "")))
+
+
 def _rows(node: fx.Node, recording: Recording, settings: Settings) -> Iterable[Row]:
     if node.op in ("placeholder", "get_attr", "output"):
         return
@@ -60,10 +68,17 @@ def _rows(node: fx.Node, recording: Recording, settings: Settings) -> Iterable[R
         yield row_for(operation, PLAIN, place)
     elif node.op == "call_module":
         yield from _module_rows(node, operation, place, settings)
-    elif operation == "getitem" and not isinstance(node.args[1], (tuple, slice, fx.Node)) and node.args[0].op != "placeholder":
-        return  # the element of a tuple of results
+    elif _takes_one_of_several_results(node):
+        return
     else:
         yield row_for(operation, _find(node, settings), place)
+
+
+def _takes_one_of_several_results(node: fx.Node) -> bool:
+    source = node.args[0] if node.args else None
+    if node.target is not operator.getitem or not isinstance(source, fx.Node) or source.op == "placeholder":
+        return False
+    return not isinstance(node.args[1], (tuple, slice, fx.Node))
 
 
 def _module_rows(node: fx.Node, operation: str, place: dict[str, Any], settings: Settings) -> Iterable[Row]:
@@ -79,7 +94,7 @@ def _module_rows(node: fx.Node, operation: str, place: dict[str, Any], settings:
             yield row_for(operation_name(function), None, place)
     elif inner:
         rules = [registry.find(f) or registry.fallback(f) for f in inner]
-        weakest = max((r for r in rules if r is not None), key=lambda r: list(type(r.exactness)).index(r.exactness))
+        weakest = max((r for r in rules if r is not None), key=lambda r: tuple(Exactness).index(r.exactness))
         yield row_for(operation, weakest, place)
 
 

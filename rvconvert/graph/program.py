@@ -98,10 +98,24 @@ def is_learned(node: fx.Node, recording: Recording) -> bool:
         if current.op == "call_module" and any(n in recording.random for n in current.all_input_nodes):
             if current.meta.get("learned", True):
                 return True
-        if current.meta.get("noise") is None and any(n.op == "get_attr" for n in current.all_input_nodes):
+        if current.meta.get("noise") is None and any(_is_parameter(n) for n in current.all_input_nodes if n not in recording.random):
             return True
         todo += current.all_input_nodes
     return False
+
+
+def _is_parameter(node: fx.Node) -> bool:
+    """True for a parameter or buffer, or a value made of these alone (a standardised weight)."""
+    sources, todo, seen = [], [node], set()
+    while todo:
+        current = todo.pop()
+        if current not in seen:
+            seen.add(current)
+            todo += current.all_input_nodes
+            if not current.all_input_nodes:
+                sources.append(current)
+    made = [n for n in sources if n.op in ("placeholder", "get_attr")]
+    return bool(made) and all(n.op == "get_attr" for n in made)
 
 
 def to_random_variables(

@@ -27,7 +27,7 @@ from rvconvert.rules.noise import GAUSSIAN_SOURCES, NON_GAUSSIAN
 from rvconvert.rules.shape import setitem
 from rvconvert.structure import Structure, flatten
 
-__all__ = ["Recording", "record"]
+__all__ = ["Recording", "as_class", "intercepted_modules", "record", "unchanged", "unscripted", "user_frame", "where"]
 
 _TENSOR_METHODS = {
     getattr(torch.Tensor, name): name for name in reversed(dir(torch.Tensor)) if callable(getattr(torch.Tensor, name))
@@ -351,7 +351,7 @@ class _Recorder(TorchFunctionMode):
 
     def asks_plainly(self, node: fx.Node) -> bool:
         """True for a question about shape, type or finiteness: its answer is not random."""
-        function = getattr(torch.Tensor, node.target, None) if node.op == "call_method" else node.target
+        function = getattr(torch.Tensor, str(node.target), None) if node.op == "call_method" else node.target
         rule = self.registry.find(function) if callable(function) else None
         return rule is not None and isinstance(rule.kind, Metadata)
 
@@ -545,16 +545,28 @@ def unscripted() -> Iterator[None]:
         python = getattr(self, "_torchdynamo_inline", None)
         return python(*args, **kwargs) if python is not None else original(self, *args, **kwargs)
 
-    script_function.__call__ = call
-    torch.autograd.Variable.__new__ = lambda cls, data=None, *args, **kwargs: data  # a tensor is one since torch 0.4
+    script_function.__call__ = call  # type: ignore[method-assign]
+    # A tensor is a Variable since torch 0.4; the class would make another object of it.
+    torch.autograd.Variable.__new__ = lambda cls, data=None, *args, **kwargs: data  # type: ignore[method-assign,assignment]
     validate = torch.distributions.Distribution._validate_args
     torch.distributions.Distribution.set_default_validate_args(False)
     try:
         yield
     finally:
-        script_function.__call__ = original
+        script_function.__call__ = original  # type: ignore[method-assign]
         del torch.autograd.Variable.__new__
         torch.distributions.Distribution.set_default_validate_args(validate)
+
+
+@contextlib.contextmanager
+def as_class(model: nn.Module, plain_class: type[nn.Module]) -> Iterator[None]:
+    """Within: a converted model is of its plain class, so that its own code sees no converted method."""
+    converted = type(model)
+    model.__class__ = plain_class
+    try:
+        yield
+    finally:
+        model.__class__ = converted
 
 
 @contextlib.contextmanager
