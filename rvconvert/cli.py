@@ -21,6 +21,7 @@ from rvconvert.images import read_images
 from rvconvert.random_variable import RandomVariable
 from rvconvert.recipe import Recipe, construct, import_class, library_version
 from rvconvert.registry import REGISTRY
+from rvconvert.verify import verify
 from rvconvert.weights import transfer_weights
 
 __all__ = ["main"]
@@ -127,6 +128,8 @@ def run_transfer(args: argparse.Namespace) -> Result:
 
 
 def run_verify(args: argparse.Namespace) -> Result:
+    if args.plot:
+        checkpoint.check_destination(args.plot, force=args.force, suffixes=(".png", ".svg", ".pdf"))
     model = checkpoint.load(
         args.source,
         model=args.model,
@@ -141,12 +144,11 @@ def run_verify(args: argparse.Namespace) -> Result:
         inputs = _examples(args)
     if inputs is None:
         raise ConversionError("nothing to run the model on: give --images PATH or --example-shape N,C,H,W")
-    from rvconvert.verify import verify
-
-    torch.manual_seed(args.seed)
-    inputs = _dressed(model, inputs)
-    result = _guarded(args, lambda: verify(model, *inputs, samples=args.samples))
-    return result.to_dict(), [str(result)], 0
+    inputs = _dressed(model, inputs, args.method)
+    result = _guarded(args, lambda: verify(model, *inputs, samples=args.samples, seed=args.seed, method=args.method))
+    if args.plot:
+        result.plot(args.plot)
+    return result.to_dict(), [str(result), *([f"Plot: {args.plot}"] if args.plot else [])], 0
 
 
 def run_rules(args: argparse.Namespace) -> Result:
@@ -210,11 +212,14 @@ def _examples(args: argparse.Namespace) -> tuple[torch.Tensor, ...] | None:
     return tuple(made)
 
 
-def _dressed(model: nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[Any, ...]:
+def _dressed(model: nn.Module, inputs: tuple[torch.Tensor, ...], method: str | None) -> tuple[Any, ...]:
     """The inputs, with those that a bare decoder takes as random variables at the prior, N(0, 1)."""
     conversion = model.__dict__["_rvconvert"]
     options = conversion.options
-    names = list(inspect.signature(conversion.method(options.methods[0])).parameters)[1:]
+    method = method or options.methods[0]
+    if method not in options.methods:
+        raise ConversionError(f"{method!r} is not converted; {', '.join(options.methods)} is")
+    names = list(inspect.signature(conversion.method(method)).parameters)[1:]
     prior = {name: RandomVariable(torch.zeros_like(x), torch.ones_like(x)) for name, x in zip(names, inputs, strict=False)}
     return tuple(prior[name] if name in options.random_inputs else x for name, x in zip(names, inputs, strict=False))
 
@@ -415,6 +420,9 @@ def _parser() -> argparse.ArgumentParser:
         "--range", type=float, nargs=2, default=(0.0, 1.0), metavar=("LOW", "HIGH"), help="of the pixels (default: 0 1)"
     )
     verifier.add_argument("--samples", type=_at_least_one, default=1000, help="Monte Carlo samples (default: %(default)s)")
+    verifier.add_argument("--method", metavar="NAME", help="the converted method to check (default: the first)")
+    verifier.add_argument("--plot", metavar="FILE", help="draw the ratio of variances over depth (needs matplotlib)")
+    verifier.add_argument("--force", action="store_true", help="replace the plot if it exists")
     verifier.add_argument("--seed", type=int, default=0, help="of the samples (default: %(default)s)")
     verifier.add_argument("--allow-pickle", action="store_true", help="unpickle code in the file: only if you trust its author")
 

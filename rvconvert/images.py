@@ -14,7 +14,7 @@ from rvconvert.errors import ConversionError
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-__all__ = ["labelled_rows", "read_images"]
+__all__ = ["heat", "labelled_rows", "read_images"]
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
 
@@ -88,6 +88,15 @@ def _read_folder(path: Path, count: int | None, size: int | None) -> torch.Tenso
         found = ", ".join("x".join(map(str, shape)) for shape in sorted(shapes)[:3])
         raise ConversionError(f"{path}: pictures differ in size or channels ({found}); scale them: --size 64")
     return torch.as_tensor(np.stack(pictures)).movedim(-1, 1).float() / 255
+
+
+def heat(values: torch.Tensor) -> torch.Tensor:
+    """Values (N, 1, H, W) in [0, 1] as colours (N, 3, H, W): black, violet, red, orange, pale yellow."""
+    anchors = torch.tensor([(0, 0, 0), (0.34, 0.06, 0.43), (0.73, 0.21, 0.33), (0.98, 0.56, 0.04), (0.99, 1, 0.64)])
+    position = values.clamp(0, 1) * (len(anchors) - 1)
+    below = position.floor().long().clamp(max=len(anchors) - 2)
+    colours = torch.lerp(anchors[below], anchors[below + 1], (position - below).unsqueeze(-1))
+    return colours.squeeze(1).movedim(-1, 1)
 
 
 def labelled_rows(rows: Sequence[tuple[str, torch.Tensor]], *, tile: int = 72, title: str = "") -> Image:

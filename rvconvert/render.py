@@ -42,7 +42,8 @@ def to_text(renderable: RenderableType, width: int | None = None) -> str:
     """Plain text without colours, ``width`` characters wide (default: the terminal's, 120 where there is none)."""
     file = io.StringIO()
     width = width or shutil.get_terminal_size((120, 24)).columns
-    Console(file=file, width=width, color_system=None, force_terminal=False, legacy_windows=False).print(renderable)
+    console = Console(file=file, width=width, color_system=None, force_terminal=False, legacy_windows=False)
+    console.print(renderable, crop=False)
     return "\n".join(line.rstrip() for line in file.getvalue().splitlines())
 
 
@@ -50,7 +51,7 @@ def show(*renderables: RenderableType) -> None:
     """Print to standard output, in colour on a terminal."""
     console = _console(sys.stdout)
     for each in renderables:
-        console.print(each, highlight=False, soft_wrap=isinstance(each, str))
+        console.print(each, highlight=False, crop=False, soft_wrap=isinstance(each, str))
 
 
 def show_error(message: str) -> None:
@@ -67,11 +68,15 @@ def _console(file: IO[str]) -> Console:
 def table(columns: Sequence[str], rows: Iterable[Sequence[Any]], *, title: str = "", numeric: Sequence[str] = ()) -> Table:
     """A table of cells that are printed as they are; columns in ``numeric`` are aligned right."""
     made = Table(title=title or None, box=box.SIMPLE_HEAD, title_justify="left", title_style="bold", pad_edge=False)
-    for name in columns:
-        right = name in numeric
-        made.add_column(name, justify="right" if right else "left", no_wrap=right, overflow="fold")
-    for row in rows:
-        made.add_row(*(escape(str(cell)) for cell in row))
+    cells = [[escape(str(cell)) for cell in row] for row in rows]
+    for index, name in enumerate(columns):
+        if name in numeric:  # where room is short the words of a heading give way, never a figure or a name
+            widest = max((len(row[index]) for row in cells), default=0)
+            made.add_column(name, justify="right", min_width=max(widest, *map(len, name.split())))
+        else:
+            made.add_column(name, no_wrap=True, overflow="fold")
+    for row in cells:
+        made.add_row(*row)
     return made
 
 
