@@ -245,6 +245,8 @@ class Conversion:
             recording, _ = record(model, lambda *a, **k: method(model, *a, **k), args, kwargs, self.settings.registry)
             if recording.obstacles:
                 return None, recording.obstacles
+            if recording.changed and state_matters(model, method, args, kwargs):
+                return None, [f"the method changes {', '.join(dict.fromkeys(recording.changed))}, which the next call reads"]
             vars(self.constants).update(recording.constants)
             obstacle = replay_differs(recording, model, method, args, kwargs)
         return (None, [obstacle]) if obstacle else (recording, [])
@@ -305,14 +307,45 @@ def each_mode(model: nn.Module) -> Iterator[bool]:
             module.training = training
 
 
+def plain_leaves(args: Any, kwargs: Any) -> tuple[list[torch.Tensor], Structure]:
+    """The tensors of a call, the mean in the place of a random variable."""
+    leaves, structure = flatten((args, kwargs))
+    return [x.mean if isinstance(x, RandomVariable) else x for x in leaves], structure
+
+
+def other_values(leaves: list[torch.Tensor]) -> list[torch.Tensor]:
+    """Other inputs like these, still between 0 and 1 if these are."""
+    return [x * 0.9 + 0.05 if x.is_floating_point() else x for x in leaves]
+
+
+def state_matters(model: nn.Module, method: Any, args: Any, kwargs: Any) -> bool:
+    """True if a call before this one changes what this one gives: what the method keeps is read again."""
+    leaves, structure = plain_leaves(args, kwargs)
+
+    def call(inputs: list[torch.Tensor]) -> list[Any]:
+        torch.manual_seed(3)
+        a, k = structure.build(iter(x.clone() for x in inputs))
+        return flatten(method(model, *a, **k), lambda x: isinstance(x, torch.Tensor))[0]
+
+    results = []
+    for before in (False, True):
+        with unchanged(model):
+            if before:
+                call(leaves)
+            try:
+                results.append(call(other_values(leaves)))
+            except Exception:  # noqa: BLE001 - it cannot be told, so the model's own Python had better run
+                return True
+    return not all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
 def replay_differs(recording: Recording, model: nn.Module, method: Any, args: Any, kwargs: Any) -> str | None:
     """Run the plain graph beside the model on other inputs, another seed and another batch size.
 
     Returns what is different, or None. A different batch size that fails marks the batch size as fixed.
     """
     run = compile_graph(recording.graph)
-    leaves, structure = flatten((args, kwargs))
-    leaves = [x.mean if isinstance(x, RandomVariable) else x for x in leaves]
+    leaves, structure = plain_leaves(args, kwargs)
 
     def compare(inputs: list[torch.Tensor], seed: int) -> str | None:
         results = []
@@ -334,7 +367,7 @@ def replay_differs(recording: Recording, model: nn.Module, method: Any, args: An
                 return f"an output differs by {(a - b).abs().max().item():.2g}"
         return None
 
-    other = [x * 0.9 + 0.05 if x.is_floating_point() else x for x in leaves]
+    other = other_values(leaves)
     try:
         with unchanged(model):
             a, k = structure.build(iter(x.clone() for x in other))

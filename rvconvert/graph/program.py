@@ -68,7 +68,61 @@ def reconstructions(recording: Recording) -> dict[fx.Node, list[fx.Node]]:
             for operand in node.all_input_nodes:
                 if operand in recording.random and is_learned(operand, recording):
                     found.setdefault(operand, []).append(node)
+    for operand, user in _before_scalars(recording):
+        if user not in found.get(operand, ()):
+            found.setdefault(operand, []).append(user)
     return found
+
+
+def _before_scalars(recording: Recording) -> list[tuple[fx.Node, fx.Node]]:
+    """(reconstruction, user) pairs at which a loss written by hand begins.
+
+    A scalar result is a loss; what it is made of, back to the last learned layers, is evaluated at the mean of what
+    those layers give, activations of theirs included.
+    """
+    output = next(n for n in recording.graph.nodes if n.op == "output")
+    scalars = [n for n in output.all_input_nodes if n in recording.random and n.meta.get("ndim") == 0]
+    loss: set[fx.Node] = set()
+    edges: list[tuple[fx.Node, fx.Node]] = []
+    todo = list(scalars)
+    while todo:
+        node = todo.pop()
+        if node in loss:
+            continue
+        loss.add(node)
+        for source in node.all_input_nodes:
+            if source not in recording.random:
+                continue
+            if _is_learned_layer(source, recording):
+                edges.append((source, node))
+            else:
+                todo.append(source)
+    found = []
+    for source, user in edges:
+        # an activation of the last layer belongs to the reconstruction, not to the loss
+        while len([n for n in source.users if n in loss]) == 1 and _keeps_one_value(user, recording) and user not in scalars:
+            following = [n for n in user.users if n in loss]
+            if len(following) != 1:
+                break
+            source, user = user, following[0]
+        found.append((source, user))
+    return found
+
+
+def _keeps_one_value(node: fx.Node, recording: Recording) -> bool:
+    """True for a function of one random value and constants that neither reduces it nor meets an input."""
+    if len(node.all_input_nodes) != 1 or node.meta.get("ndim") == 0:
+        return False
+    source = node.all_input_nodes[0]
+    return source in recording.random and node.meta.get("ndim") == source.meta.get("ndim")
+
+
+def _is_learned_layer(node: fx.Node, recording: Recording) -> bool:
+    if node.meta.get("noise") is not None:
+        return False
+    if node.op == "call_module":
+        return bool(node.meta.get("learned", True))
+    return any(n.op == "get_attr" and not str(n.target).startswith("_rvconvert") for n in node.all_input_nodes)
 
 
 def _is_raw_input(node: fx.Node) -> bool:
@@ -98,7 +152,8 @@ def is_learned(node: fx.Node, recording: Recording) -> bool:
         if current.op == "call_module" and any(n in recording.random for n in current.all_input_nodes):
             if current.meta.get("learned", True):
                 return True
-        if current.meta.get("noise") is None and any(_is_parameter(n) for n in current.all_input_nodes if n not in recording.random):
+        plain = [n for n in current.all_input_nodes if n not in recording.random]
+        if current.meta.get("noise") is None and any(_is_parameter(n) for n in plain):
             return True
         todo += current.all_input_nodes
     return False

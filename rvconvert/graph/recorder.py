@@ -66,6 +66,7 @@ class Recording:
         origins: node -> where it comes from.
         non_gaussian: (distribution, where) for each draw from another distribution that meets a random value.
         obstacles: why the graph cannot stand for the method (empty if it can).
+        changed: attributes other than tensors that the method sets, which a graph does not.
         fixed: why the batch size is part of the graph (empty if it is not).
     """
 
@@ -78,6 +79,7 @@ class Recording:
     non_gaussian: list[tuple[str, str]] = field(default_factory=list)
     noise: list[fx.Node] = field(default_factory=list)
     obstacles: list[str] = field(default_factory=list)
+    changed: list[str] = field(default_factory=list)
     fixed: list[str] = field(default_factory=list)
 
 
@@ -135,6 +137,7 @@ class _Recorder(TorchFunctionMode):
             self.nodes[id(value)] = node
             self.alive.append(value)
             self.stale.discard(id(value))
+            node.meta["ndim"] = value.ndim
             key = _storage_key(value)
             if key is not None:
                 self.storages[key] = node
@@ -673,7 +676,7 @@ def _finish(recorder: _Recorder, result: Any, before: Any, buffers: Any, sizes: 
             elif (value is not old and not _equal(value, old)) or (
                 _is_record(name, value) and sizes.get((module, name)) != len(value)
             ):
-                recording.obstacles.append(f"{type(module).__name__}.{name} changes when the method runs")
+                recording.changed.append(f"{type(module).__name__}.{name}")
         for name, value in module._buffers.items():
             if value is not buffers[module].get(name) and value is not None:
                 recording.attributes.append((path, name))

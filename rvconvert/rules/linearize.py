@@ -131,6 +131,7 @@ def chooser(func: Callable[..., Any]) -> Rule | None:
     plain = out_of_place(func)
     writes = name.endswith("_") and not name.endswith("__") and plain is func
     reads = name.startswith(("__", "is", "to_", "fft", "rfft", "hfft", "stft")) or name in _REFUSED
+    reads = reads or (getattr(func, "__module__", None) or "").startswith("torch.autograd")
     if writes or reads or torch.overrides.resolve_name(func) is None or func in GAUSSIAN_SOURCES or func in NON_GAUSSIAN:
         return None
     return REGISTRY.find(plain) or LINEARIZED
