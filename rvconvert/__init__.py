@@ -7,6 +7,7 @@ from rvconvert.penalty import variance_penalty
 from rvconvert.random_variable import RandomVariable
 from rvconvert.registry import REGISTRY
 from rvconvert.rules.custom import rule
+from rvconvert.verify import verify
 from rvconvert.weights import to_plain, transfer_weights
 
 __all__ = [
@@ -21,4 +22,5 @@ __all__ = [
     "to_plain",
     "transfer_weights",
     "variance_penalty",
+    "verify",
 ]

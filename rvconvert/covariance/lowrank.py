@@ -260,7 +260,7 @@ def _bilinear(kind: Bilinear, func: Function, args: tuple[Any, ...], kwargs: dic
     def width(value: Any, like: Tensor) -> Any:
         return value if value is None or value.dtype == like.dtype else value.to(like.dtype)
 
-    like, *_ = variables = [x for x in unique(a, b, offset)]
+    like, *_ = variables = unique(a, b, offset)
     mean = product(mean_of(a), mean_of(b), mean_of(offset))
     with full_precision(like):
         m_a, m_b = (width(mean_of(x), like.mean) for x in (a, b))
