@@ -47,12 +47,32 @@ def with_constant(name):
 # ---- elementwise -------------------------------------------------------------------------------------------------
 
 _PLAIN_MODULES = {
-    "relu": nn.ReLU, "relu6": nn.ReLU6, "hardtanh": nn.Hardtanh, "hardsigmoid": nn.Hardsigmoid, "hardswish": nn.Hardswish,
-    "hardshrink": nn.Hardshrink, "softshrink": nn.Softshrink, "selu": nn.SELU, "celu": nn.CELU, "elu": nn.ELU, "gelu": nn.GELU,
-    "silu": nn.SiLU, "tanh": nn.Tanh, "sigmoid": nn.Sigmoid, "softplus": nn.Softplus, "mish": nn.Mish, "softsign": nn.Softsign,
-    "logsigmoid": nn.LogSigmoid, "tanhshrink": nn.Tanhshrink, "leaky_relu": nn.LeakyReLU,
-}  # fmt: skip
-for _name in "relu leaky_relu relu6 hardtanh hardsigmoid hardswish hardshrink softshrink elu selu celu gelu silu tanh sigmoid softplus mish softsign logsigmoid abs absolute exp expm1 square sin cos erf sinh cosh atan arctan asinh arcsinh erfc exp2 sinc i0 i0e i1e ndtr tanhshrink log_ndtr neg negative deg2rad rad2deg nan_to_num".split():
+    "relu": nn.ReLU,
+    "relu6": nn.ReLU6,
+    "hardtanh": nn.Hardtanh,
+    "hardsigmoid": nn.Hardsigmoid,
+    "hardswish": nn.Hardswish,
+    "hardshrink": nn.Hardshrink,
+    "softshrink": nn.Softshrink,
+    "selu": nn.SELU,
+    "celu": nn.CELU,
+    "elu": nn.ELU,
+    "gelu": nn.GELU,
+    "silu": nn.SiLU,
+    "tanh": nn.Tanh,
+    "sigmoid": nn.Sigmoid,
+    "softplus": nn.Softplus,
+    "mish": nn.Mish,
+    "softsign": nn.Softsign,
+    "logsigmoid": nn.LogSigmoid,
+    "tanhshrink": nn.Tanhshrink,
+    "leaky_relu": nn.LeakyReLU,
+}
+for _name in (
+    "relu leaky_relu relu6 hardtanh hardsigmoid hardswish hardshrink softshrink elu selu celu gelu silu tanh "
+    "sigmoid softplus mish softsign logsigmoid abs absolute exp expm1 square sin cos erf sinh cosh atan arctan "
+    "asinh arcsinh erfc exp2 sinc i0 i0e i1e ndtr tanhshrink log_ndtr neg negative deg2rad rad2deg nan_to_num"
+).split():
     _f = F.logsigmoid if _name == "logsigmoid" else function(_name)
     _modules = (_PLAIN_MODULES[_name],) if _name in _PLAIN_MODULES else ()
     case(
@@ -60,7 +80,8 @@ for _name in "relu leaky_relu relu6 hardtanh hardsigmoid hardswish hardshrink so
         lambda w, x, f=_f: f(x),
         modules=_modules,
         scales=(1.0,),
-        kinked=_name in ("relu leaky_relu hardshrink softshrink abs absolute relu6 hardtanh hardsigmoid hardswish elu i0".split()),
+        kinked=_name
+        in ("relu leaky_relu hardshrink softshrink abs absolute relu6 hardtanh hardsigmoid hardswish elu i0".split()),
     )
 for _name in "relu leaky_relu gelu silu tanh sigmoid softplus mish elu selu hardswish hardtanh".split():
     case(_name, lambda w, x, f=function(_name): f(x), var=9.0, spread=3.0, label="wide", scales=(1.0,), kinked=True)
@@ -84,12 +105,19 @@ case("clamp", lambda w, x: torch.clamp(x, min=-w.positive(4), max=w.positive(4))
 case("clamp", lambda w, x, y: torch.clamp(x, min=y), X, X, label="random bound")
 case("clamp_min", lambda w, x: torch.clamp_min(x, 0.2), kinked=True)
 case("clamp_max", lambda w, x: torch.clamp_max(x, 0.2), kinked=True)
-by_name("sqrt rsqrt log log2 log10 log1p", unary, offset=4.0, spread=0.4, var=0.1, mean_error=0.005, var_error=0.02, scales=(1.0,))
+by_name(
+    "sqrt rsqrt log log2 log10 log1p", unary, offset=4.0, spread=0.4, var=0.1, mean_error=0.005, var_error=0.02, scales=(1.0,)
+)
 by_name(
     "asin acos atanh acosh arcsin arccos arctanh arccosh tan logit erfinv lgamma digamma",
     lambda name: lambda w, x, f=function(name): f(x if "cosh" not in name else x + 2.5),
-    offset=0.4, spread=0.05, var=0.003, mean_error=0.13, var_error=0.1, scales=(1.0,),
-)  # fmt: skip
+    offset=0.4,
+    spread=0.05,
+    var=0.003,
+    mean_error=0.13,
+    var_error=0.1,
+    scales=(1.0,),
+)
 case("glu", lambda w, x: F.glu(x), modules=(nn.GLU,))
 case("glu", lambda w, x: F.glu(x, 1), (2, 4, 3), modules=(lambda: nn.GLU(1),), label="dim")
 
@@ -137,9 +165,13 @@ for _name in "atan2 arctan2 hypot logaddexp logaddexp2 copysign".split():
         case(_name, binary(_name), X, X, offset=3.0, var=0.1, mean_error=0.1, var_error=0.02, label="random", scales=(1.0,))
 case("ldexp", lambda w, x: torch.ldexp(x, w.tensor(1, 2, 0, 3)), mean_error=0.01, var_error=0.01)
 by_name(
-    "fmod remainder floor_divide", lambda name: lambda w, x, f=function(name): f(x, 0.7),
-    var=1.5, mean_error=0.4, var_error=0.25, scales=(1.0,),
-)  # fmt: skip
+    "fmod remainder floor_divide",
+    lambda name: lambda w, x, f=function(name): f(x, 0.7),
+    var=1.5,
+    mean_error=0.4,
+    var_error=0.25,
+    scales=(1.0,),
+)
 by_name("round floor ceil trunc fix frac", unary, var=1.5, mean_error=0.15, var_error=0.3, scales=(1.0,))
 by_name("sign sgn", unary, kinked=True, scales=(1.0,))
 case("heaviside", lambda w, x: torch.heaviside(x, w.positive(4)), kinked=True)
@@ -150,8 +182,11 @@ for _name in "gt ge lt le greater less greater_equal less_equal".split():
 by_name("eq ne not_equal", lambda name: lambda w, x, f=function(name): f(x, 0.25), scales=(1.0,))
 by_name(
     "logical_and logical_or logical_xor",
-    lambda name: lambda w, x, y, f=function(name): f(x > 0, y > 0.5), X, X, scales=(1.0,),
-)  # fmt: skip
+    lambda name: lambda w, x, y, f=function(name): f(x > 0, y > 0.5),
+    X,
+    X,
+    scales=(1.0,),
+)
 case("logical_and", lambda w, x: (x > -0.5) & (x < 0.5), label="interval", kinked=True)
 case("logical_and", lambda w, x: (x > -0.5) & w.mask(4), label="mask", kinked=True)
 case("logical_not", lambda w, x: torch.logical_not(x > 0), kinked=True)
@@ -189,59 +224,94 @@ _SOFTMAX = {"mean_error": 0.02, "var_error": 0.28}
 case("softmax", lambda w, x: F.softmax(x, -1), modules=(lambda: nn.Softmax(-1),), **_SOFTMAX)
 case("softmax", lambda w, x: torch.softmax(x, 1), (2, 5, 2), var=0.1, label="narrow", mean_error=0.01, var_error=0.02)
 case("softmax", lambda w, x: F.softmax(x, -3), (2, 4, 2, 2), modules=(nn.Softmax2d,), label="channels", **_SOFTMAX)
-case("softmax", lambda w, x: F.softmax(x.masked_fill(w.tensor(False, True, False, False), -torch.inf), -1), label="masked", **_SOFTMAX)
+case(
+    "softmax",
+    lambda w, x: F.softmax(x.masked_fill(w.tensor(False, True, False, False), -torch.inf), -1),
+    label="masked",
+    **_SOFTMAX,
+)
 case("softmin", lambda w, x: F.softmin(x, -1), modules=(lambda: nn.Softmin(-1),), **_SOFTMAX)
 case("log_softmax", lambda w, x: F.log_softmax(x, -1), modules=(lambda: nn.LogSoftmax(-1),), mean_error=0.01, var_error=0.1)
 _QKV = ((2, 2, 3, 4), (2, 2, 5, 4), (2, 2, 5, 4))
 _ATTEND = {"var": 0.05, "mean_error": 0.04, "var_error": 0.76}
 case("scaled_dot_product_attention", lambda w, q, k, v: F.scaled_dot_product_attention(q, k, v), *_QKV, **_ATTEND)
 case(
-    "scaled_dot_product_attention", lambda w, q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=0.3),
-    *_QKV, label="causal", **_ATTEND,
-)  # fmt: skip
+    "scaled_dot_product_attention",
+    lambda w, q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=0.3),
+    *_QKV,
+    label="causal",
+    **_ATTEND,
+)
 case(
     "scaled_dot_product_attention",
     lambda w, q, k, v: F.scaled_dot_product_attention(q, k, v, attn_mask=w.tensor([True, False, True, True, False])),
-    *_QKV, label="mask", **_ATTEND,
-)  # fmt: skip
+    *_QKV,
+    label="mask",
+    **_ATTEND,
+)
 case(
     "scaled_dot_product_attention",
     lambda w, q, k, v: F.scaled_dot_product_attention(q, k, v, attn_mask=w.tensor([[True] * 5, [False] * 5, [True] * 5])),
-    *_QKV, label="closed query", **_ATTEND,
-)  # fmt: skip
+    *_QKV,
+    label="closed query",
+    **_ATTEND,
+)
 case(
-    "scaled_dot_product_attention", lambda w, q, k, v: F.scaled_dot_product_attention(q, k, v, attn_mask=w(3, 5)),
-    *_QKV, label="bias", scales=(1.0,), **_ATTEND,
-)  # fmt: skip
+    "scaled_dot_product_attention",
+    lambda w, q, k, v: F.scaled_dot_product_attention(q, k, v, attn_mask=w(3, 5)),
+    *_QKV,
+    label="bias",
+    scales=(1.0,),
+    **_ATTEND,
+)
 case(
-    "scaled_dot_product_attention", lambda w, q, k, v: F.scaled_dot_product_attention(q, k, v, enable_gqa=True),
-    (2, 4, 3, 4), (2, 2, 5, 4), (2, 2, 5, 4), label="grouped", **_ATTEND,
-)  # fmt: skip
+    "scaled_dot_product_attention",
+    lambda w, q, k, v: F.scaled_dot_product_attention(q, k, v, enable_gqa=True),
+    (2, 4, 3, 4),
+    (2, 2, 5, 4),
+    (2, 2, 5, 4),
+    label="grouped",
+    **_ATTEND,
+)
 case(
-    "scaled_dot_product_attention", lambda w, q, k, v: F.scaled_dot_product_attention(q, k, v, dropout_p=0.3),
-    *_QKV, label="dropout", random=True, **_ATTEND,
-)  # fmt: skip
+    "scaled_dot_product_attention",
+    lambda w, q, k, v: F.scaled_dot_product_attention(q, k, v, dropout_p=0.3),
+    *_QKV,
+    label="dropout",
+    random=True,
+    **_ATTEND,
+)
 _ATTENTION = {"var": 0.05, "mean_error": 0.08, "var_error": 0.7, "scales": (1.0,)}
 case(
     "multi_head_attention_forward",
     lambda w, x: w.module(lambda: nn.MultiheadAttention(4, 2, batch_first=True).eval())(x, x, x, need_weights=False)[0],
-    (2, 3, 4), **_ATTENTION,
-)  # fmt: skip
+    (2, 3, 4),
+    **_ATTENTION,
+)
 case(
     "multi_head_attention_forward",
     lambda w, q, k: w.module(lambda: nn.MultiheadAttention(4, 2))(q, k, k)[0],
-    (3, 2, 4), (5, 2, 4), batch=1, label="training, weights", **_ATTENTION,
-)  # fmt: skip
+    (3, 2, 4),
+    (5, 2, 4),
+    batch=1,
+    label="training, weights",
+    **_ATTENTION,
+)
 case(
     "multi_head_attention_forward",
     lambda w, x: w.module(lambda: nn.TransformerEncoderLayer(4, 2, 8, batch_first=True).eval())(x),
-    (2, 3, 4), label="encoder layer", composed=True,
-)  # fmt: skip
+    (2, 3, 4),
+    label="encoder layer",
+    composed=True,
+)
 case(
     "multi_head_attention_forward",
     lambda w, x, m: w.module(lambda: nn.TransformerDecoderLayer(4, 2, 8, batch_first=True).eval())(x, m),
-    (2, 3, 4), (2, 5, 4), label="decoder layer", composed=True,
-)  # fmt: skip
+    (2, 3, 4),
+    (2, 5, 4),
+    label="decoder layer",
+    composed=True,
+)
 
 # ---- dropout -----------------------------------------------------------------------------------------------------
 
@@ -263,23 +333,39 @@ case("feature_dropout", lambda w, x: torch.feature_dropout(x, 0.3, True), (2, 3,
 case("linear", lambda w, x: F.linear(x, w(5, 4), w(5)))
 case("linear", lambda w, x: w.module(lambda: nn.Linear(4, 5))(x), (3, 2, 4), label="module")
 case("linear", lambda w, x, weight: F.linear(x, weight, w(5)), X, (5, 4), batch=None, label="random weight")
-for _n, _conv, _transposed in ((1, nn.Conv1d, nn.ConvTranspose1d), (2, nn.Conv2d, nn.ConvTranspose2d), (3, nn.Conv3d, nn.ConvTranspose3d)):
+for _n, _conv, _transposed in (
+    (1, nn.Conv1d, nn.ConvTranspose1d),
+    (2, nn.Conv2d, nn.ConvTranspose2d),
+    (3, nn.Conv3d, nn.ConvTranspose3d),
+):
     _image = (2, 4, *((6,), (5, 4), (3, 4, 3))[_n - 1])
     _options = {"stride": 2, "padding": 1, "dilation": 1, "groups": 2}
     _weights = (4, 2, *(3,) * _n)
     case(f"conv{_n}d", lambda w, x, n=_n, o=_options, s=_weights: getattr(F, f"conv{n}d")(x, w(*s), w(4), **o), _image)
-    case(f"conv{_n}d", lambda w, x, n=_n, s=(3, 4, *(3,) * _n): getattr(F, f"conv{n}d")(x, w(*s), padding="same"), _image, label="same")
+    case(
+        f"conv{_n}d",
+        lambda w, x, n=_n, s=(3, 4, *(3,) * _n): getattr(F, f"conv{n}d")(x, w(*s), padding="same"),
+        _image,
+        label="same",
+    )
     case(
         f"conv_transpose{_n}d",
-        lambda w, x, n=_n, o={**_options, "output_padding": 1}, s=_weights: getattr(F, f"conv_transpose{n}d")(x, w(*s), w(4), **o),
-        _image, scales=(1.0,),
-    )  # fmt: skip
+        lambda w, x, n=_n, o={**_options, "output_padding": 1}, s=_weights: getattr(F, f"conv_transpose{n}d")(
+            x, w(*s), w(4), **o
+        ),
+        _image,
+        scales=(1.0,),
+    )
     case(f"conv_transpose{_n}d", lambda w, x, m=_transposed: w.module(lambda: m(4, 3, 3, 2, 1, 1))(x), _image, label="module")
     for _mode in ("zeros", "reflect", "replicate", "circular"):
         case(
-            f"conv{_n}d", lambda w, x, m=_conv, p=_mode: w.module(lambda: m(4, 3, 3, padding=1, dilation=1, padding_mode=p))(x),
-            _image, label=_mode, scales=(1.0,), composed=_mode in ("reflect", "replicate"),  # one element twice in a window
-        )  # fmt: skip
+            f"conv{_n}d",
+            lambda w, x, m=_conv, p=_mode: w.module(lambda: m(4, 3, 3, padding=1, dilation=1, padding_mode=p))(x),
+            _image,
+            label=_mode,
+            scales=(1.0,),
+            composed=_mode in ("reflect", "replicate"),  # one element twice in a window
+        )
 case("matmul", lambda w, x: x @ w(4, 5))
 case("matmul", lambda w, x, y: torch.matmul(x, y), (2, 3, 4), (2, 4, 2), label="random")
 case("rmatmul", lambda w, x: torch.Tensor.__rmatmul__(x, w(5, 3)), batch=None)
@@ -315,23 +401,62 @@ case("einsum", lambda w, x: torch.einsum("bi, oi", x, w(5, 4)), label="implicit"
 
 _BATCH = {"mean_error": 0.05, "var_error": 0.2, "scales": (1.0,)}
 _NORMS = {"var": 0.3, "mean_error": 0.01, "var_error": 0.05}
-for _module, _shape in ((nn.BatchNorm1d, (64, 2)), (nn.BatchNorm2d, (8, 2, 4, 3)), (nn.BatchNorm3d, (8, 2, 2, 3, 2)), (nn.SyncBatchNorm, (8, 2, 9))):
-    case("batch_norm", lambda w, x, m=_module, c=_shape[1]: w.module(lambda: m(c).eval())(x), _shape, label=f"{_module.__name__}, eval")
-    case("batch_norm", lambda w, x, m=_module, c=_shape[1]: w.module(lambda: m(c, track_running_stats=False))(x), _shape, label=_module.__name__, **_BATCH)
+for _module, _shape in (
+    (nn.BatchNorm1d, (64, 2)),
+    (nn.BatchNorm2d, (8, 2, 4, 3)),
+    (nn.BatchNorm3d, (8, 2, 2, 3, 2)),
+    (nn.SyncBatchNorm, (8, 2, 9)),
+):
+    case(
+        "batch_norm",
+        lambda w, x, m=_module, c=_shape[1]: w.module(lambda: m(c).eval())(x),
+        _shape,
+        label=f"{_module.__name__}, eval",
+    )
+    case(
+        "batch_norm",
+        lambda w, x, m=_module, c=_shape[1]: w.module(lambda: m(c, track_running_stats=False))(x),
+        _shape,
+        label=_module.__name__,
+        **_BATCH,
+    )
 case("layer_norm", lambda w, x: F.layer_norm(x, (24,), w(24), w(24)), (3, 24), **_NORMS)
 case("layer_norm", lambda w, x: F.layer_norm(x, (3, 2)), (3, 3, 2), label="few", var=0.2, mean_error=0.02, var_error=0.05)
 case("layer_norm", lambda w, x: w.module(lambda: nn.LayerNorm(24))(x), (3, 24), label="module", **_NORMS)
 case("rms_norm", lambda w, x: F.rms_norm(x, (24,), w(24)), (3, 24), **_NORMS)
 case("rms_norm", lambda w, x: w.module(lambda: nn.RMSNorm(6))(x), (3, 6), label="few", var=0.2, mean_error=0.02, var_error=0.05)
 case("group_norm", lambda w, x: F.group_norm(x, 2, w(4), w(4)), (3, 4, 3, 4), **_NORMS)
-case("group_norm", lambda w, x: w.module(lambda: nn.GroupNorm(2, 4))(x), (3, 4, 4), label="few", var=0.2, mean_error=0.02, var_error=0.12)
-for _module, _shape in ((nn.InstanceNorm1d, (2, 3, 24)), (nn.InstanceNorm2d, (2, 3, 4, 6)), (nn.InstanceNorm3d, (2, 2, 2, 3, 4))):
-    case("instance_norm", lambda w, x, m=_module, c=_shape[1]: w.module(lambda: m(c, affine=True))(x), _shape, label=_module.__name__, **_NORMS)
 case(
-    "instance_norm", lambda w, x: w.module(lambda: nn.InstanceNorm1d(3, affine=True, track_running_stats=True).eval())(x),
-    (2, 3, 5), label="running statistics",
-)  # fmt: skip
-case("local_response_norm", lambda w, x: F.local_response_norm(x, 3), (2, 4, 3), modules=(lambda: nn.LocalResponseNorm(3),), mean_error=0.01, var_error=0.01)
+    "group_norm",
+    lambda w, x: w.module(lambda: nn.GroupNorm(2, 4))(x),
+    (3, 4, 4),
+    label="few",
+    var=0.2,
+    mean_error=0.02,
+    var_error=0.12,
+)
+for _module, _shape in ((nn.InstanceNorm1d, (2, 3, 24)), (nn.InstanceNorm2d, (2, 3, 4, 6)), (nn.InstanceNorm3d, (2, 2, 2, 3, 4))):
+    case(
+        "instance_norm",
+        lambda w, x, m=_module, c=_shape[1]: w.module(lambda: m(c, affine=True))(x),
+        _shape,
+        label=_module.__name__,
+        **_NORMS,
+    )
+case(
+    "instance_norm",
+    lambda w, x: w.module(lambda: nn.InstanceNorm1d(3, affine=True, track_running_stats=True).eval())(x),
+    (2, 3, 5),
+    label="running statistics",
+)
+case(
+    "local_response_norm",
+    lambda w, x: F.local_response_norm(x, 3),
+    (2, 4, 3),
+    modules=(lambda: nn.LocalResponseNorm(3),),
+    mean_error=0.01,
+    var_error=0.01,
+)
 
 # ---- pooling -----------------------------------------------------------------------------------------------------
 
@@ -350,14 +475,20 @@ for _n, _average, _adaptive, _max, _adaptive_max, _unpool, _lp in (
         *([{"stride": 1, "divisor_override": 5}] if _n > 1 else []),
     ):
         case(
-            f"avg_pool{_n}d", lambda w, x, f=_f, o=_options: f(x, 3, **o), _image, modules=(lambda m=_average, o=_options: m(3, **o),),
-            label=", ".join(map(str, _options.values())), scales=(1.0,),
-        )  # fmt: skip
+            f"avg_pool{_n}d",
+            lambda w, x, f=_f, o=_options: f(x, 3, **o),
+            _image,
+            modules=(lambda m=_average, o=_options: m(3, **o),),
+            label=", ".join(map(str, _options.values())),
+            scales=(1.0,),
+        )
     case(f"avg_pool{_n}d", lambda w, x, f=_f: f(x, 2), _image[1:], label="no batch")
     case(
-        f"adaptive_avg_pool{_n}d", lambda w, x, f=getattr(F, f"adaptive_avg_pool{_n}d"): f(x, 3), _image,
+        f"adaptive_avg_pool{_n}d",
+        lambda w, x, f=getattr(F, f"adaptive_avg_pool{_n}d"): f(x, 3),
+        _image,
         modules=(lambda m=_adaptive: m(3),),
-    )  # fmt: skip
+    )
     case(f"max_pool{_n}d", lambda w, x, f=_g: f(x, 2), _image, modules=(lambda m=_max: m(2),), **_CLARK)
     for _options in (
         {"stride": 2, "padding": 1},
@@ -365,22 +496,34 @@ for _n, _average, _adaptive, _max, _adaptive_max, _unpool, _lp in (
         {"stride": 1, "dilation": 2},
     ):
         case(
-            f"max_pool{_n}d", lambda w, x, f=_g, o=_options: f(x, 2, **o), _image, modules=(lambda m=_max, o=_options: m(2, **o),),
-            label=", ".join(map(str, _options.values())), scales=(1.0,), **_CLARK,
-        )  # fmt: skip
+            f"max_pool{_n}d",
+            lambda w, x, f=_g, o=_options: f(x, 2, **o),
+            _image,
+            modules=(lambda m=_max, o=_options: m(2, **o),),
+            label=", ".join(map(str, _options.values())),
+            scales=(1.0,),
+            **_CLARK,
+        )
     case(f"max_pool{_n}d_with_indices", lambda w, x, f=_g: f(x, 2, return_indices=True), _image, **_CLARK)
     _h = getattr(F, f"adaptive_max_pool{_n}d")
     case(f"adaptive_max_pool{_n}d", lambda w, x, f=_h: f(x, 3), _image, modules=(lambda m=_adaptive_max: m(3),), **_CLARK)
     case(f"adaptive_max_pool{_n}d_with_indices", lambda w, x, f=_h: f(x, 2, return_indices=True), _image, **_CLARK)
     case(
         f"max_unpool{_n}d",
-        lambda w, x, n=_n, m=_unpool: w.module(lambda: m(2))(x, w.tensor(*[i for i in range(2**n)]).expand(2, 2**n).reshape(2, 1, *(2,) * n)),
+        lambda w, x, n=_n, m=_unpool: w.module(lambda: m(2))(x, w.tensor(*range(2**n)).expand(2, 2**n).reshape(2, 1, *(2,) * n)),
         (2, 1, *(2,) * _n),
-    )  # fmt: skip
+    )
     case(
-        f"lp_pool{_n}d", lambda w, x, f=getattr(F, f"lp_pool{_n}d"): f(x, 2.0, 2), _image, modules=(lambda m=_lp: m(2.0, 2),),
-        offset=2.0, spread=0.5, var=0.2, mean_error=0.01, var_error=0.05,
-    )  # fmt: skip
+        f"lp_pool{_n}d",
+        lambda w, x, f=getattr(F, f"lp_pool{_n}d"): f(x, 2.0, 2),
+        _image,
+        modules=(lambda m=_lp: m(2.0, 2),),
+        offset=2.0,
+        spread=0.5,
+        var=0.2,
+        mean_error=0.01,
+        var_error=0.05,
+    )
 
 # ---- resampling --------------------------------------------------------------------------------------------------
 
@@ -408,27 +551,48 @@ _INTERPOLATE = [
 for _shape, _options in _INTERPOLATE:
     _modules = () if "antialias" in _options else (lambda o=_options: nn.Upsample(**o),)
     case(
-        "interpolate", lambda w, x, o=_options: F.interpolate(x, **o), _shape, modules=_modules, scales=(1.0,),
+        "interpolate",
+        lambda w, x, o=_options: F.interpolate(x, **o),
+        _shape,
+        modules=_modules,
+        scales=(1.0,),
         label=", ".join(map(str, _options.values())),
-    )  # fmt: skip
+    )
 case(
-    "interpolate", lambda w, x: F.interpolate(x, scale_factor=2), (2, 2, 4, 3), modules=(lambda: nn.UpsamplingNearest2d(scale_factor=2),),
+    "interpolate",
+    lambda w, x: F.interpolate(x, scale_factor=2),
+    (2, 2, 4, 3),
+    modules=(lambda: nn.UpsamplingNearest2d(scale_factor=2),),
     label="nearest module",
-)  # fmt: skip
+)
 case(
-    "interpolate", lambda w, x: F.interpolate(x, scale_factor=2, mode="bilinear", align_corners=True), (2, 2, 4, 3),
-    modules=(lambda: nn.UpsamplingBilinear2d(scale_factor=2),), label="bilinear module",
-)  # fmt: skip
+    "interpolate",
+    lambda w, x: F.interpolate(x, scale_factor=2, mode="bilinear", align_corners=True),
+    (2, 2, 4, 3),
+    modules=(lambda: nn.UpsamplingBilinear2d(scale_factor=2),),
+    label="bilinear module",
+)
 case("fold", lambda w, x: F.fold(x, (4, 3), 2), (2, 8, 6), modules=(lambda: nn.Fold((4, 3), 2),))
 case("fold", lambda w, x: F.fold(x, (4, 4), 2, padding=1, stride=2), (2, 8, 9), label="padding")
 for _mode in ("bilinear", "nearest"):
     for _padding in ("zeros", "border", "reflection"):
         for _align in (False, True):
             case(
-                "grid_sample", lambda w, x, m=_mode, p=_padding, a=_align: F.grid_sample(x, w(2, 3, 2, 2), m, p, a), (2, 2, 4, 3),
-                batch=None, label=f"{_mode}, {_padding}, {_align}", scales=(0.8,),
-            )  # fmt: skip
-case("grid_sample", lambda w, x: F.grid_sample(x, w(2, 2, 3, 2, 3), align_corners=False), (2, 1, 3, 4, 3), batch=None, label="volume", scales=(0.8,))
+                "grid_sample",
+                lambda w, x, m=_mode, p=_padding, a=_align: F.grid_sample(x, w(2, 3, 2, 2), m, p, a),
+                (2, 2, 4, 3),
+                batch=None,
+                label=f"{_mode}, {_padding}, {_align}",
+                scales=(0.8,),
+            )
+case(
+    "grid_sample",
+    lambda w, x: F.grid_sample(x, w(2, 2, 3, 2, 3), align_corners=False),
+    (2, 1, 3, 4, 3),
+    batch=None,
+    label="volume",
+    scales=(0.8,),
+)
 
 # ---- recurrent ---------------------------------------------------------------------------------------------------
 
@@ -438,13 +602,40 @@ _COMPOSED = {"composed": True, "scales": (1.0,)}
 for _name, _layer, _cell in (("lstm", nn.LSTM, nn.LSTMCell), ("gru", nn.GRU, nn.GRUCell), ("rnn_tanh", nn.RNN, nn.RNNCell)):
     case(_name, lambda w, x, m=_layer: w.module(lambda: m(3, 4))(x), (5, 2, 3), batch=1, **_RECURRENT)
     case(
-        _name, lambda w, x, m=_layer: w.module(lambda: m(3, 4, 2, batch_first=True, bidirectional=True))(x)[0], (2, 4, 3),
-        label="bidirectional", **_COMPOSED,
-    )  # fmt: skip
+        _name,
+        lambda w, x, m=_layer: w.module(lambda: m(3, 4, 2, batch_first=True, bidirectional=True))(x)[0],
+        (2, 4, 3),
+        label="bidirectional",
+        **_COMPOSED,
+    )
     case(f"{_name}_cell", lambda w, x, m=_cell: w.module(lambda: m(3, 4))(x), (3, 3), **_RECURRENT)
-case("lstm", lambda w, x, h, c: w.module(lambda: nn.LSTM(3, 4))(x, (h, c)), (4, 2, 3), (1, 2, 4), (1, 2, 4), batch=1, label="states", **_RECURRENT)
-case("lstm", lambda w, x: w.module(lambda: nn.LSTM(3, 4, proj_size=2, bias=False))(x), (4, 2, 3), batch=1, label="projection", **_COMPOSED)
-case("lstm", lambda w, x: w.module(lambda: nn.LSTM(3, 4, 2, dropout=0.3))(x)[0], (4, 2, 3), batch=1, label="dropout", random=True, **_COMPOSED)
+case(
+    "lstm",
+    lambda w, x, h, c: w.module(lambda: nn.LSTM(3, 4))(x, (h, c)),
+    (4, 2, 3),
+    (1, 2, 4),
+    (1, 2, 4),
+    batch=1,
+    label="states",
+    **_RECURRENT,
+)
+case(
+    "lstm",
+    lambda w, x: w.module(lambda: nn.LSTM(3, 4, proj_size=2, bias=False))(x),
+    (4, 2, 3),
+    batch=1,
+    label="projection",
+    **_COMPOSED,
+)
+case(
+    "lstm",
+    lambda w, x: w.module(lambda: nn.LSTM(3, 4, 2, dropout=0.3))(x)[0],
+    (4, 2, 3),
+    batch=1,
+    label="dropout",
+    random=True,
+    **_COMPOSED,
+)
 case("gru", lambda w, x: w.module(lambda: nn.GRU(3, 4))(x), (4, 3), batch=None, label="no batch", **_RECURRENT)
 case("rnn_relu", lambda w, x: w.module(lambda: nn.RNN(3, 4, nonlinearity="relu"))(x), (4, 2, 3), batch=1, **_RECURRENT)
 case("rnn_relu_cell", lambda w, x: w.module(lambda: nn.RNNCell(3, 4, nonlinearity="relu"))(x), (3, 3), **_RECURRENT)
@@ -459,11 +650,25 @@ def _packed(make):
     return call
 
 
-case("lstm", _packed(lambda: nn.LSTM(3, 4, 2, bidirectional=True, batch_first=True)), (3, 4, 3), batch=None, label="packed", **_COMPOSED)
-case("gru", _packed(lambda: nn.GRU(3, 4, bidirectional=True, batch_first=True)), (3, 4, 3), batch=None, label="packed", **_COMPOSED)
+case(
+    "lstm",
+    _packed(lambda: nn.LSTM(3, 4, 2, bidirectional=True, batch_first=True)),
+    (3, 4, 3),
+    batch=None,
+    label="packed",
+    **_COMPOSED,
+)
+case(
+    "gru", _packed(lambda: nn.GRU(3, 4, bidirectional=True, batch_first=True)), (3, 4, 3), batch=None, label="packed", **_COMPOSED
+)
 _LENGTHS = torch.tensor([4, 2, 1])
 case("_pack_padded_sequence", lambda w, x: torch._VF._pack_padded_sequence(x, _LENGTHS, True)[0], (3, 4, 2), batch=None)
-case("_pad_packed_sequence", lambda w, x: torch._VF._pad_packed_sequence(x, torch.tensor([3, 2, 1, 1]), True, 0.0, 4)[0], (7, 2), batch=None)
+case(
+    "_pad_packed_sequence",
+    lambda w, x: torch._VF._pad_packed_sequence(x, torch.tensor([3, 2, 1, 1]), True, 0.0, 4)[0],
+    (7, 2),
+    batch=None,
+)
 
 # ---- reductions --------------------------------------------------------------------------------------------------
 
@@ -490,11 +695,20 @@ case("cdist", lambda w, x, y: torch.cdist(x, y), (2, 3, 5), (2, 2, 5), **_ROOTED
 case("cdist", lambda w, x, y: torch.cdist(x, y, 1.0), (2, 3, 5), (2, 2, 5), label="1", **_ROOTED)
 case("dist", lambda w, x, y: torch.dist(x, y), X, X, batch=None, **_ROOTED)
 case("normalize", lambda w, x: F.normalize(x, dim=1), (3, 6), **_ROOTED)
-case("normalize", lambda w, x: F.normalize(x, p=1.0, dim=1), (3, 6), label="1", spread=2.0, var=0.2, mean_error=0.05, var_error=0.8)
 case(
-    "cosine_similarity", lambda w, x, y: F.cosine_similarity(x, y), (3, 6), (3, 6), modules=(nn.CosineSimilarity,),
-    spread=2.0, var=0.2, mean_error=0.02, var_error=0.2,
-)  # fmt: skip
+    "normalize", lambda w, x: F.normalize(x, p=1.0, dim=1), (3, 6), label="1", spread=2.0, var=0.2, mean_error=0.05, var_error=0.8
+)
+case(
+    "cosine_similarity",
+    lambda w, x, y: F.cosine_similarity(x, y),
+    (3, 6),
+    (3, 6),
+    modules=(nn.CosineSimilarity,),
+    spread=2.0,
+    var=0.2,
+    mean_error=0.02,
+    var_error=0.2,
+)
 case("logsumexp", lambda w, x: torch.logsumexp(x, 1), mean_error=0.01, var_error=0.1)
 case("logsumexp", lambda w, x: torch.logsumexp(x, (1, 2), keepdim=True), (2, 3, 2), label="dims", mean_error=0.01, var_error=0.1)
 case("logcumsumexp", lambda w, x: torch.logcumsumexp(x, 1), mean_error=0.01, var_error=0.1)
@@ -514,43 +728,63 @@ def _loss_module(w, x, make):
 
 _CLASSES = torch.tensor([0, 2, 3])
 for _name, _module in (
-    ("mse_loss", nn.MSELoss), ("l1_loss", nn.L1Loss), ("smooth_l1_loss", nn.SmoothL1Loss), ("huber_loss", nn.HuberLoss),
-    ("binary_cross_entropy_with_logits", nn.BCEWithLogitsLoss), ("kl_div", nn.KLDivLoss),
-    ("soft_margin_loss", nn.SoftMarginLoss), ("hinge_embedding_loss", nn.HingeEmbeddingLoss),
+    ("mse_loss", nn.MSELoss),
+    ("l1_loss", nn.L1Loss),
+    ("smooth_l1_loss", nn.SmoothL1Loss),
+    ("huber_loss", nn.HuberLoss),
+    ("binary_cross_entropy_with_logits", nn.BCEWithLogitsLoss),
+    ("kl_div", nn.KLDivLoss),
+    ("soft_margin_loss", nn.SoftMarginLoss),
+    ("hinge_embedding_loss", nn.HingeEmbeddingLoss),
     ("multilabel_soft_margin_loss", nn.MultiLabelSoftMarginLoss),
-):  # fmt: skip
+):
     loss(_name, lambda w, m=_module: (w.module(m), w.positive(3, 4)), lambda w, x, f=function(_name): f(x, w.positive(3, 4)))
 loss(
-    "binary_cross_entropy", lambda w: (w.module(nn.BCELoss), w.positive(3, 4) / 2),
-    lambda w, x: F.binary_cross_entropy(x, w.positive(3, 4) / 2), offset=0.5, spread=0.05, var=0.001,
-)  # fmt: skip
-for _name, _module in (("cross_entropy", nn.CrossEntropyLoss), ("nll_loss", nn.NLLLoss), ("multi_margin_loss", nn.MultiMarginLoss)):
+    "binary_cross_entropy",
+    lambda w: (w.module(nn.BCELoss), w.positive(3, 4) / 2),
+    lambda w, x: F.binary_cross_entropy(x, w.positive(3, 4) / 2),
+    offset=0.5,
+    spread=0.05,
+    var=0.001,
+)
+for _name, _module in (
+    ("cross_entropy", nn.CrossEntropyLoss),
+    ("nll_loss", nn.NLLLoss),
+    ("multi_margin_loss", nn.MultiMarginLoss),
+):
     loss(_name, lambda w, m=_module: (w.module(m), _CLASSES), lambda w, x, f=function(_name): f(x, _CLASSES))
 loss(
-    "multilabel_margin_loss", lambda w: (w.module(nn.MultiLabelMarginLoss), torch.tensor([[1, -1, 0, 0]] * 3)),
+    "multilabel_margin_loss",
+    lambda w: (w.module(nn.MultiLabelMarginLoss), torch.tensor([[1, -1, 0, 0]] * 3)),
     lambda w, x: F.multilabel_margin_loss(x, torch.tensor([[1, -1, 0, 0]] * 3)),
-)  # fmt: skip
+)
 loss(
-    "gaussian_nll_loss", lambda w: (w.module(nn.GaussianNLLLoss), w(3, 4), w.positive(3, 4)),
+    "gaussian_nll_loss",
+    lambda w: (w.module(nn.GaussianNLLLoss), w(3, 4), w.positive(3, 4)),
     lambda w, x: F.gaussian_nll_loss(x, w(3, 4), w.positive(3, 4)),
-)  # fmt: skip
+)
 loss(
-    "poisson_nll_loss", lambda w: (w.module(nn.PoissonNLLLoss), w.positive(3, 4)),
+    "poisson_nll_loss",
+    lambda w: (w.module(nn.PoissonNLLLoss), w.positive(3, 4)),
     lambda w, x: F.poisson_nll_loss(x, w.positive(3, 4)),
-)  # fmt: skip
+)
 _SIGNS = torch.tensor([1.0, -1.0, 1.0])
 loss(
-    "cosine_embedding_loss", lambda w: (w.module(nn.CosineEmbeddingLoss), w(3, 4), _SIGNS),
+    "cosine_embedding_loss",
+    lambda w: (w.module(nn.CosineEmbeddingLoss), w(3, 4), _SIGNS),
     lambda w, x: F.cosine_embedding_loss(x, w(3, 4), _SIGNS),
-)  # fmt: skip
+)
 loss(
-    "margin_ranking_loss", lambda w: (w.module(nn.MarginRankingLoss), w(3), _SIGNS),
-    lambda w, x: F.margin_ranking_loss(x, w(3), _SIGNS), (3,),
-)  # fmt: skip
+    "margin_ranking_loss",
+    lambda w: (w.module(nn.MarginRankingLoss), w(3), _SIGNS),
+    lambda w, x: F.margin_ranking_loss(x, w(3), _SIGNS),
+    (3,),
+)
 loss(
-    "triplet_margin_loss", lambda w: (w.module(nn.TripletMarginLoss), w(3, 4), w(3, 4)),
+    "triplet_margin_loss",
+    lambda w: (w.module(nn.TripletMarginLoss), w(3, 4), w(3, 4)),
     lambda w, x: F.triplet_margin_loss(x, w(3, 4), w(3, 4)),
-)  # fmt: skip
+)
 _CTC = (torch.tensor([[1, 2], [2, 1]]), torch.tensor([4, 4]), torch.tensor([2, 2]))
 loss("ctc_loss", lambda w: (w.module(nn.CTCLoss), *_CTC), lambda w, x: F.ctc_loss(x, *_CTC), (4, 2, 3))
 
@@ -656,8 +890,16 @@ _SHAPES = {
     "fill": lambda w, x: torch.fill(x, 2.0),
     "zero_": lambda w, x: x.clone().zero_(),
 }
-_WITHOUT_BATCH = "ravel t diag flipud roll take masked_select block_diag vsplit vstack gather take_along_dim masked_fill index_put masked_scatter scatter expand_as broadcast_to diag_embed".split()
-_MIXING = _WITHOUT_BATCH + "cat concat concatenate stack hstack dstack column_stack index_copy select_scatter hstack atleast_3d broadcast_tensors".split()
+_WITHOUT_BATCH = (
+    "ravel t diag flipud roll take masked_select block_diag vsplit vstack gather take_along_dim masked_fill "
+    "index_put masked_scatter scatter expand_as broadcast_to diag_embed"
+).split()
+_MIXING = (
+    _WITHOUT_BATCH
+    + (
+        "cat concat concatenate stack hstack dstack column_stack index_copy select_scatter hstack atleast_3d broadcast_tensors"
+    ).split()
+)
 for _name, _call in _SHAPES.items():
     case(_name, _call, _B, scales=(1.0,), batch=None if _name in _MIXING else 0)
 case("unfold", lambda w, x: x.unfold(1, 2, 1), _B)
@@ -692,17 +934,30 @@ case("copy_", lambda w, x, y: x.clone().copy_(y), _B, (2, 3, 1), batch=None)
 
 # ---- questions: answered by the mean -----------------------------------------------------------------------------
 
-_QUESTIONS = "size dim ndimension numel nelement stride is_contiguous is_floating_point is_complex element_size get_device storage_offset is_pinned is_shared is_inference is_conj is_neg is_signed is_set_to isnan isinf isfinite isreal len".split()
-_ARGUMENTS = {"is_set_to": lambda x: (torch.zeros(1, dtype=torch.float64),),}
+_QUESTIONS = (
+    "size dim ndimension numel nelement stride is_contiguous is_floating_point is_complex element_size "
+    "get_device storage_offset is_pinned is_shared is_inference is_conj is_neg is_signed is_set_to isnan isinf "
+    "isfinite isreal len"
+).split()
+_ARGUMENTS = {
+    "is_set_to": lambda x: (torch.zeros(1, dtype=torch.float64),),
+}
 for _name in _QUESTIONS:
     case(
-        _name, lambda w, x, n=_name: getattr(x, "__len__" if n == "len" else n)(*_ARGUMENTS.get(n, lambda x: ())(x)),
+        _name,
+        lambda w, x, n=_name: getattr(x, "__len__" if n == "len" else n)(*_ARGUMENTS.get(n, lambda x: ())(x)),
         scales=(1.0,),
-    )  # fmt: skip
+    )
 by_name("zeros_like ones_like empty_like", lambda name: lambda w, x, f=function(name): f(x) * 0, scales=(1.0,))
 case("register_hook", lambda w, x: [x.requires_grad_().register_hook(lambda grad: None)], scales=(1.0,))
 case("full_like", lambda w, x: torch.full_like(x, 2.0), scales=(1.0,))
 by_name("new_zeros new_ones new_empty", lambda name: lambda w, x: getattr(x, name)(2) * 0, scales=(1.0,))
+case(
+    "_nested_tensor_from_mask_left_aligned",
+    lambda w, x: torch._nested_tensor_from_mask_left_aligned(x, torch.ones(3, 4, dtype=torch.bool)),
+    (3, 4, 2),
+    scales=(1.0,),
+)
 case("new_full", lambda w, x: x.new_full((2,), 3.0), scales=(1.0,))
 case("new_tensor", lambda w, x: x.new_tensor([1.0]), scales=(1.0,))
 case("new", lambda w, x: x.new(2).zero_(), scales=(1.0,))
@@ -712,6 +967,8 @@ case("can_cast", lambda w, x: torch.can_cast(x.dtype, torch.float64), scales=(1.
 case("is_tensor", lambda w, x: torch.is_tensor(x), scales=(1.0,))
 case("broadcast_shapes", lambda w, x: torch.broadcast_shapes(x.shape, (1,)), scales=(1.0,))
 by_name(
-    "shape ndim dtype device layout requires_grad is_cuda is_leaf grad_fn",
-    lambda name: lambda w, x: getattr(x, name, None), scales=(1.0,),
-)  # fmt: skip
+    "shape ndim dtype device layout requires_grad is_cuda is_leaf grad_fn is_nested is_sparse is_quantized is_cpu is_meta is_mps "
+    "is_mkldnn is_sparse_csr itemsize nbytes output_nr retains_grad",
+    lambda name: lambda w, x: getattr(x, name, None),
+    scales=(1.0,),
+)

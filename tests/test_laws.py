@@ -62,7 +62,9 @@ def test_permuting_the_batch_permutes_the_result(case):
     order = torch.randperm(size, generator=torch.Generator().manual_seed(0))
     straight = leaves(case.run(constants, variables(moments)))
     permuted = leaves(
-        case.run(constants, variables([(m.index_select(case.batch, order), v.index_select(case.batch, order)) for m, v in moments]))
+        case.run(
+            constants, variables([(m.index_select(case.batch, order), v.index_select(case.batch, order)) for m, v in moments])
+        )
     )
     for a, b in zip(straight, permuted, strict=True):
         if isinstance(a, RandomVariable):

@@ -93,7 +93,7 @@ def test_it_says_that_it_is_approximate():
     assert rule is not None and rule.name == "linearized" and rule.exactness.value == "approximate"
 
 
-@pytest.mark.parametrize("read", [lambda x: x.item(), lambda x: x.tolist(), lambda x: x.numpy(), bool, lambda x: torch.nonzero(x)])
+@pytest.mark.parametrize("read", [lambda x: x.item(), lambda x: x.tolist(), lambda x: x.numpy(), bool, torch.nonzero])
 def test_reading_a_value_is_refused(read):
     with pytest.raises(ConversionError):
         read(variable(1))
@@ -101,8 +101,8 @@ def test_reading_a_value_is_refused(read):
 
 @pytest.mark.parametrize(
     "function",
-    [torch.Tensor.item, torch.Tensor.tolist, torch.rand_like, torch.bernoulli, torch.multinomial, torch.Tensor.uniform_, torch.any,
-     torch.Tensor.long, torch.bucketize, torch.fft.rfft],
+    [torch.Tensor.item, torch.Tensor.tolist, torch.rand_like, torch.bernoulli, torch.multinomial, torch.Tensor.uniform_,
+     torch.any, torch.Tensor.long, torch.bucketize, torch.fft.rfft],
 )  # fmt: skip
 def test_no_fallback_for_reads_draws_and_values_that_are_not_real(function):
     assert REGISTRY.fallback(function) is None
@@ -116,7 +116,7 @@ def test_a_function_without_real_result_is_refused_when_it_runs():
 def test_strict_switches_it_off():
     x = variable(2, 3, 3)
     strict = RandomVariable._make(x.mean, x.var, Settings(strict=True))
-    with pytest.raises(UnsupportedOperationError, match="linalg_matrix_exp|matrix_exp"):
+    with pytest.raises(UnsupportedOperationError, match="matrix_exp"):
         torch.linalg.matrix_exp(strict)
 
 

@@ -64,7 +64,8 @@ def rule(
                 Rule(operation_name(function), Composite(body), made, assumption), served, replace=replace
             )
         for module in modules:
-            table.register(Rule(module.__qualname__, Composite(body), made, assumption, (module,), body=body), [], replace=replace)
+            own = Rule(module.__qualname__, Composite(body), made, assumption, (module,), body=body)
+            table.register(own, [], replace=replace)
         return body
 
     return register

@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from rvconvert.compilation import fused
 from rvconvert.rules.quadrature import (
     KINKED_NODES,
     SMOOTH_NODES,
@@ -141,62 +142,94 @@ def _sides(mean: Tensor, var: Tensor):
     return s, phi, below, small, small_var, large, large_var
 
 
+def _relu_kernel(mean, var):
+    *_, small, small_var, large, large_var = _sides(mean, var)
+    positive = mean > 0
+    return torch.where(positive, large, small), torch.where(positive, large_var, small_var)
+
+
+def _relu_backward(mean, var, grad_mean, grad_var):
+    s, phi, below, small, _, large, _ = _sides(mean, var)
+    positive = mean > 0
+    above = torch.where(positive, 1.0 - below, below)  # P(X > 0)
+    expected = torch.where(positive, large, small)
+    slope = phi / s
+    by_mean = grad_mean * above + grad_var * (2 * expected * (1.0 - above))
+    by_var = grad_mean * (0.5 * slope) + grad_var * (above - expected * slope)
+    return by_mean, by_var
+
+
 class _Relu(torch.autograd.Function):
     """Mean and variance of relu(X): paper equations 6 and 9. Saves (mean, var) only."""
 
     @staticmethod
     def forward(ctx, mean, var):
         ctx.save_for_backward(mean, var)
-        *_, small, small_var, large, large_var = _sides(mean, var)
-        positive = mean > 0
-        return torch.where(positive, large, small), torch.where(positive, large_var, small_var)
+        return fused(_relu_kernel, mean, var)
 
     @staticmethod
     def backward(ctx, grad_mean, grad_var):
-        mean, var = ctx.saved_tensors
-        s, phi, below, small, _, large, _ = _sides(mean, var)
-        positive = mean > 0
-        above = torch.where(positive, 1.0 - below, below)  # P(X > 0)
-        expected = torch.where(positive, large, small)
-        slope = phi / s
-        by_mean = grad_mean * above + grad_var * (2 * expected * (1.0 - above))
-        by_var = grad_mean * (0.5 * slope) + grad_var * (above - expected * slope)
-        return by_mean, by_var
+        return fused(_relu_backward, *ctx.saved_tensors, grad_mean, grad_var)
+
+
+def _two_slopes_kernel(mean, var, c):
+    *_, small, small_var, large, large_var = _sides(mean, var)
+    positive = mean > 0
+    up, down = torch.where(positive, large, small), torch.where(positive, small, large)
+    up_var, down_var = (
+        torch.where(positive, large_var, small_var),
+        torch.where(positive, small_var, large_var),
+    )
+    return up - c * down, up_var + c * c * down_var + 2 * c * up * down
+
+
+def _two_slopes_partials(mean, var, c):
+    """The gradients of mean and variance by mean, by var and by c."""
+    s, phi, below, small, small_var, large, large_var = _sides(mean, var)
+    positive = mean > 0
+    above, under = torch.where(positive, 1.0 - below, below), torch.where(positive, below, 1.0 - below)
+    up, down = torch.where(positive, large, small), torch.where(positive, small, large)
+    down_var = torch.where(positive, small_var, large_var)
+    slope = phi / s
+    by_mean = above + c * under, 2 * (1.0 - c) * (up * under + c * down * above)
+    var_by_var = (above - up * slope) + c * c * (under - down * slope) + c * (up + down) * slope
+    return by_mean, (0.5 * (1.0 - c) * slope, var_by_var), (-down, 2 * (c * down_var + up * down))
+
+
+def _two_slopes_backward(mean, var, grad_mean, grad_var, c):
+    by_mean, by_var, _ = _two_slopes_partials(mean, var, c)
+    return grad_mean * by_mean[0] + grad_var * by_mean[1], grad_mean * by_var[0] + grad_var * by_var[1]
+
+
+def _two_slopes_backward_by_slope(mean, var, c, grad_mean, grad_var):
+    return tuple(grad_mean * a + grad_var * b for a, b in _two_slopes_partials(mean, var, c))
+
+
+class _OneSlope(torch.autograd.Function):
+    """Mean and variance of relu(X) - c relu(-X), c a number; saves (mean, var)."""
+
+    @staticmethod
+    def forward(ctx, mean, var, c):
+        ctx.save_for_backward(mean, var)
+        ctx.c = c
+        return fused(_two_slopes_kernel, mean, var, constants=(c,))
+
+    @staticmethod
+    def backward(ctx, grad_mean, grad_var):
+        return *fused(_two_slopes_backward, *ctx.saved_tensors, grad_mean, grad_var, constants=(ctx.c,)), None
 
 
 class _TwoSlopes(torch.autograd.Function):
-    """Mean and variance of relu(X) - c relu(-X), c a tensor of the shape of mean; saves (mean, var, c)."""
+    """The same with c a tensor of the shape of mean; saves (mean, var, c)."""
 
     @staticmethod
     def forward(ctx, mean, var, c):
         ctx.save_for_backward(mean, var, c)
-        *_, small, small_var, large, large_var = _sides(mean, var)
-        positive = mean > 0
-        up, down = torch.where(positive, large, small), torch.where(positive, small, large)
-        up_var, down_var = (
-            torch.where(positive, large_var, small_var),
-            torch.where(positive, small_var, large_var),
-        )
-        return up - c * down, up_var + c * c * down_var + 2 * c * up * down
+        return fused(_two_slopes_kernel, mean, var, c)
 
     @staticmethod
     def backward(ctx, grad_mean, grad_var):
-        mean, var, c = ctx.saved_tensors
-        s, phi, below, small, small_var, large, large_var = _sides(mean, var)
-        positive = mean > 0
-        above, under = torch.where(positive, 1.0 - below, below), torch.where(positive, below, 1.0 - below)
-        up, down = torch.where(positive, large, small), torch.where(positive, small, large)
-        down_var = torch.where(positive, small_var, large_var)
-        slope = phi / s
-        mean_by_mean, mean_by_var = above + c * under, 0.5 * (1.0 - c) * slope
-        var_by_mean = 2 * (1.0 - c) * (up * under + c * down * above)
-        var_by_var = (above - up * slope) + c * c * (under - down * slope) + c * (up + down) * slope
-        by_c = grad_var * 2 * (c * down_var + up * down) - grad_mean * down
-        return (
-            grad_mean * mean_by_mean + grad_var * var_by_mean,
-            grad_mean * mean_by_var + grad_var * var_by_var,
-            by_c,
-        )
+        return fused(_two_slopes_backward_by_slope, *ctx.saved_tensors, grad_mean, grad_var)
 
 
 class _Exceedance(torch.autograd.Function):
@@ -235,8 +268,9 @@ def _relu_gain(mean: Tensor, var: Tensor) -> Tensor:
 @_widened
 def leaky_relu(mean: Tensor, var: Tensor, negative_slope: float | Tensor = 0.01) -> Moments:
     """x above 0, negative_slope x below, exact; the slope may be a tensor that broadcasts (PReLU, RReLU)."""
-    slope = torch.as_tensor(negative_slope, dtype=mean.dtype, device=mean.device).expand_as(mean)
-    return _TwoSlopes.apply(mean, var, slope)
+    if isinstance(negative_slope, Tensor):
+        return _TwoSlopes.apply(mean, var, negative_slope.to(mean).expand_as(mean))
+    return _OneSlope.apply(mean, var, float(negative_slope))
 
 
 @_gain_of(leaky_relu)
@@ -248,7 +282,7 @@ def _leaky_relu_gain(mean: Tensor, var: Tensor, negative_slope: float | Tensor =
 @_widened
 def absolute(mean: Tensor, var: Tensor) -> Moments:
     """abs(x), exact: the folded normal law."""
-    return _TwoSlopes.apply(mean, var, torch.full_like(mean, -1.0))
+    return _OneSlope.apply(mean, var, -1.0)
 
 
 @_gain_of(absolute)

@@ -57,7 +57,8 @@ def add_rule(
     rule = Rule(name, kind, exactness, assumption, tuple(modules), keeps_latent=keeps_latent)
     # An alias of an operation that has its rule already (torch.absolute is torch.abs) keeps it.
     found = [f for f in dict.fromkeys(spellings(name) if functions is None else functions) if REGISTRY.find(f) is None]
-    REGISTRY.register(rule, found)
+    if found or modules:  # an operation that this version of torch does not have needs no rule
+        REGISTRY.register(rule, found)
     return rule
 
 
@@ -83,7 +84,9 @@ def join(mean: Any, var: Any, like: RandomVariable) -> Any:
     return mean
 
 
-def bind(names: Sequence[str], args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[Any], tuple[Any, ...], dict[str, Any]]:
+def bind(
+    names: Sequence[str], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[list[Any], tuple[Any, ...], dict[str, Any]]:
     """Split a call into the named leading arguments (None where absent), the other positional ones and keywords."""
     rest = dict(kwargs)
     values = [args[i] if i < len(args) else rest.pop(name, None) for i, name in enumerate(names)]
@@ -110,11 +113,13 @@ def moments(value: Any) -> tuple[Any, Any]:
     return (value.mean, value.var) if isinstance(value, RandomVariable) else (value, None)
 
 
-class full_precision:  # noqa: N801 - used like torch.autocast
+class full_precision:
     """Context in which autocast does not lower the precision of moments."""
 
     def __init__(self, x: RandomVariable | torch.Tensor) -> None:
-        self._context = torch.autocast(x.device.type, enabled=False) if x.device.type != "meta" and torch.is_autocast_enabled(x.device.type) else None
+        device = x.device.type
+        lowered = device != "meta" and torch.is_autocast_enabled(device)
+        self._context = torch.autocast(device, enabled=False) if lowered else None
 
     def __enter__(self) -> None:
         if self._context is not None:

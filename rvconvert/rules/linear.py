@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import reduce
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -44,33 +45,26 @@ def _rmatmul(x: Any, other: Any) -> Any:
     return torch.matmul(other, x)
 
 
-def _addmm(input: Any, mat1: Any, mat2: Any, *, beta: float = 1, alpha: float = 1) -> Any:
-    return beta * input + alpha * torch.matmul(mat1, mat2)
+def _plus(product: Callable[[Any, Any], Any]) -> Callable[..., Any]:
+    """beta input + alpha product(a, b)."""
 
+    def body(input: Any, *operands: Any, beta: float = 1, alpha: float = 1, **named: Any) -> Any:
+        out = product(*operands, *named.values())
+        out = out if alpha == 1 else alpha * out
+        if beta == 0:  # torch reads no input then, which may be uninitialised memory
+            return out
+        return out + (input if beta == 1 else beta * input)
 
-def _baddbmm(input: Any, batch1: Any, batch2: Any, *, beta: float = 1, alpha: float = 1) -> Any:
-    return beta * input + alpha * torch.bmm(batch1, batch2)
-
-
-def _addbmm(input: Any, batch1: Any, batch2: Any, *, beta: float = 1, alpha: float = 1) -> Any:
-    return beta * input + alpha * torch.sum(torch.bmm(batch1, batch2), 0)
-
-
-def _addmv(input: Any, mat: Any, vec: Any, *, beta: float = 1, alpha: float = 1) -> Any:
-    return beta * input + alpha * torch.mv(mat, vec)
-
-
-def _addr(input: Any, vec1: Any, vec2: Any, *, beta: float = 1, alpha: float = 1) -> Any:
-    return beta * input + alpha * torch.outer(vec1, vec2)
+    return body
 
 
 for _name, _body in (
     ("rmatmul", _rmatmul),
-    ("addmm", _addmm),
-    ("baddbmm", _baddbmm),
-    ("addbmm", _addbmm),
-    ("addmv", _addmv),
-    ("addr", _addr),
+    ("addmm", _plus(torch.matmul)),
+    ("baddbmm", _plus(torch.bmm)),
+    ("addbmm", _plus(lambda a, b: torch.sum(torch.bmm(a, b), 0))),
+    ("addmv", _plus(torch.mv)),
+    ("addr", _plus(torch.outer)),
 ):
     add_rule(_name, Composite(_body), Exactness.EXACT_IF_INDEPENDENT, _INDEPENDENT)
 

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from rvconvert.compilation import fused
+
 INV_SQRT_2PI = 0.3989422804014327
 SMOOTH_NODES = 14  # per panel, two panels: functions as smooth as the sigmoid
 STEEP_NODES = 17  # as steep as tanh
@@ -107,45 +109,46 @@ def floored(var: Tensor, least_deviation: float) -> Tensor:
     return torch.clamp(var, min=least_deviation**2)
 
 
+def _moments_kernel(mean, var, activation, p):
+    # Below the floor both moments are linear in var, which gives var = 0 its exact value.
+    v = floored(var, smallest_deviation(mean.dtype, 1e-6, 1e-9))
+    s, ratio = torch.sqrt(v), var / v
+    moments = WeightedMoments(mean)
+    for z, w in _split(mean, s, activation.nodes, activation.kinked):
+        moments.add(w, activation.increment(mean, s * z, *p))
+    return activation.value(mean, *p) + ratio * moments.mean, ratio * moments.var
+
+
+def _moments_backward(mean, var, grad_mean, grad_var, activation, p):
+    # The floor keeps rounding of f' from being divided by a vanishing deviation.
+    v = floored(var, smallest_deviation(mean.dtype, 1e-3, 1e-6))
+    s = torch.sqrt(v)
+    centre = activation.slope(mean, *p)
+    total = d = g = gz = dg = dgz = torch.zeros_like(mean)
+    for z, w in _split(mean, s, activation.nodes, activation.kinked):
+        increment, slope = activation.increment(mean, s * z, *p), activation.slope(mean + s * z, *p)
+        total, d = total + w, d + w * increment
+        g, gz = g + w * (slope - centre), gz + w * (slope - centre) * z
+        dg, dgz = dg + w * increment * slope, dgz + w * increment * slope * z
+    d, g, gz, dg, dgz = d / total, g / total, gz / total, dg / total, dgz / total
+    g = g + centre
+    mean_by_mean, mean_by_var = g, gz / (2 * s)
+    var_by_mean, var_by_var = 2 * (dg - d * g) * (var / v), (dgz - d * gz) / s
+    return grad_mean * mean_by_mean + grad_var * var_by_mean, grad_mean * mean_by_var + grad_var * var_by_var
+
+
 class _Moments(torch.autograd.Function):
     """(mean, var) of an Activation; saves the two inputs only."""
 
     @staticmethod
     def forward(ctx, mean, var, activation, p):
-        # Below the floor both moments are linear in var, which gives var = 0 its exact value.
-        v = floored(var, smallest_deviation(mean.dtype, 1e-6, 1e-9))
-        s, ratio = torch.sqrt(v), var / v
-        moments = WeightedMoments(mean)
-        for z, w in _split(mean, s, activation.nodes, activation.kinked):
-            moments.add(w, activation.increment(mean, s * z, *p))
         ctx.save_for_backward(mean, var)
-        ctx.activation, ctx.p = activation, p
-        return activation.value(mean, *p) + ratio * moments.mean, ratio * moments.var
+        ctx.constants = (activation, p)
+        return fused(_moments_kernel, mean, var, constants=ctx.constants)
 
     @staticmethod
     def backward(ctx, grad_mean, grad_var):
-        mean, var = ctx.saved_tensors
-        activation, p = ctx.activation, ctx.p
-        # The floor keeps rounding of f' from being divided by a vanishing deviation.
-        v = floored(var, smallest_deviation(mean.dtype, 1e-3, 1e-6))
-        s = torch.sqrt(v)
-        centre = activation.slope(mean, *p)
-        total = d = g = gz = dg = dgz = torch.zeros_like(mean)
-        for z, w in _split(mean, s, activation.nodes, activation.kinked):
-            increment, slope = activation.increment(mean, s * z, *p), activation.slope(mean + s * z, *p)
-            total, d = total + w, d + w * increment
-            g, gz = g + w * (slope - centre), gz + w * (slope - centre) * z
-            dg, dgz = dg + w * increment * slope, dgz + w * increment * slope * z
-        d, g, gz, dg, dgz = d / total, g / total, gz / total, dg / total, dgz / total
-        g = g + centre
-        mean_by_mean, mean_by_var = g, gz / (2 * s)
-        var_by_mean, var_by_var = 2 * (dg - d * g) * (var / v), (dgz - d * gz) / s
-        return (
-            grad_mean * mean_by_mean + grad_var * var_by_mean,
-            grad_mean * mean_by_var + grad_var * var_by_var,
-            None,
-            None,
-        )
+        return *fused(_moments_backward, *ctx.saved_tensors, grad_mean, grad_var, constants=ctx.constants), None, None
 
 
 class _Gain(torch.autograd.Function):

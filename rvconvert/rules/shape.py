@@ -17,7 +17,8 @@ _QUESTIONS = (
     "storage_offset zeros_like ones_like empty_like full_like new_zeros new_ones new_empty "
     "new_full new_tensor new is_same_size result_type is_tensor is_pinned is_shared is_inference is_conj is_neg "
     "broadcast_shapes can_cast shape ndim dtype device layout requires_grad is_cuda is_leaf grad_fn "
-    "is_signed is_set_to register_hook isnan isinf isfinite isreal"
+    "is_signed is_set_to register_hook isnan isinf isfinite isreal is_nested is_sparse is_quantized is_cpu is_meta is_mps "
+    "is_mkldnn is_sparse_csr itemsize nbytes output_nr retains_grad _nested_tensor_from_mask_left_aligned"
 ).split()
 add_rule("len", Metadata(), Exactness.EXACT, functions=(torch.Tensor.__len__, torch.Tensor.__format__, torch.Tensor.__repr__))
 
