@@ -66,7 +66,7 @@ def table(records: list[results.Record]) -> str:
         caption = f"{cells.title(record['cell'])}: {results.conditions(record)}, seed {record['seed']}"
         for name in record["kept"]:
             kind = re.sub(r".*-(\w+)\.png", r"\1", name)
-            text += f"{caption}; {kind}\n\n![{caption}; {kind}](results/pictures/{name})\n\n"
+            text += f"{caption}; {kind}\n\n![{caption}; {kind}](pictures/{name})\n\n"
     return text
 
 

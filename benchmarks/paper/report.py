@@ -140,6 +140,11 @@ def span(values: list[float]) -> str:
     return low if low == high else f"{low} to {high}"
 
 
+def embedded(table: str) -> str:
+    """A table of the results folder, as it stands in README.md, one folder up."""
+    return table.replace("](pictures/", "](results/pictures/")
+
+
 def main() -> None:
     folder = cells.HERE / "results"
 
@@ -156,7 +161,7 @@ def main() -> None:
         marked = re.compile(rf"(<!-- {name} -->\n).*?(<!-- end {name} -->)", re.DOTALL)
         if not marked.search(text):
             raise SystemExit(f"{README} has no block <!-- {name} -->")
-        text = marked.sub(lambda match, block=block: match[1] + block + match[2], text)
+        text = marked.sub(lambda match, block=block: match[1] + embedded(block) + match[2], text)
     README.write_text(text)
 
 

@@ -34,14 +34,14 @@ def figures(records: list[results.Record]) -> str:
         else:
             rows.append([f"**{cells.title(cell)}**", "paper: original", "", "", f"{original}", "", ""])
             rows.append(["", "paper: RV-VAE", f"{rv}", "", "", "", ""])
-        seeds = len({record["seed"] for record in group})
-        rows.append([f"*{results.conditions(group[0])}, {seeds} seed{'s' if seeds > 1 else ''}*", *[""] * 6])
+        rows.append([f"*{results.conditions(group[0])}*", *[""] * 6])
         for variant in cells.VARIANTS:
             own = [record for record in group if record["variant"] == variant]
             if own:
                 columns = ("mse_rv", "mse_mean", "mse_sample", "kl")
                 seconds = f"{sum(record['seconds'] for record in own) / len(own):.0f}"
-                rows.append(["", NAMES[variant], *(results.over_seeds(own, name) for name in columns), seconds])
+                figures = [results.over_seeds(own, name) for name in columns]
+                rows.append(["", f"{NAMES[variant]}, {count(own)}", *figures, seconds])
     return results.markdown(HEADER, rows)
 
 
@@ -60,9 +60,13 @@ def verdicts(records: list[results.Record]) -> str:
             f"{original / rv:.2f}" if original is not None else "",
             *(ratios(pairs, *names) for names in
               (("mse_sample", "mse_rv"), ("mse_mean", "mse_rv"), ("mse_sample", "mse_sample"))),
-            verdict(pairs),
+            f"{verdict(pairs)} ({count(pairs)})",
         ])  # fmt: skip
     return results.markdown(header, rows)
+
+
+def count(seeds: list) -> str:
+    return f"{len(seeds)} seed{'s' if len(seeds) > 1 else ''}"
 
 
 def verdict(pairs: list[tuple[results.Record, results.Record]]) -> str:
