@@ -70,7 +70,8 @@ def table(records: list[results.Record]) -> str:
             others = {"prior, averaged": f"{variant}, averaged weights", "training images": "none: training images"}
             network = others.get(name, variant)
             var = {"prior, var 1": "1", "training images": ""}.get(name, "0")
-            rows.append(["", network, f"{first['samples']:,}", var, results.over_seeds(own, "distance")])
+            count = min(first["samples"], first["trained_on"]) if name == "training images" else first["samples"]
+            rows.append(["", network, f"{count:,}", var, results.over_seeds(own, "distance")])
     return results.markdown(header, rows)
 
 
