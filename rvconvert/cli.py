@@ -226,7 +226,7 @@ def _dressed(model: nn.Module, inputs: tuple[torch.Tensor, ...], method: str | N
 
 def _options(args: argparse.Namespace) -> dict[str, Any]:
     """The conversion options that were given; the others keep the defaults of ``convert``."""
-    names = (*_VALUE_OPTIONS, "seed", "attach", "strict")
+    names = (*_VALUE_OPTIONS, "seed", "fuse", "attach", "strict")
     given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     if "variance_dtype" in given:
         given["variance_dtype"] = getattr(torch, given["variance_dtype"])
@@ -457,6 +457,7 @@ def _add_conversion_options(parser: argparse.ArgumentParser) -> None:
     for name, options in _VALUE_OPTIONS.items():
         group.add_argument(f"--{name.replace('_', '-')}", **options)
     group.add_argument("--seed", type=int, help="fixes the draws of the sampled and low-rank modes")
+    group.add_argument("--fuse", action="store_const", const=True, help="adjacent linear maps propagate variance as one")
     group.add_argument("--no-attach", dest="attach", action="store_const", const=False, help="leave L_c out of the gradient")
     group.add_argument("--strict", action="store_const", const=True, help="refuse operations without a rule of their own")
 

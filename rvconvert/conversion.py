@@ -53,6 +53,11 @@ class Options:
         ):
             if value not in allowed:
                 raise ConversionError(f"{name}={value!r} is not one of {', '.join(map(repr, allowed))}")
+        if self.settings.fuse and self.settings.covariance != "independent":
+            raise ConversionError(
+                f"fuse=True belongs to covariance='independent'; {self.settings.covariance!r} carries what linear maps "
+                "correlate already: leave fuse out"
+            )
 
 
 @dataclasses.dataclass
@@ -342,51 +347,52 @@ def state_matters(model: nn.Module, method: Any, args: Any, kwargs: Any) -> bool
 def replay_differs(recording: Recording, model: nn.Module, method: Any, args: Any, kwargs: Any) -> str | None:
     """Run the plain graph beside the model on other inputs, another seed and another batch size.
 
-    Returns what is different, or None. A different batch size that fails marks the batch size as fixed.
+    Returns what is different, or None. Where only the other batch size is at fault, it is marked as fixed.
     """
     run = compile_graph(recording.graph)
     leaves, structure = plain_leaves(args, kwargs)
+    other = other_values(leaves)
 
-    def compare(inputs: list[torch.Tensor], seed: int) -> str | None:
-        results = []
-        for replay in (False, True):
-            with unchanged(model), torch.enable_grad():
-                torch.manual_seed(seed)
-                if replay:
-                    results.append(run(model, *(x.clone() for x in inputs)))
-                else:
-                    a, k = structure.build(iter(x.clone() for x in inputs))
-                    found, _ = flatten(method(model, *a, **k), lambda x: isinstance(x, torch.Tensor))
-                    results.append(tuple(found))
-        eager, replayed = results
-        count = len(replayed) - len(recording.attributes)
-        for a, b in zip(eager, [x for x in replayed[:count] if isinstance(x, torch.Tensor)], strict=False):
+    def results(call: Callable[..., Any], inputs: list[torch.Tensor]) -> list[Any]:
+        with unchanged(model), torch.enable_grad():
+            torch.manual_seed(1)
+            return [x for x in call(*(x.clone() for x in inputs)) if isinstance(x, torch.Tensor)]
+
+    def eager(*inputs: torch.Tensor) -> list[Any]:
+        a, k = structure.build(iter(inputs))
+        return flatten(method(model, *a, **k), lambda x: isinstance(x, torch.Tensor))[0]
+
+    def replayed(*inputs: torch.Tensor) -> tuple[Any, ...]:
+        outputs = run(model, *inputs)
+        return outputs[: len(outputs) - len(recording.attributes)]
+
+    def compare(inputs: list[torch.Tensor]) -> str | None:
+        expected = results(eager, inputs)
+        try:
+            found = results(replayed, inputs)
+        except Exception as error:  # noqa: BLE001 - any failure of the replay is the finding
+            return f"{type(error).__name__}: {error}"
+        for a, b in zip(expected, found, strict=False):
             if a.shape != b.shape:
                 return f"an output of shape {tuple(b.shape)} instead of {tuple(a.shape)}"
             if not torch.allclose(a, b, rtol=1e-4, atol=1e-5, equal_nan=True):
                 return f"an output differs by {(a - b).abs().max().item():.2g}"
         return None
 
-    other = other_values(leaves)
+    larger = None
+    if not recording.fixed and len({x.shape[0] for x in leaves if x.ndim}) == 1:
+        try:  # other values and another batch size at once
+            larger = compare([torch.cat([a, b]) if a.ndim else a for a, b in zip(other, leaves, strict=True)])
+        except Exception as error:  # noqa: BLE001 - the model itself takes no such batch
+            larger = f"{type(error).__name__}: {error}"
+        if larger is None:
+            return None
     try:
-        with unchanged(model):
-            a, k = structure.build(iter(x.clone() for x in other))
-            method(model, *a, **k)
+        difference = compare(other)
     except Exception:  # noqa: BLE001 - the model takes no such values (binary images, say)
-        other = leaves
-    try:
-        difference = compare(other, 1)
-    except Exception as error:  # noqa: BLE001 - any failure of the replay is the finding
-        difference = f"{type(error).__name__}: {error}"
+        difference = compare(leaves)
     if difference is not None:
         return f"the recorded graph does not replay equal to the model ({difference})"
-    if not recording.fixed and len({x.shape[0] for x in leaves if x.ndim}) == 1:
-        try:
-            difference = compare([torch.cat([x, x]) if x.ndim else x for x in other], 2)
-        except Exception as error:  # noqa: BLE001
-            difference = f"{type(error).__name__}: {error}"
-        if difference is not None:
-            recording.fixed.append(f"another batch size gives {difference}")
+    if larger is not None:
+        recording.fixed.append(f"another batch size gives {larger}")
     return None
-
-

@@ -37,6 +37,7 @@ def convert(
     rank: int | None = None,
     pairs: int = 1,
     seed: int | None = None,
+    fuse: bool = False,
     engine: str = "auto",
     strict: bool = False,
     variance_dtype: torch.dtype | None = None,
@@ -57,6 +58,8 @@ def convert(
         attach: let L_c join the loss at backward; else use ``variance_penalty`` on a distribution.
         covariance: ``"independent"`` (the paper), ``"lowrank"`` or ``"sampled"``.
         rank: rows of factors in low-rank mode. pairs: antithetic pairs in sampled mode. seed: fixes their draws.
+        fuse: adjacent linear maps with no activation between propagate variance as one map (``"independent"`` only;
+            the paper's equations take each by itself).
         engine: ``"graph"``, ``"dispatch"``, or ``"auto"``: the first that can.
         strict: refuse an operation without a rule of its own, which else is linearised at the mean.
         variance_dtype: dtype of the variance's matrix work, for instance ``torch.bfloat16``.
@@ -73,8 +76,8 @@ def convert(
     _check_module(module)
     options = _options(
         methods=methods, random_inputs=random_inputs, output=output, penalty=penalty, penalty_kind=penalty_kind, attach=attach,
-        covariance=covariance, rank=rank, pairs=pairs, seed=seed, engine=engine, strict=strict, variance_dtype=variance_dtype,
-        rules=rules,
+        covariance=covariance, rank=rank, pairs=pairs, seed=seed, fuse=fuse, engine=engine, strict=strict,
+        variance_dtype=variance_dtype, rules=rules,
     )  # fmt: skip
     _check_methods(module, options)
     memo: dict[int, Any] = {}
@@ -105,6 +108,7 @@ def _options(
     rank: int | None = None,
     pairs: int = 1,
     seed: int | None = None,
+    fuse: bool = False,
     strict: bool = False,
     variance_dtype: torch.dtype | None = None,
     rules: Registry | None = None,
@@ -113,7 +117,7 @@ def _options(
     """The keyword arguments of ``convert`` as options."""
     methods = (methods,) if isinstance(methods, str) else tuple(methods or ("forward",))
     random_inputs = (random_inputs,) if isinstance(random_inputs, str) else tuple(random_inputs or ())
-    settings = Settings(rules or REGISTRY, covariance, rank, pairs, seed, strict, variance_dtype)
+    settings = Settings(rules or REGISTRY, covariance, rank, pairs, seed, strict, variance_dtype, fuse)
     return Options(methods, random_inputs, settings=settings, **others)
 
 

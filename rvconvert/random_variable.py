@@ -29,6 +29,7 @@ class Settings:
         seed: fixes the directions of sampled paths and of random probes; None draws them afresh.
         strict: refuse an operation with no rule instead of linearising it at the mean.
         variance_dtype: dtype of the variance's matrix work; None keeps the mean's own.
+        fuse: adjacent linear maps propagate variance as one (``"independent"`` only).
     """
 
     registry: Registry = field(default=REGISTRY, repr=False)
@@ -38,6 +39,7 @@ class Settings:
     seed: int | None = None
     strict: bool = False
     variance_dtype: torch.dtype | None = None
+    fuse: bool = False
 
     @property
     def needs_rules(self) -> bool:
