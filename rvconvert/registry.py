@@ -14,7 +14,7 @@ import torch.nn.functional as F
 
 from rvconvert.errors import ConversionError
 
-__all__ = ["NAMESPACES", "PLAIN", "REGISTRY", "Exactness", "FunctionTable", "Kind", "Registry", "Rule", "operation_name", "spellings"]
+__all__ = ["NAMESPACES", "PLAIN", "REGISTRY", "Exactness", "FunctionTable", "Kind", "Registry", "Rule", "as_constant", "operation_name", "spellings"]
 
 
 class Exactness(str, enum.Enum):
@@ -142,7 +142,7 @@ class FunctionTable:
         self._values: list[Any] = []
         self._places: dict[Any, int] = {}
         self._names: dict[str, int] = {}
-        self._native = _as_constant(lambda func: self._places.get(func))
+        self._native = as_constant(lambda func: self._places.get(func))
         for func, value in (entries or {}).items():
             self[func] = value
 
@@ -170,7 +170,7 @@ class FunctionTable:
         return None if place is None else self._values[place]
 
 
-def _as_constant(function: Callable[..., Any]) -> Callable[..., Any]:
+def as_constant(function: Callable[..., Any]) -> Callable[..., Any]:
     """``torch.compiler.assume_constant_result``, which would import Dynamo."""
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function

@@ -152,10 +152,10 @@ add_rule(
 def _rrelu(input: Any, lower: float = 1 / 8, upper: float = 1 / 3, training: bool = False, inplace: bool = False) -> Any:
     """Eval: the middle slope. Training: the slope is uniform, so its variance adds to the negative side's."""
     slope = (lower + upper) / 2
-    out = F.leaky_relu(input, slope)
+    out: Any = F.leaky_relu(input, slope)
     if not training:
         return out
-    negative = F.relu(-input)
+    negative: Any = F.relu(-input)
     second = negative.var + negative.mean.square()
     return out.with_moments(out.mean, out.var + (upper - lower) ** 2 / 12 * second)
 

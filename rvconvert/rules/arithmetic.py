@@ -153,7 +153,8 @@ add_rule(
 
 
 def _float_power(input: Any, exponent: Any) -> Any:
-    return torch.pow(*(x.double() if isinstance(x, (Tensor, RandomVariable)) else x for x in (input, exponent)))
+    base, power = (x.double() if hasattr(x, "double") else x for x in (input, exponent))
+    return torch.pow(base, power)
 
 
 add_rule("float_power", Composite(_float_power), Exactness.MOMENT_MATCHED, "as pow")
@@ -194,7 +195,7 @@ def _comparison(above: bool) -> Any:
         (a, b), _, _ = bind(("input", "other"), args, kwargs)
         (a, a_var), (b, b_var) = moments(a), moments(b)
         difference = (a - b) if above else (b - a)
-        var = (0 if a_var is None else a_var) + (0 if b_var is None else b_var)
+        var: Any = (0 if a_var is None else a_var) + (0 if b_var is None else b_var)
         certain = at_means(func, args, kwargs).to(difference.dtype)
         std = torch.where(var > 0, var, 1).sqrt()
         p = torch.where(var > 0, torch.special.ndtr(difference / std), certain)
@@ -219,7 +220,7 @@ def _equality(value: float) -> Any:
     def probability(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Tensor]:
         (a, b), _, _ = bind(("input", "other"), args, kwargs)
         (a, a_var), (b, b_var) = moments(a), moments(b)
-        varies = ((0 if a_var is None else a_var) + (0 if b_var is None else b_var)) > 0
+        varies: Any = ((0 if a_var is None else a_var) + (0 if b_var is None else b_var)) > 0
         p = torch.where(varies | (a != b), 1 - value, value).to(varies.device, unique(args, kwargs)[0].dtype)
         return p, torch.zeros_like(p)
 
@@ -289,7 +290,8 @@ for _name in ("round", "floor", "ceil", "trunc", "fix", "frac"):
 def _sign(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Tensor]:
     """P(X > 0) - P(X < 0); its square is 1 unless X is 0 for certain."""
     x = args[0] if args else kwargs["input"]
-    above, below = torch.gt(x, 0).mean, torch.lt(x, 0).mean
+    indicators: Any = torch.gt(x, 0), torch.lt(x, 0)
+    above, below = (each.mean for each in indicators)
     mean = above - below
     return mean, (above + below).square() - mean.square()
 

@@ -49,7 +49,7 @@ def by_pairs(mean: Tensor, var: Tensor, dims: Sequence[int], combine: Combine) -
     return mean.reshape(kept), var.reshape(kept)
 
 
-def maximum_over(x: RandomVariable, dim: Any, keepdim: bool, sign: int = 1) -> RandomVariable:
+def maximum_over(x: Any, dim: Any, keepdim: bool, sign: int = 1) -> Any:
     """The maximum (sign 1) or minimum (sign -1) over one or several dims."""
     dims = tuple(range(x.ndim)) if dim is None or dim == () else (dim,) if isinstance(dim, int) else tuple(dim)
     if not dims:
@@ -105,7 +105,7 @@ def _extremum(sign: int) -> Any:
         other = dim if isinstance(dim, (RandomVariable, Tensor)) else other
         if other is not None:
             return pair(input, other)
-        value = maximum_over(input, dim, keepdim, sign)
+        value: Any = maximum_over(input, dim, keepdim, sign)
         if not isinstance(dim, int):
             return value
         return returned((value, function(input.mean, dim, keepdim=keepdim).indices))

@@ -188,7 +188,12 @@ class Shape:
 
 # The variance may lie in memory in another order than the mean (an expanded one, say), where a view is refused.
 _MOVES_ANY_LAYOUT = FunctionTable(
-    {torch.Tensor.view: torch.Tensor.reshape, torch.Tensor.view_as: torch.Tensor.reshape_as}
+    {
+        torch.Tensor.view: torch.Tensor.reshape,
+        torch.Tensor.view_as: torch.Tensor.reshape_as,
+        # Written in Python on top of the function, in a way that torch.compile cannot follow.
+        torch.Tensor.unflatten: torch.unflatten,
+    }
 )
 
 
@@ -380,7 +385,7 @@ def first_order(func: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -
     var = torch.zeros_like(mean)
     for i, x in enumerate(inputs):
         tangents = tuple(torch.ones_like(m) if i == j else torch.zeros_like(m) for j, m in enumerate(means))
-        _, slope = torch.func.jvp(function, tuple(means), tangents)
+        slope = torch.func.jvp(function, tuple(means), tangents)[1]
         # Where nothing varies, an infinite slope (of a root at 0) says nothing.
         v = x.var.expand(shape)
         var = var + torch.where(v > 0, slope, 0).square() * v
@@ -419,7 +424,7 @@ class Composite:
         return self.body(*args, **kwargs)
 
 
-def own_python(func: types.FunctionType) -> Function:
+def own_python(func: Any) -> Function:
     """A torch function that is itself written in Python, to be run as such on random variables.
 
     Its first lines hand any argument that is not a plain tensor to ``__torch_function__``; here they do not.

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from rvconvert.errors import UnsupportedOperationError
 from rvconvert.random_variable import RandomVariable
-from rvconvert.registry import REGISTRY, Exactness, Rule, operation_name
+from rvconvert.registry import REGISTRY, Exactness, Rule, as_constant, operation_name
 from rvconvert.rules.kinds import full_precision, join, out_of_place, substitute, unique
 from rvconvert.rules.noise import GAUSSIAN_SOURCES, NON_GAUSSIAN
 
@@ -125,16 +125,23 @@ _REFUSED = frozenset(
 )
 
 
-def chooser(func: Callable[..., Any]) -> Rule | None:
-    """The linearised rule for a torch function that may have one, else None."""
+@as_constant
+def is_differentiable(func: Callable[..., Any]) -> bool:
+    """True for a torch function that may be linearised: of tensors' values, to real tensors, writing nowhere."""
     name = getattr(func, "__name__", "")
     plain = out_of_place(func)
     writes = name.endswith("_") and not name.endswith("__") and plain is func
     reads = name.startswith(("__", "is", "to_", "fft", "rfft", "hfft", "stft")) or name in _REFUSED
     reads = reads or (getattr(func, "__module__", None) or "").startswith("torch.autograd")
-    if writes or reads or torch.overrides.resolve_name(func) is None or func in GAUSSIAN_SOURCES or func in NON_GAUSSIAN:
+    draws = func in GAUSSIAN_SOURCES or func in NON_GAUSSIAN
+    return not (writes or reads or draws) and torch.overrides.resolve_name(func) is not None
+
+
+def chooser(func: Callable[..., Any]) -> Rule | None:
+    """The rule of an in-place function's twin, else the linearised rule for a function that may have it, else None."""
+    if not is_differentiable(func):
         return None
-    return REGISTRY.find(plain) or LINEARIZED
+    return REGISTRY.find(out_of_place(func)) or LINEARIZED
 
 
 REGISTRY.set_fallback(chooser)

@@ -72,7 +72,14 @@ def new_normal(input: Any, mean: Any = 0.0, std: Any = 1.0, *, settings: Setting
 
 
 def normal(
-    mean: Any = 0.0, std: Any = 1.0, size: Any = None, *, settings: Settings, generator: Any = None, out: Any = None, **options: Any
+    mean: Any = 0.0,
+    std: Any = 1.0,
+    size: Any = None,
+    *,
+    settings: Settings,
+    generator: Any = None,
+    out: Any = None,
+    **options: Any,
 ) -> RandomVariable:
     """``torch.normal`` as a random variable; the moments of a random mean or deviation add up."""
     if size is not None:

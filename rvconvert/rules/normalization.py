@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +15,7 @@ from rvconvert.registry import Exactness
 from rvconvert.rules.kinds import Composite, add_rule, bind, full_precision, own_python
 
 
-def _per_channel(x: Tensor | None, ndim: int) -> Tensor | None:
+def _per_channel(x: Any, ndim: int) -> Any:
     """A vector of channels shaped to broadcast over (N, C, ...)."""
     return x if x is None else x.reshape(1, -1, *(1,) * (ndim - 2))
 
@@ -83,14 +82,14 @@ _FEW = 256
 
 
 def standardized(
-    mean: Tensor, var: Tensor, axes: Sequence[int], eps: float, centred: bool = True
+    mean: Tensor, var: Tensor, axes: tuple[int, ...], eps: float, centred: bool = True
 ) -> tuple[Tensor, Tensor]:
     """Moments of c / sqrt(s^2 + eps) over ``axes``, with s^2 at its expectation S = var(m) + (1 - 1/n) mean(v).
 
     c is x less its mean over the axes, or x itself (RMSNorm) where ``centred`` is False. For n <= 256 the
     second-order terms of the ratio are added (delta method).
     """
-    n = math.prod(mean.shape[a] for a in axes)
+    n = math.prod([mean.shape[a] for a in axes])
     mean_var = var.mean(axes, keepdim=True)
     share = 1 / n if centred else 0.0  # of every element in each c
     centre = mean - mean.mean(axes, keepdim=True) if centred else mean
@@ -123,14 +122,14 @@ def _layer_norm(
     input: Any, normalized_shape: Any, weight: Any = None, bias: Any = None, eps: float = 1e-5, cudnn_enable: bool = True
 ) -> Any:
     with full_precision(input):
-        mean, var = standardized(input.mean, input.var, list(range(-len(normalized_shape), 0)), eps)
+        mean, var = standardized(input.mean, input.var, tuple(range(-len(normalized_shape), 0)), eps)
         return _scaled(input, mean, var, weight, bias)
 
 
 def _rms_norm(input: Any, normalized_shape: Any, weight: Any = None, eps: float | None = None) -> Any:
     eps = torch.finfo(input.dtype).eps if eps is None else eps
     with full_precision(input):
-        mean, var = standardized(input.mean, input.var, list(range(-len(normalized_shape), 0)), eps, centred=False)
+        mean, var = standardized(input.mean, input.var, tuple(range(-len(normalized_shape), 0)), eps, centred=False)
         return _scaled(input, mean, var, weight, None)
 
 
@@ -138,8 +137,8 @@ def _group_norm(
     input: Any, num_groups: int, weight: Any = None, bias: Any = None, eps: float = 1e-5, cudnn_enabled: bool = True
 ) -> Any:
     with full_precision(input):
-        grouped = (part.reshape(input.shape[0], num_groups, -1) for part in (input.mean, input.var))
-        mean, var = (part.reshape(input.shape) for part in standardized(*grouped, [2], eps))
+        grouped_mean, grouped_var = (part.reshape(input.shape[0], num_groups, -1) for part in (input.mean, input.var))
+        mean, var = (part.reshape(input.shape) for part in standardized(grouped_mean, grouped_var, (2,), eps))
         return _scaled(input, mean, var, _per_channel(weight, input.ndim), _per_channel(bias, input.ndim))
 
 
@@ -161,7 +160,7 @@ def _instance_norm(
         if not use_input_stats:
             scale = torch.rsqrt(_per_channel(running_var, x.ndim) + eps)
             return _scaled(x, (x.mean - _per_channel(running_mean, x.ndim)) * scale, x.var * scale.square(), weight, bias)
-        axes = list(range(2, x.ndim))
+        axes = tuple(range(2, x.ndim))
         if running_mean is not None:
             n = math.prod(x.shape[2:])
             with torch.no_grad():

@@ -41,7 +41,7 @@ def _window_sums(x: Tensor, n: int, options: dict[str, Any]) -> Tensor:
     if n > 1:
         return (F.avg_pool2d if n == 2 else F.avg_pool3d)(x, **options, divisor_override=1)
     neutral = {"kernel_size": 1, "stride": 1, "padding": 0}
-    rows = {k: (neutral[k], *_tuple(v, 1)) if k in neutral else v for k, v in options.items()}
+    rows: dict[str, Any] = {k: (neutral[k], *_tuple(v, 1)) if k in neutral else v for k, v in options.items()}
     return F.avg_pool2d(x.unsqueeze(-2), **rows, divisor_override=1).squeeze(-2)
 
 
@@ -130,7 +130,7 @@ def _adaptive_max_pool(n: int) -> Any:
         x = input
         for axis, target in zip(range(-n, 0), _tuple(output_size, n), strict=True):
             ends = _adaptive_ends(x.shape[axis], target)
-            parts = [maximum_over(torch.narrow(x, axis, a, b - a), axis, keepdim=True) for a, b in ends]
+            parts: list[Any] = [maximum_over(torch.narrow(x, axis, a, b - a), axis, keepdim=True) for a, b in ends]
             x = torch.cat(parts, axis)
         return (x, indexed(input.mean, output_size)[1]) if return_indices else x
 

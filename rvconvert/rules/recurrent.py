@@ -110,11 +110,11 @@ def _layer(step: Step) -> Callable[..., Any]:
 
     def run(input: Any, *args: Any) -> Any:
         packed = isinstance(args[2], (list, tuple))
-        batch_sizes, (hx, params, *options) = (args[0], args[1:]) if packed else (None, args)
+        hx, params, *options = args[1:] if packed else args
         state = tuple(hx) if isinstance(hx, (list, tuple)) else (hx,)
         _, layers, dropout, train, both, *batch_first = options  # the first: has_biases
         time = 1 if batch_first and batch_first[0] else 0
-        inputs = list(torch.split(input, batch_sizes.tolist()) if packed else torch.unbind(input, time))
+        inputs = list(torch.split(input, args[0].tolist()) if packed else torch.unbind(input, time))
         outputs, end = _layers(step, inputs, state, params, layers, dropout, train, both)
         return (torch.cat(outputs) if packed else torch.stack(outputs, time), *end)
 

@@ -48,7 +48,7 @@ def _variance(
     if isinstance(dim, bool):
         dim, unbiased = None, dim
     dims = dims_of(input, dim)
-    n = math.prod(input.shape[d] for d in dims)
+    n = math.prod([input.shape[d] for d in dims])
     scale = 1 / (n - (int(unbiased) if correction is None else correction))
     mean, var = input.mean, input.var
     centred = mean - mean.mean(dims, keepdim=True)
@@ -107,7 +107,7 @@ def _normalize(input: Any, p: float = 2.0, dim: Any = 1, eps: float = 1e-12, out
     dims = dims_of(input, dim)
     if p != 2:
         return input / torch.clamp(_norm(input, p, dims, keepdim=True), min=eps)
-    n = math.prod(input.shape[d] for d in dims)
+    n = math.prod([input.shape[d] for d in dims])
     mean, var = standardized(input.mean, input.var, dims, eps * eps / n, centred=False)
     return input.with_moments(mean / math.sqrt(n), var / n)
 

@@ -80,9 +80,9 @@ for _name in ("cat", "concat", "concatenate", "stack", "hstack", "vstack", "dsta
 
 def _broadcast_tensors(*tensors: Any) -> Any:
     """Each result carries its own variance; a plain tensor stays plain."""
-    tensors = tensors[0] if len(tensors) == 1 and isinstance(tensors[0], (list, tuple)) else tensors
-    shape = torch.broadcast_shapes(*(x.shape for x in tensors))
-    return [x.expand(shape) for x in tensors]
+    each = list(tensors[0]) if len(tensors) == 1 and isinstance(tensors[0], (list, tuple)) else list(tensors)
+    shape = torch.broadcast_shapes(*(x.shape for x in each))
+    return [x.expand(shape) for x in each]
 
 
 def _block_diag(*tensors: Any) -> Any:
@@ -153,7 +153,7 @@ SETITEM = add_rule("setitem", Composite(setitem), Exactness.EXACT)
 
 
 def _copy(input: Any, source: Any, non_blocking: bool = False) -> Any:
-    if isinstance(source, RandomVariable):
+    if random_variables(source):
         return source.expand(input.shape).to(input.dtype)
     mean = torch.as_tensor(source, device=input.device).expand(input.shape).to(input.dtype, copy=True)
     return input.with_moments(mean, torch.zeros_like(mean))
@@ -163,7 +163,7 @@ add_rule("copy_", Composite(_copy), Exactness.EXACT, functions=(torch.Tensor.cop
 
 
 def _fill(input: Any, value: Any = 0.0) -> Any:
-    if isinstance(value, RandomVariable):
+    if random_variables(value):
         return value.expand(input.shape).to(input.dtype)
     mean = torch.full_like(input.mean, value) if isinstance(value, (int, float)) else value.expand(input.shape)
     return input.with_moments(mean.to(input.dtype), torch.zeros_like(input.var))
