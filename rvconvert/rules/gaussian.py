@@ -130,29 +130,26 @@ def _standardize(mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _sides(mean: Tensor, var: Tensor):
-    """Moments (E, V) of relu(X) and of relu(-X), with phi, s and Phi(-t), shared by all piecewise-linear rules."""
+    """E and Var of relu(X) and of relu(-X) on the side on which the mean is not and on the other one, with phi, s, Phi(-t)."""
     s, t = _standardize(mean, var)
     phi = density(t)
     mills, h1, h2 = _tail(t)
     below = phi * mills
-    small = s * phi * h1  # the side on which the mean is not
+    small = s * phi * h1
     small_var = var * phi * (h2 - phi * h1 * h1)
-    large = mean.abs() + small  # relu(x) = x + relu(-x)
-    large_var = (var - small_var) - 2 * large * small
-    return s, phi, below, small, small_var, large, large_var
+    large_var = (var - small_var) - 2 * (mean.abs() + small) * small  # relu(x) = x + relu(-x)
+    return s, phi, below, small, small_var, large_var
 
 
 def _relu_kernel(mean, var):
-    *_, small, small_var, large, large_var = _sides(mean, var)
-    positive = mean > 0
-    return torch.where(positive, large, small), torch.where(positive, large_var, small_var)
+    *_, small, small_var, large_var = _sides(mean, var)
+    return small + torch.clamp(mean, min=0.0), torch.where(mean > 0, large_var, small_var)
 
 
 def _relu_backward(mean, var, grad_mean, grad_var):
-    s, phi, below, small, _, large, _ = _sides(mean, var)
-    positive = mean > 0
-    above = torch.where(positive, 1.0 - below, below)  # P(X > 0)
-    expected = torch.where(positive, large, small)
+    s, phi, below, small, _, _ = _sides(mean, var)
+    above = torch.where(mean > 0, 1.0 - below, below)  # P(X > 0)
+    expected = small + torch.clamp(mean, min=0.0)
     slope = phi / s
     by_mean = grad_mean * above + grad_var * (2 * expected * (1.0 - above))
     by_var = grad_mean * (0.5 * slope) + grad_var * (above - expected * slope)
@@ -173,27 +170,24 @@ class _Relu(torch.autograd.Function):
 
 
 def _two_slopes_kernel(mean, var, c):
-    *_, small, small_var, large, large_var = _sides(mean, var)
+    *_, small, small_var, large_var = _sides(mean, var)
     positive = mean > 0
-    up, down = torch.where(positive, large, small), torch.where(positive, small, large)
-    up_var, down_var = (
-        torch.where(positive, large_var, small_var),
-        torch.where(positive, small_var, large_var),
-    )
+    up, down = small + torch.clamp(mean, min=0.0), small - torch.clamp(mean, max=0.0)
+    up_var, down_var = torch.where(positive, large_var, small_var), torch.where(positive, small_var, large_var)
     return up - c * down, up_var + c * c * down_var + 2 * c * up * down
 
 
 def _two_slopes_partials(mean, var, c):
     """The gradients of mean and variance by mean, by var and by c."""
-    s, phi, below, small, small_var, large, large_var = _sides(mean, var)
+    s, phi, below, small, small_var, large_var = _sides(mean, var)
     positive = mean > 0
     above, under = torch.where(positive, 1.0 - below, below), torch.where(positive, below, 1.0 - below)
-    up, down = torch.where(positive, large, small), torch.where(positive, small, large)
-    down_var = torch.where(positive, small_var, large_var)
+    up, down = small + torch.clamp(mean, min=0.0), small - torch.clamp(mean, max=0.0)
     slope = phi / s
     by_mean = above + c * under, 2 * (1.0 - c) * (up * under + c * down * above)
     var_by_var = (above - up * slope) + c * c * (under - down * slope) + c * (up + down) * slope
-    return by_mean, (0.5 * (1.0 - c) * slope, var_by_var), (-down, 2 * (c * down_var + up * down))
+    by_c = -down, 2 * (c * torch.where(positive, small_var, large_var) + up * down)
+    return by_mean, (0.5 * (1.0 - c) * slope, var_by_var), by_c
 
 
 def _two_slopes_backward(mean, var, grad_mean, grad_var, c):

@@ -1,0 +1,144 @@
+"""Elementwise kernels run as one pass over memory: compiled by Inductor, or block by block where that cannot be.
+
+The moments of an activation are some fifty operations on each element. Run one after the other on whole tensors they
+cost many times the convolutions beside them, all of it memory traffic. ``fused(kernel, *tensors)`` runs them in one
+pass: large tensors through ``torch.compile``, once for each kernel and dtype and for any size; without a compiler, in
+blocks that stay in the processor's cache. ``RVCONVERT_COMPILE=0`` in the environment, or ``disable()``, chooses the blocks.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["disable", "enable", "fused", "is_enabled"]
+
+Kernel = Callable[..., "Tensor | tuple[Tensor, ...]"]
+
+LARGE = 1 << 19  # elements from which compiling a kernel (seconds, once) can pay
+BLOCK = 1 << 15  # elements of a block: its temporaries stay in a core's cache
+
+logger = logging.getLogger("rvconvert")
+_enabled = os.environ.get("RVCONVERT_COMPILE", "1") != "0"
+_compiled: dict[Any, Callable[..., Any]] = {}
+_lock = threading.RLock()
+
+
+def enable() -> None:
+    """Compile elementwise kernels for large tensors (the default)."""
+    global _enabled
+    _enabled = True
+
+
+def disable() -> None:
+    """Compile nothing: elementwise kernels run block by block."""
+    global _enabled
+    _enabled = False
+
+
+def is_enabled() -> bool:
+    """True while elementwise kernels are compiled; False after ``disable()``, or where compiling failed."""
+    return _enabled
+
+
+def fused(kernel: Kernel, *tensors: Tensor, constants: tuple[Any, ...] = ()) -> Any:
+    """``kernel(*tensors, *constants)`` in one pass over memory.
+
+    Args:
+        kernel: a module-level function of tensors of one shape, elementwise, giving one or more tensors of that shape.
+        tensors: of one shape, dtype and device.
+        constants: what else the kernel takes; hashable. Each set of constants is compiled by itself.
+
+    Returns:
+        What the kernel returns. Differentiable calls, tensor subclasses and traced calls run the kernel as it is.
+    """
+    first = tensors[0]
+    if torch.compiler.is_compiling() or torch.is_grad_enabled() or not all(map(_is_plain, tensors)):
+        return kernel(*tensors, *constants)
+    n = first.numel()
+    if n <= BLOCK or torch._C._len_torch_dispatch_stack():
+        return kernel(*tensors, *constants)
+    shape, strides = first.shape, first.stride()
+    if not _is_dense(first):
+        first = first.contiguous()
+        strides = first.stride()
+    flat = [_flat(x, shape, strides) for x in tensors]
+    results = _run_compiled(kernel, flat, constants) if _enabled and n >= LARGE else None
+    if results is None:
+        if first.device.type != "cpu":
+            return kernel(*tensors, *constants)
+        results = _by_blocks(kernel, flat, constants)
+    if isinstance(results, Tensor):
+        return results.as_strided(shape, strides)
+    return tuple(x.as_strided(shape, strides) for x in results)
+
+
+def _is_plain(x: Tensor) -> bool:
+    return type(x) in (Tensor, torch.nn.Parameter) and x.layout == torch.strided and x.device.type != "meta"
+
+
+def _is_dense(x: Tensor) -> bool:
+    """True if the elements fill a stretch of memory without gap or overlap, in any order of dimensions."""
+    return bool(torch.ops.aten.is_non_overlapping_and_dense(x))
+
+
+def _flat(x: Tensor, shape: torch.Size, strides: tuple[int, ...]) -> Tensor:
+    """The elements of ``x`` in the memory order of ``strides``."""
+    if x.stride() != strides:
+        ordered = torch.empty_strided(shape, strides, dtype=x.dtype, device=x.device)
+        x = ordered.copy_(x)
+    return x.as_strided((x.numel(),), (1,))
+
+
+def _by_blocks(kernel: Kernel, flat: list[Tensor], constants: tuple[Any, ...]) -> Any:
+    n = flat[0].numel()
+    results: tuple[Tensor, ...] = ()
+    single = False
+    for start in range(0, n, BLOCK):
+        parts = kernel(*(x[start : start + BLOCK] for x in flat), *constants)
+        single = isinstance(parts, Tensor)
+        parts = (parts,) if isinstance(parts, Tensor) else parts
+        if not results:
+            results = tuple(torch.empty(n, dtype=x.dtype, device=x.device) for x in parts)
+        for result, part in zip(results, parts, strict=True):
+            result[start : start + BLOCK] = part
+    return results[0] if single else results
+
+
+def _run_compiled(kernel: Kernel, flat: list[Tensor], constants: tuple[Any, ...]) -> Any:
+    """The kernel's results by Inductor; None where it cannot compile, after one line of warning."""
+    key = (kernel, constants, flat[0].dtype, flat[0].device.type)
+    function = _compiled.get(key)
+    if function is not None:
+        return function(*flat)
+    with _lock:
+        if not _enabled:
+            return None
+        function = _compiled.get(key) or _specialised(kernel, constants)
+        start = time.perf_counter()
+        try:
+            results = function(*flat)
+        except Exception as error:
+            disable()
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            logger.warning("rvconvert: no compiled kernels, training will be slower (%s)", reason[:200])
+            return None
+        _compiled[key] = function
+        logger.info("rvconvert: compiled %s in %.1f s", kernel.__name__.strip("_"), time.perf_counter() - start)
+        return results
+
+
+def _specialised(kernel: Kernel, constants: tuple[Any, ...]) -> Callable[..., Any]:
+    def call(*tensors: Tensor) -> Any:
+        return kernel(*tensors, *constants)
+
+    # Dynamo counts recompilations by code object, so each kernel gets one of its own.
+    call.__code__ = call.__code__.replace(co_name=getattr(kernel, "__name__", "kernel").strip("_"))
+    return torch.compile(call, dynamic=True, fullgraph=True)
