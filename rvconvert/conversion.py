@@ -20,8 +20,8 @@ from rvconvert.errors import (
 )
 from rvconvert.graph.plan import dispatch_report, refuse_unsupported, report_graph
 from rvconvert.graph.program import compile_graph, to_random_variables
-from rvconvert.graph.symbolic import trace_symbolically
 from rvconvert.graph.recorder import Recording, as_class, record, unchanged
+from rvconvert.graph.symbolic import trace_symbolically
 from rvconvert.penalty import KINDS, attach_penalty, variance_penalty
 from rvconvert.random_variable import RandomVariable, Settings, random_variables
 from rvconvert.report import Report
@@ -140,9 +140,8 @@ class Conversion:
     def key(self, name: str, model: nn.Module, leaves: list[Any], structure: Structure, *, batch: bool) -> Any:
         """What a recording depends on: modes, structure, shapes (the batch size only if it is fixed), dtypes."""
         first = next(model.parameters(), None)
-        kinds = tuple(
-            (isinstance(x, RandomVariable), tuple(x.shape) if batch else tuple(x.shape)[1:], x.ndim, x.dtype, x.device) for x in leaves
-        )
+        first_dim = 0 if batch else 1
+        kinds = tuple((isinstance(x, RandomVariable), tuple(x.shape)[first_dim:], x.ndim, x.dtype, x.device) for x in leaves)
         training = tuple((m.training, bool(m._forward_hooks), bool(m._forward_pre_hooks)) for m in model.modules())
         weights = None if first is None else (first.dtype, first.device)
         return (name, batch, structure.signature(), kinds, training, weights)
@@ -190,7 +189,7 @@ class Conversion:
             if other:
                 try:
                     return self.examine(name, model, args, kwargs).refusal is None
-                except Exception:  # noqa: BLE001 - the model itself may refuse the inputs in that mode (a batch of one)
+                except Exception:
                     return False
         return False
 
@@ -275,7 +274,8 @@ class Conversion:
             reason = f"the draw at {places} does not reach its result"
         elif discrete := [str(n.meta["where"]) for n in recording.graph.nodes if n.target in _CHOICES]:
             reason += f"; it picks by argmin or argmax, as vector quantization does, at {discrete[0]}"
-        others = [m for m in vars(self.plain_class) if inspect.isfunction(getattr(self.plain_class, m)) and m[0] != "_" and m != name]
+        functions = [m for m in vars(self.plain_class) if inspect.isfunction(getattr(self.plain_class, m))]
+        others = [m for m in functions if m[0] != "_" and m != name]
         return NoReparameterizationError(
             f"{label}: nothing to convert, {reason}. Name the method that encodes, samples and decodes, methods=(...), "
             f"of {', '.join(others) or 'none but this one'}; or, for a bare decoder, its latent argument: random_inputs=('z',)"
@@ -339,7 +339,7 @@ def state_matters(model: nn.Module, method: Any, args: Any, kwargs: Any) -> bool
                 call(leaves)
             try:
                 results.append(call(other_values(leaves)))
-            except Exception:  # noqa: BLE001 - it cannot be told, so the model's own Python had better run
+            except Exception:
                 return True
     return not all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
@@ -370,7 +370,7 @@ def replay_differs(recording: Recording, model: nn.Module, method: Any, args: An
         expected = results(eager, inputs)
         try:
             found = results(replayed, inputs)
-        except Exception as error:  # noqa: BLE001 - any failure of the replay is the finding
+        except Exception as error:
             return f"{type(error).__name__}: {error}"
         for a, b in zip(expected, found, strict=False):
             if a.shape != b.shape:
@@ -383,13 +383,13 @@ def replay_differs(recording: Recording, model: nn.Module, method: Any, args: An
     if not recording.fixed and len({x.shape[0] for x in leaves if x.ndim}) == 1:
         try:  # other values and another batch size at once
             larger = compare([torch.cat([a, b]) if a.ndim else a for a, b in zip(other, leaves, strict=True)])
-        except Exception as error:  # noqa: BLE001 - the model itself takes no such batch
+        except Exception as error:
             larger = f"{type(error).__name__}: {error}"
         if larger is None:
             return None
     try:
         difference = compare(other)
-    except Exception:  # noqa: BLE001 - the model takes no such values (binary images, say)
+    except Exception:
         difference = compare(leaves)
     if difference is not None:
         return f"the recorded graph does not replay equal to the model ({difference})"

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-import rvconvert.covariance  # noqa: F401 - adds the covariance modes
+import rvconvert.covariance
 import rvconvert.rules  # noqa: F401 - fills the rule table
 from rvconvert.conversion import Conversion, Options, each_mode
 from rvconvert.errors import ConversionError, UnsupportedOperationError
@@ -248,5 +248,3 @@ def _deepcopy(self: nn.Module, memo: dict[int, Any]) -> nn.Module:
 
 def _rebuild(plain: nn.Module, options: Options) -> nn.Module:
     return convert_copy(plain, options)
-
-

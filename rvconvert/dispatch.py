@@ -116,9 +116,9 @@ class _Run(TorchFunctionMode):
         if self.written:
             args, kwargs = self.current(args), self.current(kwargs)
         target = args[0] if args else None
-        if isinstance(target, torch.Tensor) and type(target) is not TensorView and is_in_place(func, kwargs):
-            if random_variables(_undress(args[1:]), _undress(kwargs)) and func not in GAUSSIAN_SOURCES:
-                return self.write(func, target, args, kwargs)
+        writes = is_in_place(func, kwargs) and func not in GAUSSIAN_SOURCES and type(target) is not TensorView
+        if writes and isinstance(target, torch.Tensor) and random_variables(_undress(args[1:]), _undress(kwargs)):
+            return self.write(func, target, args, kwargs)
         if func in GAUSSIAN_SOURCES:
             self.drew.append(where(user_frame())[0])
             self.note(operation_name(func), "noise")
@@ -230,7 +230,9 @@ def survey(conversion: Conversion, method: Callable[..., Any], model: nn.Module,
         found = "\n".join(f"  {distribution}: {place}" for distribution, place in mode.others)
         raise NonGaussianError(f"{name} draws from a distribution other than a Gaussian:\n{found}")
     if not reached and not mode.drew and not random_variables(args, kwargs) and not conversion.options.random_inputs:
-        raise NoReparameterizationError(f"{name}: no draw from a Gaussian was found in it; name the method that samples: methods=(...)")
+        raise NoReparameterizationError(
+            f"{name}: no draw from a Gaussian was found in it; name the method that samples: methods=(...)"
+        )
     return rows
 
 

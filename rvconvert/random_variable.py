@@ -207,6 +207,10 @@ class RandomVariable:
         """Apply a rule as this mode of carrying covariance does."""
         return rule(func, args, kwargs)
 
+    if TYPE_CHECKING:  # the methods and operators of a tensor, added below
+
+        def __getattr__(self, name: str) -> Any: ...
+
     @classmethod
     def __torch_function__(
         cls,

@@ -14,7 +14,19 @@ import torch.nn.functional as F
 
 from rvconvert.errors import ConversionError
 
-__all__ = ["NAMESPACES", "PLAIN", "REGISTRY", "Exactness", "FunctionTable", "Kind", "Registry", "Rule", "as_constant", "operation_name", "spellings"]
+__all__ = [
+    "NAMESPACES",
+    "PLAIN",
+    "REGISTRY",
+    "Exactness",
+    "FunctionTable",
+    "Kind",
+    "Registry",
+    "Rule",
+    "as_constant",
+    "operation_name",
+    "spellings",
+]
 
 
 class Exactness(str, enum.Enum):

@@ -109,8 +109,7 @@ def make_deterministic(model: nn.Module, methods: tuple[str, ...]) -> None:
         return method
 
     def reduce(self: nn.Module, protocol: Any = None) -> Any:
-        state = {k: v for k, v in self.__dict__.items()}
-        return (_rebuild_deterministic, (cls, methods, state))
+        return (_rebuild_deterministic, (cls, methods, dict(self.__dict__)))
 
     namespace: dict[str, Any] = {name: deterministic(name) for name in methods}
     namespace |= {"__reduce_ex__": reduce, "__module__": cls.__module__, "__doc__": cls.__doc__}
@@ -143,7 +142,12 @@ def transfer_weights(source: nn.Module | Mapping[str, torch.Tensor], target: nn.
 
 
 def _differences(
-    have: Mapping[str, torch.Tensor], want: Mapping[str, torch.Tensor], missing: list[str], unexpected: list[str], shapes: list[str], target: str
+    have: Mapping[str, torch.Tensor],
+    want: Mapping[str, torch.Tensor],
+    missing: list[str],
+    unexpected: list[str],
+    shapes: list[str],
+    target: str,
 ) -> str:
     groups: dict[str, list[str]] = defaultdict(list)
     free = set(unexpected)

@@ -78,7 +78,9 @@ def test_imports_have_no_cycle() -> None:
 
 def importers(target: str) -> set[str]:
     return {
-        name for name, path in modules().items() if any(i == target or i.startswith(f"{target}.") for i in imports(path, lazy=True))
+        name
+        for name, path in modules().items()
+        if any(i == target or i.startswith(f"{target}.") for i in imports(path, lazy=True))
     }
 
 

@@ -154,9 +154,9 @@ LOSSES: dict[str, Callable[..., Any]] = {
     "by hand": lambda y, x, mu, z: ((y - x) ** 2).mean(),
     "by hand, reversed": lambda y, x, mu, z: (x - y).pow(2).sum(1).mean(),
     "log_prob": lambda y, x, mu, z: -Normal(y, 1.0).log_prob(x).sum(),
-    "cross entropy by hand": lambda y, x, mu, z: -(
-        x * torch.log(torch.sigmoid(y) + 1e-6) + (1 - x) * torch.log(1 - torch.sigmoid(y) + 1e-6)
-    ).sum(1).mean(),
+    "cross entropy by hand": lambda y, x, mu, z: (
+        -(x * torch.log(torch.sigmoid(y) + 1e-6) + (1 - x) * torch.log(1 - torch.sigmoid(y) + 1e-6)).sum(1).mean()
+    ),
     "structure by hand": lambda y, x, mu, z: 1 - ((2 * y * x + 0.1) / (y * y + x * x + 0.1)).mean() ** 0.5,
     "Bernoulli": lambda y, x, mu, z: -Bernoulli(logits=y, validate_args=False).log_prob(x).mean(),
 }
@@ -239,9 +239,7 @@ class Counting(VAE):
 
 @pytest.mark.parametrize("engine", ENGINES)
 def test_what_forward_keeps_on_the_model_is_kept(engine: str) -> None:
-    rv = rvconvert.convert(
-        Counting(SAMPLERS["randn_like"], STRUCTURES["tensor"]), example_inputs=torch.rand(5, 6), engine=engine
-    )
+    rv = rvconvert.convert(Counting(SAMPLERS["randn_like"], STRUCTURES["tensor"]), example_inputs=torch.rand(5, 6), engine=engine)
     assert rv.steps == 0
     rv(torch.rand(5, 6))
     rv(torch.rand(5, 6))

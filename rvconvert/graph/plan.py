@@ -55,7 +55,8 @@ def node_row(node: fx.Node, recording: Recording, settings: Settings) -> Row:
 def _rows(node: fx.Node, recording: Recording, settings: Settings) -> Iterable[Row]:
     if node.op in ("placeholder", "get_attr", "output"):
         return
-    place = {"module": node.meta.get("module", ""), "where": short_path(node.meta.get("where", "")), "source": node.meta.get("source", "")}
+    place = {name: node.meta.get(name, "") for name in ("module", "where", "source")}
+    place["where"] = short_path(place["where"])
     operation = _operation(node)
     if node.meta.get("noise") is not None:
         yield Row(operation, "noise", **place, rule="standard_normal", exactness="exact")

@@ -37,7 +37,7 @@ def compile_graph(graph: fx.Graph) -> Callable[..., tuple[Any, ...]]:
     name = f"<rvconvert graph {next(_COUNT)}>"
     linecache.cache[name] = (len(code.src), None, code.src.splitlines(True), name)
     scope = dict(code.globals)
-    exec(compile(code.src, name, "exec"), scope)  # noqa: S102 - the graph's own code, made by torch.fx
+    exec(compile(code.src, name, "exec"), scope)
     return scope["forward"]  # type: ignore[no-any-return]
 
 
@@ -118,11 +118,13 @@ def _keeps_one_value(node: fx.Node, recording: Recording) -> bool:
 
 
 def _is_learned_layer(node: fx.Node, recording: Recording) -> bool:
-    if node.meta.get("noise") is not None:
+    """True for an operation with weights on a random value."""
+    sources = node.all_input_nodes
+    if node.meta.get("noise") is not None or not any(n in recording.random for n in sources):
         return False
     if node.op == "call_module":
         return bool(node.meta.get("learned", True))
-    return any(n.op == "get_attr" and not str(n.target).startswith("_rvconvert") for n in node.all_input_nodes)
+    return any(_is_parameter(n) for n in sources if n not in recording.random)
 
 
 def _is_raw_input(node: fx.Node) -> bool:
@@ -149,11 +151,7 @@ def is_learned(node: fx.Node, recording: Recording) -> bool:
         if current in seen or current not in recording.random:
             continue
         seen.add(current)
-        if current.op == "call_module" and any(n in recording.random for n in current.all_input_nodes):
-            if current.meta.get("learned", True):
-                return True
-        plain = [n for n in current.all_input_nodes if n not in recording.random]
-        if current.meta.get("noise") is None and any(_is_parameter(n) for n in plain):
+        if _is_learned_layer(current, recording):
             return True
         todo += current.all_input_nodes
     return False
@@ -169,13 +167,11 @@ def _is_parameter(node: fx.Node) -> bool:
             todo += current.all_input_nodes
             if not current.all_input_nodes:
                 sources.append(current)
-    made = [n for n in sources if n.op in ("placeholder", "get_attr")]
+    made = [n for n in sources if n.op in ("placeholder", "get_attr") and not str(n.target).startswith("_rvconvert.")]
     return bool(made) and all(n.op == "get_attr" for n in made)
 
 
-def to_random_variables(
-    recording: Recording, *, output: str, penalised: bool
-) -> tuple[fx.Graph, list[str]]:
+def to_random_variables(recording: Recording, *, output: str, penalised: bool) -> tuple[fx.Graph, list[str]]:
     """The recording's graph with its noise sources as random variables and its outputs collapsed.
 
     Returns the graph and notes on what was attached where.

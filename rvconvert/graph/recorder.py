@@ -193,8 +193,10 @@ class _Recorder(TorchFunctionMode):
             return slice(self.argument(value.start), self.argument(value.stop), self.argument(value.step))
         if isinstance(value, (np.integer, np.floating, np.bool_)):
             return value.item()
-        if value is None or value is Ellipsis or isinstance(
-            value, (bool, int, float, complex, str, torch.dtype, torch.device, torch.memory_format, torch.layout)
+        if (
+            value is None
+            or value is Ellipsis
+            or isinstance(value, (bool, int, float, complex, str, torch.dtype, torch.device, torch.memory_format, torch.layout))
         ):
             return value
         return self.constant(value)
@@ -291,7 +293,7 @@ class _Recorder(TorchFunctionMode):
     def call(
         self, func: Any, name: str, args: tuple[Any, ...], kwargs: Any, plain_args: tuple[Any, ...], plain_kwargs: Any
     ) -> Any:
-        mutable = [x for x in _tensors(plain_args, plain_kwargs)]
+        mutable = _tensors(plain_args, plain_kwargs)
         versions = [_version(x) for x in mutable]
         node_args = tuple(self.argument(a) for a in args)
         node_kwargs = {k: self.argument(v) for k, v in kwargs.items()}
@@ -707,7 +709,6 @@ def _ancestors(nodes: list[fx.Node]) -> set[fx.Node]:
             seen.add(node)
             todo += node.all_input_nodes
     return seen
-
 
 
 IGNORED_INSIDE = _UNRECORDED | _UNRECORDED_PROPERTIES | {"__get__", "size", "__set__"}

@@ -42,7 +42,8 @@ class _Tracer(fx.Tracer):
         finally:
             self.stack.pop()
         if isinstance(result, fx.Proxy) and result.node.op == "call_module":
-            result.node.meta.update(module_type=type(m), module=result.node.target, functions=[], learned=any(True for _ in m.parameters()))
+            learned = any(True for _ in m.parameters())
+            result.node.meta.update(module_type=type(m), module=result.node.target, functions=[], learned=learned)
         return result
 
 
@@ -70,7 +71,7 @@ def trace_symbolically(root: nn.Module, method: str, registry: Registry, random_
     try:
         with unchanged(root), unscripted(), _Draws(tracer):
             graph = tracer.trace(root, concrete_args=fixed)
-    except Exception:  # noqa: BLE001 - whatever a proxy cannot do is left to a real run
+    except Exception:
         return None
     recording = Recording(graph, Structure("constant"))
     taint: dict[fx.Node, tuple[str, str]] = {}
@@ -85,9 +86,9 @@ def trace_symbolically(root: nn.Module, method: str, registry: Registry, random_
         for each in node.all_input_nodes:
             if each in taint:
                 taint.setdefault(node, taint[each])
-        if source is not None or (node.op == "placeholder" and node.target in random_inputs):
-            recording.random.add(node)
-        elif any(n in recording.random for n in node.all_input_nodes) and not _is_metadata(node):
+        given = node.op == "placeholder" and node.target in random_inputs
+        made = any(n in recording.random for n in node.all_input_nodes) and not _is_metadata(node)
+        if source is not None or given or made:
             recording.random.add(node)
     output = next(n for n in graph.nodes if n.op == "output")
     recording.non_gaussian = non_gaussian_ancestors([output], taint)
@@ -106,5 +107,3 @@ def _is_metadata(node: fx.Node) -> bool:
     if node.op == "call_function" and getattr(node.target, "__name__", "").endswith("_like"):
         return True
     return node.op == "call_method" and node.target in ("size", "dim", "numel", "type", "new", "new_zeros", "new_ones")
-
-

@@ -27,7 +27,11 @@ def package(name: str) -> Any:
 def pythae(model: str, **options: Any) -> tuple[nn.Module, tuple[Any, ...], dict[str, Any]]:
     models = package("pythae.models")
     config = getattr(models, next(n for n in (f"{model}Config", f"{model}_Config") if hasattr(models, n)))
-    return getattr(models, model)(config(input_dim=(1, 28, 28), latent_dim=4, **options)), ({"data": torch.rand(4, 1, 28, 28)},), {}
+    return (
+        getattr(models, model)(config(input_dim=(1, 28, 28), latent_dim=4, **options)),
+        ({"data": torch.rand(4, 1, 28, 28)},),
+        {},
+    )
 
 
 def diffusers(model: str, *shape: int, **options: Any) -> tuple[nn.Module, tuple[Any, ...], dict[str, Any]]:
@@ -39,7 +43,9 @@ def monai(model: str, *shape: int, **options: Any) -> tuple[nn.Module, tuple[Any
     return getattr(package("monai.networks.nets"), model)(**options), (torch.rand(*shape),), {}
 
 
-def riffly(module: str, model: str, *args: Any, features: int = 48, **options: Any) -> tuple[nn.Module, tuple[Any, ...], dict[str, Any]]:
+def riffly(
+    module: str, model: str, *args: Any, features: int = 48, **options: Any
+) -> tuple[nn.Module, tuple[Any, ...], dict[str, Any]]:
     return getattr(package(f"riffly.models.{module}"), model)(*args, **options), (torch.rand(4, features),), {}
 
 
@@ -56,21 +62,52 @@ def molgen() -> tuple[nn.Module, tuple[Any, ...], dict[str, Any]]:
 
 BLOCKS = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
 WIDTHS = {"block_out_channels": (8, 16), "norm_num_groups": 4}
-MEDICAL = {"spatial_dims": 2, "in_channels": 1, "out_channels": 1, "latent_channels": 4, "num_res_blocks": 1, "norm_num_groups": 4}
+MEDICAL = {
+    "spatial_dims": 2,
+    "in_channels": 1,
+    "out_channels": 1,
+    "latent_channels": 4,
+    "num_res_blocks": 1,
+    "norm_num_groups": 4,
+}
 
 MODELS: dict[str, Callable[[], tuple[nn.Module, tuple[Any, ...], dict[str, Any]]]] = {
-    **{f"pythae.{name}": (lambda name=name: pythae(name)) for name in ("VAE", "BetaVAE", "BetaTCVAE", "INFOVAE_MMD", "VAE_LinNF")},
+    **{
+        f"pythae.{name}": (lambda name=name: pythae(name)) for name in ("VAE", "BetaVAE", "BetaTCVAE", "INFOVAE_MMD", "VAE_LinNF")
+    },
     "pythae.IWAE": lambda: pythae("IWAE", number_samples=3),
     "pythae.VAMP": lambda: pythae("VAMP", number_components=5),
     "diffusers.AutoencoderKL": lambda: diffusers("AutoencoderKL", 2, 3, 16, 16, **BLOCKS, **WIDTHS),
     "diffusers.AsymmetricAutoencoderKL": lambda: diffusers(
-        "AsymmetricAutoencoderKL", 2, 3, 16, 16, **BLOCKS, down_block_out_channels=(8, 16), up_block_out_channels=(8, 16),
-        layers_per_down_block=1, layers_per_up_block=1, norm_num_groups=4, sample_size=16,
-    ),  # fmt: skip
-    "monai.VarAutoEncoder": lambda: monai(
-        "VarAutoEncoder", 3, 1, 16, 16, spatial_dims=2, in_shape=(1, 16, 16), out_channels=1, latent_size=4, channels=(4, 8), strides=(2, 2)
+        "AsymmetricAutoencoderKL",
+        2,
+        3,
+        16,
+        16,
+        **BLOCKS,
+        down_block_out_channels=(8, 16),
+        up_block_out_channels=(8, 16),
+        layers_per_down_block=1,
+        layers_per_up_block=1,
+        norm_num_groups=4,
+        sample_size=16,
     ),
-    "monai.AutoencoderKL": lambda: monai("AutoencoderKL", 2, 1, 16, 16, channels=(8, 8), attention_levels=(False, True), **MEDICAL),
+    "monai.VarAutoEncoder": lambda: monai(
+        "VarAutoEncoder",
+        3,
+        1,
+        16,
+        16,
+        spatial_dims=2,
+        in_shape=(1, 16, 16),
+        out_channels=1,
+        latent_size=4,
+        channels=(4, 8),
+        strides=(2, 2),
+    ),
+    "monai.AutoencoderKL": lambda: monai(
+        "AutoencoderKL", 2, 1, 16, 16, channels=(8, 8), attention_levels=(False, True), **MEDICAL
+    ),
     "riffly.VAE (music)": lambda: riffly("vae", "VAE", 8, 6, [24], 4, dropout=0.1),
     "riffly.ConvVAE (music)": lambda: riffly("conv_vae", "ConvVAE", 16, 16, 4, base_channels=4, num_stages=2, features=256),
     "riffly.TransformerVAE (music)": lambda: riffly(
