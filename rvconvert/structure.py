@@ -82,8 +82,12 @@ def _flatten(value: Any, is_leaf: Callable[[Any], bool], leaves: list[Any], pare
         parts = tuple(_flatten(each, is_leaf, leaves, parents) for each in value)
         return Structure("sequence", type(value), (), parts)
     if isinstance(value, Mapping) and hasattr(value, "__setitem__"):
-        parts = tuple(_flatten(each, is_leaf, leaves, parents) for each in value.values())
-        keys = tuple(value)
+        try:
+            entries = dict(value.items())
+        except Exception:  # a configuration whose entries cannot all be read holds no tensor
+            return Structure("constant", value)
+        parts = tuple(_flatten(each, is_leaf, leaves, parents) for each in entries.values())
+        keys = tuple(entries)
         template = value if len(leaves) == before else _emptied(value, keys)
         return Structure("mapping", template, keys, parts)
     fields = getattr(value, "__dict__", None)
