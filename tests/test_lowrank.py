@@ -120,6 +120,8 @@ BLOCKS = {
     "minimum": lambda x: torch.minimum(x[:, :12], x[:, 12:]),
     "attention": lambda x: F.scaled_dot_product_attention(*x.reshape(-1, 3, 2, 4).unbind(1)).flatten(1),
     "matmul": lambda x: torch.matmul(x[:, :12].unflatten(1, (3, 4)), x[:, 12:].unflatten(1, (4, 3))).flatten(1),
+    "broadcast": lambda x: (x[:, :20].unflatten(1, (4, 5)) * (1 + x[:, 20:, None]) + x[:, 20:, None]).flatten(1),
+    "spread constant": lambda x: (x[:, :4, None] * torch.linspace(0.5, 1, 6) + torch.ones(6)).relu().flatten(1),
     "gate": lambda x: F.glu(x, 1),
     "quotient": lambda x: x[:, :12] / (4 + torch.sigmoid(x[:, 12:])),
     "where": lambda x: torch.where(x > 0, x, 0.1 * x),

@@ -330,7 +330,7 @@ def _gain(
 ) -> Tensor:
     """E[f'(x)]: a constant slope, the closed form of the function's rule, else quadrature."""
     x = origin.parent
-    mean, var = x.mean.expand(out_shape), x.var.expand(out_shape)
+    mean, var = _spread(x.mean, out_shape), _spread(x.var, out_shape)
     if direct and rule.name in _AFFINE and not (rule.name in ("div", "divide", "true_divide") and args[0] is not x):
         return torch.func.jvp(origin.function, (mean,), (torch.ones_like(mean),))[1]
     function = getattr(gaussian, _CLOSED_FORMS.get(rule.name, rule.name), None)
@@ -357,9 +357,8 @@ def _of_several(
         sources, stacks = aligned(variables)
         if rule.name in _PRODUCTS:
             return _product(args, kwargs, sources, like.settings)
-        means = {id(x): x.mean for x in variables}
         out_shape = torch.broadcast_shapes(*_shapes_in(args, kwargs))
-        points = [means[id(x)].expand(out_shape) for x in variables]
+        points = [_spread(x.mean, out_shape) for x in variables]
 
         def function(*values: Tensor) -> Tensor:
             value = {id(x): each for x, each in zip(variables, values, strict=True)}
@@ -382,6 +381,11 @@ def _of_several(
         if rule.name not in _AFFINE:
             remainder = remainder + torch.clamp(total - moments(first_order, totals)[1], min=0)
     return LowRankVariable.of(mean, rows, remainder, sources, like.settings)
+
+
+def _spread(value: Tensor, shape: torch.Size) -> Tensor:
+    """``value`` broadcast, with memory of its own for every element, as forward derivatives want."""
+    return value if value.shape == shape else value.expand(shape).contiguous()
 
 
 def _shapes_in(*values: Any) -> list[torch.Size]:
