@@ -408,13 +408,13 @@ for _module, _shape in (
     (nn.SyncBatchNorm, (8, 2, 9)),
 ):
     case(
-        "batch_norm",
+        "sync_batch_norm" if _module is nn.SyncBatchNorm else "batch_norm",
         lambda w, x, m=_module, c=_shape[1]: w.module(lambda: m(c).eval())(x),
         _shape,
         label=f"{_module.__name__}, eval",
     )
     case(
-        "batch_norm",
+        "sync_batch_norm" if _module is nn.SyncBatchNorm else "batch_norm",
         lambda w, x, m=_module, c=_shape[1]: w.module(lambda: m(c, track_running_stats=False))(x),
         _shape,
         label=_module.__name__,

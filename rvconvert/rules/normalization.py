@@ -7,17 +7,97 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rvconvert.random_variable import RandomVariable
-from rvconvert.registry import Exactness
+from rvconvert.registry import REGISTRY, Exactness, Rule
 from rvconvert.rules.kinds import Composite, add_rule, bind, full_precision, own_python
 
 
 def _per_channel(x: Any, ndim: int) -> Any:
     """A vector of channels shaped to broadcast over (N, C, ...)."""
     return x if x is None else x.reshape(1, -1, *(1,) * (ndim - 2))
+
+
+def _update_running(
+    running_mean: Tensor | None, running_var: Tensor | None, centre: Tensor, spread: Tensor, n: int | Tensor, momentum: float
+) -> None:
+    """Move the running buffers towards a batch's statistics of n elements a channel; unbiased, as torch does."""
+    if running_mean is not None and running_var is not None:
+        with torch.no_grad():
+            running_mean.data.lerp_(centre.detach().to(running_mean.dtype), momentum)
+            running_var.data.lerp_((spread.detach() * n / max(n - 1, 1)).to(running_var.dtype), momentum)
+
+
+class _NormalizedBatch(torch.autograd.Function):
+    """BatchNorm's moments in training by torch's own kernels: one pass for the statistics, one for the result.
+
+    Given the mixture's statistics, the mean passes as a plain batch does in eval mode, and the variance by the squared
+    scale. Saves (mean, var), where composed operations would save five tensors of their size.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        mean: Tensor,
+        var: Tensor,
+        running_mean: Tensor | None,
+        running_var: Tensor | None,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        momentum: float,
+        eps: float,
+    ) -> tuple[Tensor, Tensor]:
+        axes = [0, *range(2, mean.ndim)]
+        spread, centre = torch.var_mean(mean, axes, correction=0)
+        spread = spread + var.mean(axes)
+        _update_running(running_mean, running_var, centre, spread, mean.numel() // mean.shape[1], momentum)
+        scale = torch.rsqrt(spread + eps)
+        ctx.save_for_backward(mean, var, weight, centre, spread, scale)
+        ctx.eps, ctx.has_bias = eps, bias is not None
+        out = torch.native_batch_norm(mean, weight, bias, centre, spread, False, 0.0, eps)[0]
+        gain = scale if weight is None else scale * weight
+        return out, var * _per_channel(gain.square(), mean.ndim)
+
+    @staticmethod
+    def backward(ctx: Any, grad_mean: Tensor, grad_var: Tensor) -> tuple[Tensor | None, ...]:
+        mean, var, weight, centre, spread, scale = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            return _twice_differentiable(ctx, mean, var, weight, grad_mean, grad_var)
+        ndim, n = mean.ndim, mean.numel() // mean.shape[1]
+        by_mean, by_weight, by_bias = torch.ops.aten.native_batch_norm_backward(
+            grad_mean, mean, weight, None, None, centre, scale, True, ctx.eps, [True, True, True]
+        )
+        # Sum of grad_var * var over each channel: a BatchNorm of centre 0 and scale 1 has it as its weight's gradient.
+        zero, one = torch.zeros_like(centre), torch.ones_like(spread)
+        _, sums, _ = torch.ops.aten.native_batch_norm_backward(
+            grad_var, var, one, zero, one, None, None, False, 0.0, [False, True, False]
+        )
+        gain = scale if weight is None else scale * weight
+        own = -(gain * scale).square() * sums / n  # the spread's gradient by grad_var, which by_mean does not have yet
+        by_spread = own - 0.5 * by_weight * gain * scale / n
+        by_mean = by_mean + (mean - _per_channel(centre, ndim)) * _per_channel(2 * own, ndim)
+        by_var = torch.addcmul(_per_channel(by_spread, ndim), grad_var, _per_channel(gain.square(), ndim))
+        by_weight = by_weight + 2 * gain * scale * sums if weight is not None else None
+        return by_mean, by_var, None, None, by_weight, by_bias if ctx.has_bias else None, None, None
+
+
+def _twice_differentiable(
+    ctx: Any, mean: Tensor, var: Tensor, weight: Tensor | None, *grads: Tensor
+) -> tuple[Tensor | None, ...]:
+    """The same gradients by composed operations, for a graph of the backward pass (``create_graph=True``)."""
+    axes = [0, *range(2, mean.ndim)]
+    inputs = [mean, var, *(() if weight is None else (weight,))]
+    centre = mean.mean(axes, keepdim=True)
+    spread = (mean - centre).square().mean(axes, keepdim=True) + var.mean(axes, keepdim=True)
+    scale = torch.rsqrt(spread + ctx.eps)
+    gain = scale if weight is None else scale * _per_channel(weight, mean.ndim)
+    outputs = ((mean - centre) * gain, var * gain.square())
+    by_mean, by_var, *by_weight = torch.autograd.grad(outputs, inputs, grads, create_graph=True, allow_unused=True)
+    by_bias = grads[0].sum(axes) if ctx.has_bias else None
+    return by_mean, by_var, None, None, by_weight[0] if by_weight else None, by_bias, None, None
 
 
 @dataclass(frozen=True)
@@ -29,9 +109,10 @@ class BatchNormalization:
             ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps"), args, kwargs
         )
         with full_precision(x):
-            centre, scale = self.statistics(
-                x, mean, var, weight, bool(training), 0.1 if momentum is None else momentum, 1e-5 if eps is None else eps
-            )
+            momentum, eps = 0.1 if momentum is None else momentum, 1e-5 if eps is None else eps
+            if (training or mean is None or var is None) and not torch.compiler.is_compiling():
+                return x.with_moments(*_NormalizedBatch.apply(x.mean, x.var, mean, var, weight, bias, momentum, eps))
+            centre, scale = self.statistics(x, mean, var, weight, bool(training), momentum, eps)
             out = (x.mean - centre) * scale
             shift = _per_channel(bias, x.ndim)
             return x.with_moments(out if shift is None else out + shift, x.var * scale.square())
@@ -51,12 +132,7 @@ class BatchNormalization:
             axes = [0, *range(2, x.ndim)]
             centre = x.mean.mean(axes, keepdim=True)
             spread = (x.mean - centre).square().mean(axes, keepdim=True) + x.var.mean(axes, keepdim=True)
-            if running_mean is not None and running_var is not None:
-                n = x.mean.numel() // x.shape[1]
-                with torch.no_grad():
-                    running_mean.data.lerp_(centre.detach().flatten().to(running_mean.dtype), momentum)
-                    unbiased = spread.detach().flatten() * (n / max(n - 1, 1))
-                    running_var.data.lerp_(unbiased.to(running_var.dtype), momentum)
+            _update_running(running_mean, running_var, centre.flatten(), spread.flatten(), x.mean.numel() // x.shape[1], momentum)
         else:
             centre = _per_channel(running_mean, x.ndim)  # type: ignore[assignment]
             spread = _per_channel(running_var, x.ndim)  # type: ignore[assignment]
@@ -70,7 +146,63 @@ add_rule(
     BatchNormalization(),
     Exactness.APPROXIMATE,
     _MIXTURE,
-    modules=(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm),
+    modules=(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d),
+)
+
+
+class _SumOverProcesses(torch.autograd.Function):
+    """All-reduce, forward and backward: every process's loss depends on the sum."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: Any) -> Tensor:
+        ctx.group = group
+        x = x.clone()
+        torch.distributed.all_reduce(x, group=group)
+        return x
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        grad = grad.clone()
+        torch.distributed.all_reduce(grad, group=ctx.group)
+        return grad, None
+
+
+def _synchronized(module: nn.SyncBatchNorm, x: RandomVariable) -> RandomVariable:
+    """SyncBatchNorm: the mixture is that of the batches of all processes. Runs on any backend, gloo too."""
+    training = module.training or module.running_mean is None
+    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    group = (module.process_group or torch.distributed.group.WORLD) if distributed else None
+    if not training or group is None or torch.distributed.get_world_size(group) == 1:
+        return nn.BatchNorm1d.forward(module, x)  # type: ignore[arg-type, return-value]
+    momentum = module.momentum
+    if module.training and module.track_running_stats and module.num_batches_tracked is not None:
+        module.num_batches_tracked.add_(1)
+        momentum = 1.0 / float(module.num_batches_tracked) if momentum is None else momentum
+    with full_precision(x):
+        axes = [0, *range(2, x.ndim)]
+        local = x.mean.numel() // x.shape[1]
+        total = _SumOverProcesses.apply(torch.cat([x.mean.sum(axes), x.mean.new_tensor([local])]), group)
+        n = total[-1].detach()
+        centre = total[:-1] / n
+        centred = x.mean - _per_channel(centre, x.ndim)
+        spread = _SumOverProcesses.apply((centred.square() + x.var).sum(axes), group) / n
+        if module.training and module.track_running_stats:
+            _update_running(module.running_mean, module.running_var, centre, spread, n, momentum or 0.0)
+        scale = torch.rsqrt(spread + module.eps)
+        mean, var = centred * _per_channel(scale, x.ndim), x.var * _per_channel(scale.square(), x.ndim)
+        return _scaled(x, mean, var, _per_channel(module.weight, x.ndim), _per_channel(module.bias, x.ndim))
+
+
+REGISTRY.register(
+    Rule(
+        "sync_batch_norm",
+        BatchNormalization(),
+        Exactness.APPROXIMATE,
+        _MIXTURE + "; of all processes",
+        modules=(nn.SyncBatchNorm,),
+        body=_synchronized,
+    ),
+    (),
 )
 
 
