@@ -80,6 +80,7 @@ class Conversion:
         self.plain_class = plain_class
         self.programs: dict[Any, Program] = {}
         self.constants = types.SimpleNamespace()
+        self.checked: dict[tuple[str, str], list[str]] = {}  # graphs that replayed equal to eager
         self.last_penalty: torch.Tensor | None = None
         self._penalty: torch.Tensor | None = None  # of the call under way
         self.penalty_scale: float = 1.0
@@ -249,11 +250,25 @@ class Conversion:
             recording, _ = record(model, lambda *a, **k: method(model, *a, **k), args, kwargs, self.settings.registry)
             if recording.obstacles:
                 return None, recording.obstacles
+            if recording.asks_grad_mode and not self.same_without_gradients(recording, model, method, args, kwargs):
+                return None, ["Python decides by torch.is_grad_enabled()"]
             if recording.changed and state_matters(model, method, args, kwargs):
                 return None, [f"the method changes {', '.join(dict.fromkeys(recording.changed))}, which the next call reads"]
             vars(self.constants).update(recording.constants)
+            written = str(recording.graph)
+            if not recording.constants and self.checked.get((name, written)) is not None:
+                recording.fixed += self.checked[name, written]  # as in the other mode, where it was compared
+                return recording, []
             obstacle = replay_differs(recording, model, method, args, kwargs)
+            if obstacle is None:
+                self.checked[name, written] = recording.fixed
         return (None, [obstacle]) if obstacle else (recording, [])
+
+    def same_without_gradients(self, recording: Recording, model: nn.Module, method: Any, args: Any, kwargs: Any) -> bool:
+        """True if the method does the same where it is told that gradients are off."""
+        registry = self.settings.registry
+        told, _ = record(model, lambda *a, **k: method(model, *a, **k), args, kwargs, registry, grad_mode=False)
+        return not recording.constants and not told.obstacles and str(told.graph) == str(recording.graph)
 
     def noise_refusal(self, recording: Recording, name: str, random_call: bool) -> ConversionError | None:
         """Why a model is refused whose output depends on no Gaussian noise, or on noise of another distribution."""
@@ -320,7 +335,7 @@ def plain_leaves(args: Any, kwargs: Any) -> tuple[list[torch.Tensor], Structure]
 
 def other_values(leaves: list[torch.Tensor]) -> list[torch.Tensor]:
     """Other inputs like these, still between 0 and 1 if these are."""
-    return [x * 0.9 + 0.05 if x.is_floating_point() else x for x in leaves]
+    return [x * 0.9 + 0.05 if x.is_floating_point() and x.layout == torch.strided else x for x in leaves]
 
 
 def state_matters(model: nn.Module, method: Any, args: Any, kwargs: Any) -> bool:
@@ -379,13 +394,16 @@ def replay_differs(recording: Recording, model: nn.Module, method: Any, args: An
                 return f"an output differs by {(a - b).abs().max().item():.2g}"
         return None
 
-    larger = None
-    if not recording.fixed and len({x.shape[0] for x in leaves if x.ndim}) == 1:
+    smaller = None
+    batch = {x.shape[0] for x in leaves if x.ndim}
+    if batch == {1}:
+        recording.fixed.append("the example is a batch of one")
+    elif not recording.fixed and len(batch) == 1:
         try:  # other values and another batch size at once
-            larger = compare([torch.cat([a, b]) if a.ndim else a for a, b in zip(other, leaves, strict=True)])
-        except Exception as error:
-            larger = f"{type(error).__name__}: {error}"
-        if larger is None:
+            smaller = compare([x[: (x.shape[0] + 1) // 2] if x.ndim else x for x in other])
+        except Exception as error:  # the model itself takes no such batch
+            smaller = f"{type(error).__name__}: {error}"
+        if smaller is None:
             return None
     try:
         difference = compare(other)
@@ -393,6 +411,6 @@ def replay_differs(recording: Recording, model: nn.Module, method: Any, args: An
         difference = compare(leaves)
     if difference is not None:
         return f"the recorded graph does not replay equal to the model ({difference})"
-    if larger is not None:
-        recording.fixed.append(f"another batch size gives {larger}")
+    if smaller is not None:
+        recording.fixed.append(f"another batch size gives {smaller}")
     return None

@@ -265,6 +265,20 @@ def test_notes_that_the_next_call_does_not_read_are_no_obstacle(reset: bool) -> 
     assert rvconvert.plan(vae, example_inputs=x).engine == ("graph" if reset else "dispatch")
 
 
+@pytest.mark.parametrize("matters", [True, False])
+def test_a_model_that_asks_whether_gradients_are_on(matters: bool) -> None:
+    def result(y: Tensor, x: Tensor, mu: Tensor, z: Tensor) -> Tensor:
+        return y * 2 if torch.is_grad_enabled() and matters else y
+
+    vae = VAE(lambda mu, std: mu + 0.0 * torch.randn_like(std), result)
+    x = torch.rand(5, 6)
+    rv = rvconvert.convert(vae, example_inputs=x)
+    torch.testing.assert_close(rv(x), vae(x))
+    with torch.no_grad():
+        torch.testing.assert_close(rv(x), vae(x))
+    assert rvconvert.plan(vae, example_inputs=x).engine == ("dispatch" if matters else "graph")
+
+
 def test_value_dependent_python_goes_to_the_dispatch_engine() -> None:
     def result(y: Tensor, x: Tensor, mu: Tensor, z: Tensor) -> Tensor:
         return y * 2 if x.sum() > 10 else y

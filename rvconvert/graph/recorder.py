@@ -66,6 +66,7 @@ class Recording:
         origins: node -> where it comes from.
         non_gaussian: (distribution, where) for each draw from another distribution that meets a random value.
         obstacles: why the graph cannot stand for the method (empty if it can).
+        asks_grad_mode: the method asks whether gradients are on.
         changed: attributes other than tensors that the method sets, which a graph does not.
         fixed: why the batch size is part of the graph (empty if it is not).
     """
@@ -79,6 +80,7 @@ class Recording:
     non_gaussian: list[tuple[str, str]] = field(default_factory=list)
     noise: list[fx.Node] = field(default_factory=list)
     obstacles: list[str] = field(default_factory=list)
+    asks_grad_mode: bool = False
     changed: list[str] = field(default_factory=list)
     fixed: list[str] = field(default_factory=list)
 
@@ -575,14 +577,15 @@ def as_class(model: nn.Module, plain_class: type[nn.Module]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def watched_grad_mode(recorder: _Recorder) -> Iterator[None]:
-    """Within: a model that asks whether gradients are on is known to decide by it."""
+def told_grad_mode(recording: Recording, enabled: bool) -> Iterator[None]:
+    """Within: a model that asks whether gradients are on is told ``enabled``, and that it asked is noted."""
     original = torch.is_grad_enabled
 
     def asked() -> bool:
-        if not sys._getframe(1).f_code.co_filename.startswith(_INTERNAL):
-            recorder.recording.obstacles.append(f"Python decides by torch.is_grad_enabled(): {recorder.line()}")
-        return original()
+        if sys._getframe(1).f_code.co_filename.startswith(_INTERNAL):
+            return original()
+        recording.asks_grad_mode = True
+        return enabled
 
     torch.is_grad_enabled = asked
     try:
@@ -627,6 +630,8 @@ def record(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
     registry: Registry,
+    *,
+    grad_mode: bool = True,
 ) -> tuple[Recording, Any]:
     """Run ``method(*args, **kwargs)`` once and record it; returns the recording and the method's result.
 
@@ -650,7 +655,7 @@ def record(
             values.append(leaf)
             recorder.track(leaf, node)
         args, kwargs = structure.build(iter(values))
-        with intercepted_modules(recorder.module_call), unscripted(), watched_grad_mode(recorder), recorder:
+        with intercepted_modules(recorder.module_call), unscripted(), told_grad_mode(recording, grad_mode), recorder:
             result = method(*args, **kwargs)
         _finish(recorder, result, before, buffers, sizes)
     return recording, result

@@ -124,6 +124,10 @@ add_rule("index_add", Composite(_index_add), Exactness.EXACT_IF_INDEPENDENT, "op
 
 def setitem(input: Any, index: Any, value: Any) -> Any:
     """``input[index] = value`` as a function: a new tensor or random variable, ``input`` unchanged."""
+    if random_variables(index):  # an indicator, x > 0: each element is written with its probability
+        if isinstance(index, RandomVariable) and index.shape == input.shape:
+            return torch.where(index, value, input)  # type: ignore[call-overload]
+        raise UnsupportedOperationError("a random variable picks which elements are written; its value differs with each draw")
     likes = random_variables(input, value)
 
     def write(target: torch.Tensor, source: Any) -> torch.Tensor:
