@@ -63,12 +63,13 @@ class Origin:
 
     Two random variables with a common ancestor of this kind form one function of it, so ``x * sigmoid(x)``
     is propagated as SiLU and ``x - x`` as 0. ``kinks`` are points of the parent's axis where the function
-    is not smooth.
+    is not smooth; ``whole_line`` is False where the function is not defined on all of it (a logarithm, a root).
     """
 
     parent: RandomVariable
     function: Callable[[torch.Tensor], torch.Tensor]
     kinks: tuple[float, ...] = ()
+    whole_line: bool = True
 
 
 class RandomVariable:

@@ -14,7 +14,7 @@ from torch import nn
 from rvconvert.random_variable import RandomVariable, random_variables
 from rvconvert.registry import Exactness
 from rvconvert.rules import gaussian
-from rvconvert.rules.kinds import Composite, Elementwise, Shape, add_rule, bind, first_order
+from rvconvert.rules.kinds import Composite, Elementwise, Shape, add_rule, bind, everywhere, first_order, not_everywhere
 
 _GAUSSIAN = "a Gaussian input"
 
@@ -50,7 +50,8 @@ def _activation(
     exactness: Exactness = Exactness.MOMENT_MATCHED,
     assumption: str = _GAUSSIAN,
 ) -> None:
-    kind = Elementwise(closed_form(function), kinks=kinks and kinks_of(kinks))
+    domain = not_everywhere if exactness is Exactness.APPROXIMATE else everywhere
+    kind = Elementwise(closed_form(function), kinks=kinks and kinks_of(kinks), whole_line=domain)
     add_rule(name, kind, exactness, assumption, modules=modules)
 
 
@@ -102,9 +103,10 @@ def _logarithm(base: float, shift: float = 0.0) -> Any:
     return moments
 
 
-add_rule("log2", Elementwise(_logarithm(2.0)), Exactness.APPROXIMATE, _POSITIVE)
-add_rule("log10", Elementwise(_logarithm(10.0)), Exactness.APPROXIMATE, _POSITIVE)
-add_rule("log1p", Elementwise(_logarithm(math.e, 1.0)), Exactness.APPROXIMATE, "1 + x is positive and lognormal")
+add_rule("log2", Elementwise(_logarithm(2.0), whole_line=not_everywhere), Exactness.APPROXIMATE, _POSITIVE)
+add_rule("log10", Elementwise(_logarithm(10.0), whole_line=not_everywhere), Exactness.APPROXIMATE, _POSITIVE)
+_LOG1P = Elementwise(_logarithm(math.e, 1.0), whole_line=not_everywhere)
+add_rule("log1p", _LOG1P, Exactness.APPROXIMATE, "1 + x is positive and lognormal")
 
 
 def _clamp(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -171,7 +173,8 @@ for _name in _BY_QUADRATURE:
 # Defined on a part of the line, or with poles: a Gaussian has no moments under them.
 _PARTIAL = "asin acos atanh acosh arcsin arccos arctanh arccosh tan logit erfinv lgamma digamma".split()
 for _name in _PARTIAL:
-    add_rule(_name, Elementwise(first_order), Exactness.APPROXIMATE, "first order at the mean, inside the domain")
+    _kind = Elementwise(first_order, whole_line=not_everywhere)
+    add_rule(_name, _kind, Exactness.APPROXIMATE, "first order at the mean, inside the domain")
 add_rule("nan_to_num", Shape(), Exactness.EXACT, "no element is NaN or infinite")
 
 

@@ -143,9 +143,14 @@ def _broadcast(x: RandomVariable, other: Tensor) -> tuple[Tensor, Tensor]:
     return x.mean.expand(shape), x.var.expand(shape)
 
 
+def _whole_exponent(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    (_, exponent), _, _ = bind(("input", "exponent"), args, kwargs)
+    return isinstance(exponent, (int, float)) and exponent >= 0 and exponent == int(exponent)
+
+
 add_rule(
     "pow",
-    Elementwise(_power, first_order),
+    Elementwise(_power, first_order, whole_line=_whole_exponent),
     Exactness.MOMENT_MATCHED,
     "a Gaussian input, whole powers exact; under a negative or fractional power a lognormal one",
     keeps_latent=True,

@@ -279,15 +279,26 @@ def widened(product: Function, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor
     return result
 
 
-def _ancestors(x: RandomVariable) -> Iterator[tuple[RandomVariable, Function, tuple[float, ...]]]:
-    """Each variable that ``x`` is an elementwise function of, nearest first, with function and kinks."""
+def everywhere(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """The function is defined on the whole line, whatever its arguments."""
+    return True
+
+
+def not_everywhere(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """The function is defined on a part of the line: a logarithm, a root."""
+    return False
+
+
+def _ancestors(x: RandomVariable) -> Iterator[tuple[RandomVariable, Function, tuple[float, ...], bool]]:
+    """Each variable that ``x`` is an elementwise function of, nearest first: function, kinks, defined everywhere."""
     function: Function = _identity
-    kinks: tuple[float, ...] = ()
-    yield x, function, kinks
+    whole_line = True
+    yield x, function, (), whole_line
     origin = x.origin
     while origin is not None:
         function = _chain(origin.function, function)
-        yield origin.parent, function, origin.kinks
+        whole_line = whole_line and origin.whole_line
+        yield origin.parent, function, origin.kinks, whole_line
         origin = origin.parent.origin
 
 
@@ -320,12 +331,14 @@ class Elementwise:
 
     Of one random variable: closed-form ``moments(func, args, kwargs, x)`` if given, else quadrature. Several
     random variables that are elementwise functions of a common one are one function of that one. Several
-    that are not: ``independent(func, args, kwargs)`` if given, else linearised at the means.
+    that are not: ``independent(func, args, kwargs)`` if given, else linearised at the means. So is a function of
+    a common one that is not defined on the ``whole_line``, since quadrature would leave its domain.
     """
 
     moments: Callable[..., tuple[torch.Tensor, torch.Tensor]] | None = None
     independent: Callable[..., tuple[torch.Tensor, torch.Tensor]] | None = None
     kinks: Callable[[tuple[Any, ...], dict[str, Any]], tuple[float, ...]] | None = None
+    whole_line: Callable[[tuple[Any, ...], dict[str, Any]], bool] = everywhere
 
     def __call__(self, func: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> RandomVariable:
         kwargs = {key: value for key, value in kwargs.items() if key != "inplace"}
@@ -336,7 +349,8 @@ class Elementwise:
         with full_precision(like):
             if ancestor is None:
                 return like.with_moments(*(self.independent or first_order)(func, args, kwargs))
-            parent, functions, kinks = ancestor
+            parent, functions, kinks, whole_line = ancestor
+            whole_line = whole_line and self.whole_line(args, kwargs)
 
             def function(value: torch.Tensor) -> torch.Tensor:
                 values = {id(x): f(value) for x, f in zip(inputs, functions, strict=True)}
@@ -349,25 +363,27 @@ class Elementwise:
                 kinks = self.kinks(args, kwargs)
             if direct and self.moments is not None:
                 mean, var = self.moments(func, args, kwargs)
+            elif not whole_line:
+                mean, var = first_order(function, (parent,), {})
             else:
                 shape = torch.broadcast_shapes(parent.shape, *_shapes(args, kwargs))
                 mean, var = gaussian.quadrature(
                     lambda value: _as_float(function(value), value), parent.mean.expand(shape), parent.var.expand(shape), kinks
                 )
-        return like.with_moments(mean, var).derived(origin=Origin(parent, function, kinks))
+        return like.with_moments(mean, var).derived(origin=Origin(parent, function, kinks, whole_line))
 
     @staticmethod
     def common_ancestor(
         inputs: Sequence[RandomVariable],
-    ) -> tuple[RandomVariable, list[Function], tuple[float, ...]] | None:
-        """The nearest variable that all of ``inputs`` are elementwise functions of, those functions, and kinks."""
+    ) -> tuple[RandomVariable, list[Function], tuple[float, ...], bool] | None:
+        """The nearest variable that all of ``inputs`` are functions of: functions, kinks, defined everywhere."""
         if len(inputs) == 1:
-            return inputs[0], [_identity], ()
-        lines = [{id(x): (x, f, kinks) for x, f, kinks in _ancestors(each)} for each in inputs]
-        for key, (parent, _, _) in lines[0].items():
+            return inputs[0], [_identity], (), True
+        lines = [{id(found[0]): found for found in _ancestors(each)} for each in inputs]
+        for key, (parent, *_) in lines[0].items():
             if all(key in line for line in lines):
                 kinks = tuple(sorted({k for line in lines for k in line[key][2]}))
-                return parent, [line[key][1] for line in lines], kinks
+                return parent, [line[key][1] for line in lines], kinks, all(line[key][3] for line in lines)
         return None
 
 
