@@ -748,19 +748,30 @@ class _Gelu(torch.autograd.Function):
 # ---- functions by quadrature -----------------------------------------------------------------------------------
 
 
+def _expm1(x: Tensor) -> Tensor:
+    """e^x - 1 for x up to a few units; Inductor's own is exp - 1, which cancels near 0."""
+    t = torch.tanh(0.5 * x)
+    return 2.0 * t / (1.0 - t)
+
+
 def _exp_increment(m: Tensor, d: Tensor) -> Tensor:
     """e^(m + d) - e^m from the larger of the two, which cannot overflow on the way."""
-    return torch.copysign(torch.exp(m + torch.clamp(d, min=0.0)) * -torch.expm1(-d.abs()), d)
+    return torch.copysign(torch.exp(m + torch.clamp(d, min=0.0)) * -_expm1(-d.abs()), d)
 
 
 def _sigmoid_increment(m: Tensor, d: Tensor) -> Tensor:
-    x = m + d
-    size = torch.sigmoid(torch.maximum(m, x)) * torch.sigmoid(-torch.minimum(m, x)) * -torch.expm1(-d.abs())
-    return torch.copysign(size, d)
+    # sigmoid(b) - sigmoid(a) = sigmoid(b) sigmoid(-a) (1 - e^(a - b)) for a < b, with one division; the last factor as in
+    # _expm1. What depends on m alone is common to all nodes.
+    up, x = d > 0, m + d
+    t = torch.tanh(0.5 * d)
+    at_m = 1.0 + torch.where(up, torch.exp(m), torch.exp(-m))
+    return 2.0 * t / (at_m * (1.0 + torch.exp(torch.where(up, -x, x))) * (1.0 + t.abs()))
 
 
 def _sigmoid_slope(x: Tensor) -> Tensor:
-    return torch.sigmoid(x) * torch.sigmoid(-x)
+    tail = torch.exp(-x.abs())
+    inverse = 1.0 / (1.0 + tail)
+    return tail * inverse * inverse
 
 
 _SIGMOID = Activation(torch.sigmoid, _sigmoid_increment, _sigmoid_slope)
@@ -781,7 +792,7 @@ def _softplus_increment(m: Tensor, d: Tensor) -> Tensor:
     # softplus(x) = x + softplus(-x) brings m to the lower half, where values only cancel for small steps.
     positive = m > 0
     m, e = torch.where(positive, -m, m), torch.where(positive, -d, d)
-    near = torch.log1p(torch.sigmoid(m) * torch.expm1(torch.clamp(e, max=2.0)))
+    near = torch.log1p(torch.sigmoid(m) * _expm1(torch.clamp(e, max=2.0)))
     step = torch.where(e > 2.0, F.softplus(m + e) - F.softplus(m), near)
     return torch.where(positive, d + step, step)
 
@@ -860,7 +871,7 @@ def _elu_slope(x: Tensor, alpha: float, rate: float) -> Tensor:
 
 
 def _elu_value(x: Tensor, alpha: float, rate: float) -> Tensor:
-    return torch.clamp(x, min=0.0) + alpha * torch.expm1(rate * torch.clamp(x, max=0.0))
+    return torch.clamp(x, min=0.0) + alpha * _expm1(rate * torch.clamp(x, max=0.0))
 
 
 _ELU = Activation(_elu_value, _elu_increment, _elu_slope, KINKED_NODES, kinked=True)
