@@ -16,7 +16,7 @@ from rvconvert.errors import NonGaussianError, NoReparameterizationError, Unsupp
 from rvconvert.graph.plan import row_for, short_path
 from rvconvert.graph.program import DIFFERENCES, LOSSES
 from rvconvert.graph.recorder import as_class, intercepted_modules, unchanged, unscripted, user_frame, where
-from rvconvert.random_variable import RandomVariable, is_in_place, propagate, random_variables
+from rvconvert.random_variable import RandomVariable, in_settings, is_in_place, propagate, random_variables
 from rvconvert.registry import PLAIN, operation_name
 from rvconvert.report import Row
 from rvconvert.rules.noise import GAUSSIAN_SOURCES, NON_GAUSSIAN, nth_source
@@ -250,7 +250,8 @@ def _execute(conversion: Conversion, mode: _Run, method: Any, model: nn.Module, 
         body = rule.body if rule is not None and conversion.settings.needs_rules else None
         if body is not None and random_variables(_undress(module_args), _undress(module_kwargs)):
             mode.note(type(module).__name__, "random", rule)
-            return _dress(body(module, *_undress(module_args), **_undress(module_kwargs)))
+            made = body(module, *_undress(module_args), **_undress(module_kwargs))
+            return _dress(in_settings(made, conversion.settings))
         mode.stack.append(paths.get(id(module), ""))
         try:
             return original(module, *module_args, **module_kwargs)

@@ -292,6 +292,15 @@ def is_in_place(func: Callable[..., Any], kwargs: dict[str, Any]) -> bool:
     return _IN_PLACE.get(func) is not None or kwargs.get("inplace") is True
 
 
+def in_settings(result: Any, settings: Settings) -> Any:
+    """``result`` with the variables that a person's rule made, ``RandomVariable(mean, var)``, under these settings."""
+    if settings is not DEFAULT_SETTINGS:
+        for each in random_variables(result):
+            if each._settings is DEFAULT_SETTINGS:
+                each._settings = settings
+    return result
+
+
 def propagate(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Apply a torch function to arguments that hold random variables, by the rule for it.
 
@@ -318,7 +327,7 @@ def propagate(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str,
             f"    @rvconvert.rule({operation_name(func)})\n    def {name or 'my_rule'}(x, ...): "
             "return rvconvert.RandomVariable(mean, var)"
         )
-    result = carrier.apply(rule, func, args, kwargs)
+    result = in_settings(carrier.apply(rule, func, args, kwargs), settings)
     if rule.keeps_latent and all(x.latent for x in inputs):
         for each in random_variables(result):
             each._latent = True

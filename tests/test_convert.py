@@ -303,6 +303,7 @@ def test_a_persons_own_rules(images: Tensor) -> None:
         y = rv(x)
         torch.testing.assert_close(y.mean, torch.special.i0e(rv.layer(x)))
         torch.testing.assert_close(y.var, 2 * rv.layer.weight.square().sum(1).expand(4, 8))
+        assert y.settings.registry is overlay
     with pytest.raises(rvconvert.ConversionError, match="registered already"):
         rvconvert.rule(F.relu)(lambda x: x)
 

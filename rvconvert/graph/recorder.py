@@ -20,7 +20,7 @@ from torch import fx, nn
 from torch.overrides import TorchFunctionMode
 
 from rvconvert.graph.traced_number import TracedFloat, TracedInt, ignored, traced_size, untraced
-from rvconvert.random_variable import RandomVariable, Settings, random_variables
+from rvconvert.random_variable import RandomVariable, Settings, in_settings, random_variables
 from rvconvert.registry import Registry
 from rvconvert.rules.kinds import Metadata
 from rvconvert.rules.noise import GAUSSIAN_SOURCES, NON_GAUSSIAN
@@ -436,7 +436,7 @@ def call_by_rule(settings: Settings, module: nn.Module, *args: Any, **kwargs: An
         return module(*args, **kwargs)
     rule = settings.registry.find_module(type(module))
     assert rule is not None and rule.body is not None
-    return rule.body(module, *args, **kwargs)
+    return in_settings(rule.body(module, *args, **kwargs), settings)
 
 
 def assign_mean(target: torch.Tensor, value: Any) -> None:

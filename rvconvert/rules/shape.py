@@ -63,7 +63,7 @@ class _Cast(Shape):
 
     def __call__(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         result = super().__call__(func, args, kwargs)
-        if isinstance(result, torch.Tensor):
+        if isinstance(result, torch.Tensor) and isinstance(args[0], RandomVariable):
             raise UnsupportedOperationError(
                 f"{operation_name(func)} turns a random variable into {result.dtype}, which holds values, not moments; "
                 "take x.mean there, or leave that part of the model out of the conversion (methods=...)"
