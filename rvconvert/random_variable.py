@@ -191,7 +191,7 @@ class RandomVariable:
         return len(self._mean)
 
     def __iter__(self) -> Iterator[Any]:
-        return iter(torch.unbind(self))  # type: ignore[call-overload]
+        return iter(self.unbind())
 
     def __bool__(self) -> bool:
         raise _value_error("bool()")

@@ -69,6 +69,10 @@ class LowRankVariable(RandomVariable):
     """
 
     precedence = 10
+    _factors: Tensor
+    _remainder: Tensor
+    _sources: tuple[Source, ...]
+    _total: Tensor | None
 
     @classmethod
     def of(
@@ -186,7 +190,7 @@ def _broadcastable(factors: Tensor, ndim: int) -> Tensor:
     return factors.reshape(factors.shape[0], *(1,) * missing, *factors.shape[1:]) if missing > 0 else factors
 
 
-def _along(function: Function, variables: Sequence[LowRankVariable]) -> tuple[tuple[Source, ...], Any]:
+def _along(function: Function, variables: Sequence[Any]) -> tuple[tuple[Source, ...], Any]:
     """``function`` of a dict from each variable's id to one of its rows, over all rows."""
     sources, stacks = aligned(variables)
     keys = [id(x) for x in variables]
@@ -234,7 +238,8 @@ _WRITE = Shape(("input", "index", "value"), ("input", "value"))
 
 def shape_moves_any_layout(func: Function) -> Function:
     """The twin of a shape function that leaves its argument alone and takes rows that lie in memory in any order."""
-    return {Tensor.view: Tensor.reshape, Tensor.view_as: Tensor.reshape_as}.get(func, out_of_place(func))
+    layouts: dict[Any, Function] = {Tensor.view: Tensor.reshape, Tensor.view_as: Tensor.reshape_as}
+    return layouts.get(func, out_of_place(func))
 
 
 def _fixed_linear(kind: FixedLinear, func: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> LowRankVariable:
@@ -276,7 +281,8 @@ def _bilinear(kind: Bilinear, func: Function, args: tuple[Any, ...], kwargs: dic
             return product(torch.zeros_like(m_a), m_b, shift)
 
         sources, rows = _along(derivative, variables)
-        d_a, d_b, d_bias = (x.remainder if isinstance(x, LowRankVariable) else None for x in (a, b, offset))
+        remainders: list[Any] = [x.remainder if isinstance(x, LowRankVariable) else None for x in (a, b, offset)]
+        d_a, d_b, d_bias = remainders
         if d_b is None and d_a is not None:
             remainder = kind.squared(lambda x, y: product(x, y, d_bias), d_a, m_b, like)
         elif d_b is not None and d_a is None:
@@ -331,15 +337,17 @@ def _gain(
     """E[f'(x)]: a constant slope, the closed form of the function's rule, else quadrature."""
     x = origin.parent
     mean, var = _spread(x.mean, out_shape), _spread(x.var, out_shape)
+    if not origin.whole_line:  # quadrature would leave its domain
+        return torch.func.jvp(origin.function, (mean,), (torch.ones_like(mean),))[1]
     if direct and rule.name in _AFFINE and not (rule.name in ("div", "divide", "true_divide") and args[0] is not x):
         return torch.func.jvp(origin.function, (mean,), (torch.ones_like(mean),))[1]
     function = getattr(gaussian, _CLOSED_FORMS.get(rule.name, rule.name), None)
     if direct and function in gaussian.GAINS and (args[0] if args else kwargs.get("input")) is x:
         names = list(inspect.signature(function).parameters)[2:]
         values, _, _ = bind(("input", *names), args, kwargs)
-        options = {n: v for n, v in zip(names, values[1:], strict=True) if v is not None}
+        options: dict[str, Any] = {n: v for n, v in zip(names, values[1:], strict=True) if v is not None}
         if rule.name == "prelu" and options["negative_slope"].numel() > 1:
-            options["negative_slope"] = options["negative_slope"].reshape(1, -1, *(1,) * (x.ndim - 2))
+            options["negative_slope"] = options["negative_slope"].reshape(1, -1, *(1,) * (x.ndim - 2))  # type: ignore[union-attr]
         return gaussian.gain(function, mean, var, **options)
     return quadrature_gain(lambda value: origin.function(value).to(value.dtype), mean, var, origin.kinks)
 
@@ -406,12 +414,13 @@ def _extremum(sign: int, input: Any, other: Any) -> LowRankVariable:
     """max(x, y) = y + relu(x - y); min by symmetry. Rows weigh x and y by P(x > y), remainders by its square."""
     if not isinstance(input, LowRankVariable):
         input, other = other, input
-    x, y = (input, other) if sign > 0 else (-input, -other)
-    difference = x - y
+    x: Any = input if sign > 0 else -input
+    y: Any = other if sign > 0 else -other
+    difference: Any = x - y
     if not isinstance(difference, LowRankVariable):  # the two are one variable
         return input
-    positive = torch.relu(difference)
-    made = positive + y
+    positive: Any = torch.relu(difference)  # type: ignore[arg-type]
+    made: Any = positive + y
     if not isinstance(y, LowRankVariable) or not difference.sources:
         return made if sign > 0 else -made
     above = gaussian.gain(gaussian.relu, difference.mean, difference.var)

@@ -43,6 +43,7 @@ class SampledVariable(RandomVariable):
     """
 
     precedence = 20
+    _paths: Tensor
 
     @classmethod
     def of_paths(cls, paths: Tensor, settings: Settings) -> SampledVariable:

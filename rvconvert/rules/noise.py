@@ -42,7 +42,8 @@ def entering(x: RandomVariable, settings: Settings) -> RandomVariable:
         return CARRIERS[settings.fuse]._make(x.mean, x.var, settings).derived(latent=True)
     random = x.var > 0
     std = torch.where(random, torch.where(random, x.var, 1).sqrt(), 0)  # a finite gradient where var = 0
-    return standard_normal(torch.zeros_like(x.mean), settings) * std + x.mean
+    noise: Any = standard_normal(torch.zeros_like(x.mean), settings)
+    return noise * std + x.mean  # type: ignore[no-any-return]
 
 
 def standard_normal(zeros: torch.Tensor, settings: Settings) -> RandomVariable:
