@@ -22,7 +22,7 @@ __all__ = ["disable", "enable", "fused", "is_enabled"]
 
 Kernel = Callable[..., "Tensor | tuple[Tensor, ...]"]
 
-LARGE = 1 << 19  # elements from which compiling a kernel (seconds, once) can pay
+LARGE = 1 << 21  # elements from which compiling a kernel (tens of seconds, once) can pay
 BLOCK = 1 << 15  # elements of a block: its temporaries stay in a core's cache
 
 logger = logging.getLogger("rvconvert")
