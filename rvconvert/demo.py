@@ -21,7 +21,7 @@ from sklearn.datasets import load_digits
 from torch import nn
 from torch.nn import functional as F
 
-from rvconvert import checkpoint, render
+from rvconvert import checkpoint, compilation, render
 from rvconvert.convert import convert
 from rvconvert.errors import CheckpointError
 from rvconvert.images import heat, labelled_rows
@@ -192,6 +192,7 @@ def run(out: Path, *, epochs: int | None = None, quick: bool = False, seed: int 
     }
     files = {key: out / name for key, name in names.items()}
     _make_room(out, files, force)
+    compilation.disable()  # a cold compiler would take longer than all the training of images this small
     epochs = epochs or (QUICK_EPOCHS if quick else EPOCHS)
     digits = load_digits()
     images = torch.from_numpy(digits.images).float().unsqueeze(1) / 16
