@@ -8,6 +8,7 @@ import torch
 
 from rvconvert.errors import ConversionError
 from rvconvert.random_variable import RandomVariable
+from rvconvert.rules.quadrature import flushed
 
 __all__ = ["attach_penalty", "variance_penalty"]
 
@@ -52,7 +53,7 @@ class _Attach(torch.autograd.Function):
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None, None]:
         (var,) = ctx.saved_tensors
         slope = 2 * var if ctx.kind == "squared" else torch.ones_like(var)
-        return grad, slope * (ctx.factor / var.numel()), None, None
+        return grad, flushed(slope * (ctx.factor / var.numel())), None, None
 
 
 def attach_penalty(y: RandomVariable, weight: float = 50.0, kind: str = "squared", scale: float = 1.0) -> torch.Tensor:
