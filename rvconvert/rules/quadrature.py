@@ -102,13 +102,13 @@ class Activation(NamedTuple):
     kinked: bool = False
 
 
-def flushed(x: Tensor) -> Tensor:
-    """A variance, or a gradient by one, with 0 in the place of what is next to a denormal number (1e-26 in float32).
+def flushed(grad: Tensor) -> Tensor:
+    """A gradient with 0 in the place of what is next to a denormal number (1e-26 in float32), which no optimiser can see.
 
-    The tail of a ReLU and the squared weights of each layer lead there, and a convolution of denormal numbers takes a
-    CPU a hundred times as long as one of others.
+    The tail of an activation and the squared weights of each layer lead there, and a convolution of denormal numbers
+    takes a CPU a hundred times as long as one of others.
     """
-    return F.hardshrink(x, 1e12 * torch.finfo(x.dtype).tiny)
+    return F.hardshrink(grad, 1e12 * torch.finfo(grad.dtype).tiny)
 
 
 def smallest_deviation(dtype: torch.dtype, single: float, double: float) -> float:
@@ -150,7 +150,7 @@ def _moments_backward(mean, var, grad_mean, grad_var, activation, p):
     mean_by_mean, mean_by_var = g, gz / (2 * s)
     var_by_mean, var_by_var = 2 * (dg - d * g) * (var / v), (dgz - d * gz) / s
     by_var = grad_mean * mean_by_var + grad_var * var_by_var
-    return grad_mean * mean_by_mean + grad_var * var_by_mean, flushed(by_var)
+    return flushed(grad_mean * mean_by_mean + grad_var * var_by_mean), flushed(by_var)
 
 
 class _Moments(torch.autograd.Function):
