@@ -144,7 +144,7 @@ def _sides(mean: Tensor, var: Tensor):
 
 def _relu_kernel(mean, var):
     *_, small, small_var, large_var = _sides(mean, var)
-    return small + torch.clamp(mean, min=0.0), flushed(torch.where(mean > 0, large_var, small_var))
+    return small + torch.clamp(mean, min=0.0), torch.where(mean > 0, large_var, small_var)
 
 
 def _relu_backward(mean, var, grad_mean, grad_var):
@@ -154,7 +154,7 @@ def _relu_backward(mean, var, grad_mean, grad_var):
     slope = phi / s
     by_mean = grad_mean * above + grad_var * (2 * expected * (1.0 - above))
     by_var = grad_mean * (0.5 * slope) + grad_var * (above - expected * slope)
-    return by_mean, flushed(by_var)
+    return flushed(by_mean), flushed(by_var)
 
 
 class _Relu(torch.autograd.Function):
@@ -175,7 +175,7 @@ def _two_slopes_kernel(mean, var, c):
     positive = mean > 0
     up, down = small + torch.clamp(mean, min=0.0), small - torch.clamp(mean, max=0.0)
     up_var, down_var = torch.where(positive, large_var, small_var), torch.where(positive, small_var, large_var)
-    return up - c * down, flushed(up_var + c * c * down_var + 2 * c * up * down)
+    return up - c * down, up_var + c * c * down_var + 2 * c * up * down
 
 
 def _two_slopes_partials(mean, var, c):
@@ -193,7 +193,7 @@ def _two_slopes_partials(mean, var, c):
 
 def _two_slopes_backward(mean, var, grad_mean, grad_var, c):
     by_mean, by_var, _ = _two_slopes_partials(mean, var, c)
-    return grad_mean * by_mean[0] + grad_var * by_mean[1], flushed(grad_mean * by_var[0] + grad_var * by_var[1])
+    return tuple(flushed(grad_mean * a + grad_var * b) for a, b in (by_mean, by_var))
 
 
 def _two_slopes_backward_by_slope(mean, var, c, grad_mean, grad_var):
