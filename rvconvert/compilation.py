@@ -48,13 +48,14 @@ def is_enabled() -> bool:
     return _enabled
 
 
-def fused(kernel: Kernel, *tensors: Tensor, constants: tuple[Any, ...] = ()) -> Any:
+def fused(kernel: Kernel, *tensors: Tensor, constants: tuple[Any, ...] = (), cost: int = 1) -> Any:
     """``kernel(*tensors, *constants)`` in one pass over memory.
 
     Args:
         kernel: a module-level function of tensors of one shape, elementwise, giving one or more tensors of that shape.
         tensors: of one shape, dtype and device.
         constants: what else the kernel takes; hashable. Each set of constants is compiled by itself.
+        cost: of one element, with a ReLU's as 1: a costly kernel pays for its compilation on smaller tensors.
 
     Returns:
         What the kernel returns. Differentiable calls, tensor subclasses and traced calls run the kernel as it is.
@@ -70,7 +71,7 @@ def fused(kernel: Kernel, *tensors: Tensor, constants: tuple[Any, ...] = ()) -> 
         first = first.contiguous()
         strides = first.stride()
     flat = [_flat(x, shape, strides) for x in tensors]
-    results = _run_compiled(kernel, flat, constants) if _enabled and n >= LARGE else None
+    results = _run_compiled(kernel, flat, constants) if _enabled and n * cost >= LARGE else None
     if results is None:
         if first.device.type != "cpu":
             return kernel(*tensors, *constants)
