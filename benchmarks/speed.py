@@ -1,0 +1,315 @@
+"""Time, memory and arithmetic of a converted model's training step and forward pass, against the plain model's.
+
+    python -m benchmarks.speed                                  # this table, on the processor
+    python -m benchmarks.speed --device cuda --dtype tf32       # and --dtype bf16, --variance-bf16
+    python -m benchmarks.speed --device cuda --compile          # whole models through torch.compile, both sides
+
+All variants of a model run in turn in one process; a figure is the median of its times over the plain model's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import copy
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
+
+import dc_vae
+import soft_intro_vae
+from beta_tcvae import BetaTCVAE
+from vae import VanillaVAE
+
+import rvconvert
+from benchmarks.naive import NaiveDecoder
+
+Run = Callable[[], Tensor]
+SAMPLES = (1, 2, 4, 16)
+
+
+class Autoencoder(nn.Module):
+    """An encoder and a decoder of an example that has no class for the whole."""
+
+    def __init__(self, encoder: nn.Module, decoder: nn.Module) -> None:
+        super().__init__()
+        self.encoder, self.decoder = encoder, decoder
+
+    def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self.encoder(x)
+
+    def decode(self, z: Tensor) -> Tensor:
+        return self.decoder(z)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        mu, logvar = self.encoder(x)
+        return self.decoder(mu + torch.randn_like(mu) * torch.exp(0.5 * logvar)), mu, logvar
+
+
+def dc() -> nn.Module:
+    return Autoencoder(dc_vae.Encoder(128), dc_vae.Decoder(128))
+
+
+def soft_intro() -> nn.Module:
+    channels = soft_intro_vae.SETTINGS["cifar10"].channels
+    return Autoencoder(soft_intro_vae.Encoder(3, 128, channels, 32), soft_intro_vae.Decoder(3, 128, channels, 32))
+
+
+MODELS: dict[str, tuple[Callable[[], nn.Module], int, int]] = {  # constructor, image size, batch
+    "VanillaVAE": (VanillaVAE, 64, 64),
+    "beta-TCVAE": (BetaTCVAE, 64, 64),
+    "DC-VAE": (dc, 32, 32),
+    "Soft-Intro-VAE": (soft_intro, 32, 32),
+}
+
+
+def loss_of(out: Tensor, x: Tensor, mu: Tensor, logvar: Tensor) -> Tensor:
+    kl = -0.5 * (1 + logvar - mu.square() - logvar.exp()).mean()
+    return (out.float() - x).square().mean() + 1e-3 * kl.float()
+
+
+def steps_of(plain: nn.Module, x: Tensor, args: argparse.Namespace) -> dict[str, Run]:
+    """Every variant's forward pass with its loss."""
+
+    def converted(**options: object) -> nn.Module:
+        return rvconvert.convert(plain, example_inputs=x, **options)
+
+    models = {"plain": plain, "rvconvert": converted()}
+    if args.variance_bf16:
+        models["rvconvert, variance in bfloat16"] = converted(variance_dtype=torch.bfloat16)
+    if args.compile:
+        models |= {f"{name}, compiled": torch.compile(copy.deepcopy(m), mode=args.mode) for name, m in models.items()}
+    steps: dict[str, Run] = {}
+    for name, m in models.items():
+
+        def step(m: nn.Module = m) -> Tensor:
+            out, mu, logvar = m(x)
+            return loss_of(out, x, mu, logvar)
+
+        steps[name] = step
+
+    def sampled(count: int) -> Tensor:
+        mu, logvar = plain.encode(x)
+        std = torch.exp(0.5 * logvar)
+        z = (mu + torch.randn(count, *mu.shape, device=mu.device) * std).flatten(0, 1)
+        out = plain.decode(z).unflatten(0, (count, -1)).mean(0)
+        return loss_of(out, x, mu, logvar)
+
+    for count in SAMPLES:
+        steps[f"Monte Carlo, {count} sample{'s' * (count > 1)}"] = lambda count=count: sampled(count)
+    layers = sequential_decoder(plain)
+    if layers is not None:
+        naive = NaiveDecoder(layers)
+
+        def naive_step() -> Tensor:
+            mu, logvar = plain.encode(x)
+            out, var = naive(mu, logvar.exp())
+            return loss_of(out, x, mu, logvar) + 50.0 * var.square().mean()
+
+        steps["the paper's method, naive"] = naive_step
+        with contextlib.suppress(ImportError):
+            steps["fastbnns"] = fastbnns_step(plain, layers, x)
+    return steps
+
+
+def sequential_decoder(model: nn.Module) -> list[nn.Module | tuple[int, ...]] | None:
+    """A decoder as a list of layers and views, where it is one."""
+    if isinstance(model, VanillaVAE):
+        layers: list[nn.Module | tuple[int, ...]] = [model.decoder_input, tuple(model.bottom_shape)]
+        return layers + [layer for block in (*model.decoder, model.final_layer) for layer in block]
+    return None
+
+
+def fastbnns_step(plain: nn.Module, layers: list[nn.Module | tuple[int, ...]], x: Tensor) -> Run:
+    """The same decoder converted by fastbnns, its weights' own uncertainty included, as it cannot be left out."""
+    from fastbnns.bnn.base import BNN
+    from fastbnns.bnn.types import MuVar
+
+    modules = [nn.Unflatten(1, layer) if isinstance(layer, tuple) else copy.deepcopy(layer) for layer in layers]
+    decoder = BNN(nn=nn.Sequential(*modules), convert_in_place=False).to(x.device)
+
+    def step() -> Tensor:
+        mu, logvar = plain.encode(x)
+        y = decoder(MuVar((mu, logvar.exp())))
+        return loss_of(y[0], x, mu, logvar) + 50.0 * y[1].square().mean()
+
+    return step
+
+
+class Meter:
+    """Measures runs on one device: interleaved, median."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.args = args
+        self.cuda = args.device == "cuda"
+        self.clock = time.process_time if args.clock == "process" else time.perf_counter
+
+    def autocast(self) -> contextlib.AbstractContextManager[None]:
+        return torch.autocast(self.args.device, torch.bfloat16, enabled=self.args.dtype == "bf16")
+
+    def once(self, run: Run, parameters: list[Tensor], train: bool) -> float:
+        if self.cuda:
+            torch.cuda.synchronize()
+        start = self.clock()
+        if train:
+            with self.autocast():
+                loss = run()
+            loss.backward()
+        else:
+            with self.autocast(), torch.no_grad():
+                run()
+        if self.cuda:
+            torch.cuda.synchronize()
+        seconds = self.clock() - start
+        for p in parameters:
+            p.grad = None
+        return seconds
+
+    def times(self, runs: dict[str, Run], parameters: list[Tensor], train: bool) -> tuple[dict[str, float], dict[str, str]]:
+        """Median seconds of each run, and why a run could not be."""
+        failed: dict[str, str] = {}
+        for name, run in runs.items():
+            try:
+                for _ in range(2):  # compiles what is to be compiled
+                    self.once(run, parameters, train)
+            except Exception as error:
+                if name in ("plain", "rvconvert"):
+                    raise
+                failed[name] = f"{type(error).__name__}: {error}".splitlines()[0][:90]
+        seconds: dict[str, list[float]] = {name: [] for name in runs if name not in failed}
+        for _ in range(self.args.rounds):
+            for name in seconds:
+                seconds[name].append(self.once(runs[name], parameters, train))
+        return {name: statistics.median(s) for name, s in seconds.items()}, failed
+
+    def memory(self, run: Run, parameters: list[Tensor]) -> float:
+        """Bytes: the peak on a GPU; on the processor, what a step keeps for its backward pass, each storage once."""
+        if self.cuda:
+            torch.cuda.reset_peak_memory_stats()
+            self.once(run, parameters, True)
+            return float(torch.cuda.max_memory_allocated())
+        kept: dict[int, int] = {}
+        held = []
+
+        def pack(t: Tensor) -> Tensor:
+            storage = t.untyped_storage()
+            kept[storage.data_ptr()] = storage.nbytes()
+            held.append(t)
+            return t
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            loss = run()
+        del loss
+        return float(sum(kept.values()))
+
+
+def flops(run: Run, train: bool) -> float:
+    with FlopCounterMode(display=False) as counter:
+        loss = run()
+        if train:
+            loss.backward()
+    return float(counter.get_total_flops())
+
+
+def measure(name: str, args: argparse.Namespace) -> dict[str, object]:
+    """Ratios to the plain model of every variant of one model."""
+    torch.manual_seed(0)
+    build, size, batch = MODELS[name]
+    plain = build().to(args.device)
+    x = torch.rand(args.batch or batch, 3, size, size, device=args.device)
+    meter = Meter(args)
+    result: dict[str, object] = {"model": name, "batch": len(x), "rows": {}}
+    rows: dict[str, dict[str, float | str]] = {}
+    runs = steps_of(plain, x, args)
+    parameters = list(plain.parameters())
+    seconds, failed = meter.times(runs, parameters, True)
+    base_flops, base_memory = flops(runs["plain"], True), meter.memory(runs["plain"], parameters)
+    result["plain_seconds"] = seconds["plain"]
+    for variant, run in runs.items():
+        if variant in failed:
+            rows[variant] = {"failed": failed[variant]}
+            continue
+        row: dict[str, float | str] = {"step": seconds[variant] / seconds["plain"]}
+        if "compiled" not in variant:
+            row["flops"] = flops(run, True) / base_flops
+            row["memory"] = meter.memory(run, parameters) / base_memory
+        rows[variant] = row
+    plain.eval()
+    with torch.no_grad():
+        evaluated = steps_of(plain, x, args)  # converted in eval mode
+    evaluated = {k: v for k, v in evaluated.items() if k not in failed and "naive" not in k and k != "fastbnns"}
+    back = rvconvert.to_plain(rvconvert.convert(plain, example_inputs=x))
+
+    def back_step() -> Tensor:
+        out, mu, logvar = back(x)
+        return loss_of(out, x, mu, logvar)
+
+    evaluated["to_plain"] = back_step
+    seconds, failed = meter.times(evaluated, parameters, False)
+    for variant, value in seconds.items():
+        rows.setdefault(variant, {})["forward"] = value / seconds["plain"]
+    result["rows"] = rows
+    return result
+
+
+def table(results: list[dict[str, object]], args: argparse.Namespace) -> Table:
+    title = f"Times over the plain model's ({args.device}, {args.dtype}, {args.clock} clock, median of {args.rounds})"
+    made = Table(title=title)
+    for heading in ("model", "variant", "training step", "FLOPs of it", "memory of it", "forward in eval mode"):
+        made.add_column(heading, justify="left" if heading in ("model", "variant") else "right")
+    for result in results:
+        label = f"{result['model']}, batch {result['batch']}, plain step {1e3 * result['plain_seconds']:.0f} ms"  # type: ignore[operator]
+        for variant, row in result["rows"].items():  # type: ignore[attr-defined]
+            if "failed" in row:
+                made.add_row(label, variant, row["failed"], "", "", "")
+            else:
+                cells = (row.get(column) for column in ("step", "flops", "memory", "forward"))
+                made.add_row(label, variant, *("" if cell is None else f"{cell:.2f}" for cell in cells))
+            label = ""
+        made.add_section()
+    return made
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--dtype", default="fp32", choices=("fp32", "tf32", "bf16"), help="bf16: autocast")
+    parser.add_argument("--variance-bf16", action="store_true", help="also variance_dtype=torch.bfloat16")
+    parser.add_argument("--compile", action="store_true", help="also both models through torch.compile")
+    parser.add_argument("--mode", default=None, help="torch.compile's mode, for instance reduce-overhead")
+    parser.add_argument("--no-kernels", action="store_true", help="compile nothing, not even elementwise kernels")
+    parser.add_argument("--batch", type=int, help="the examples' own unless given")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--clock", default="wall", choices=("wall", "process"), help="process: for a shared machine")
+    parser.add_argument("--json", type=Path, help="write the figures here too")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    if args.no_kernels:
+        rvconvert.compilation.disable()
+    if args.dtype == "tf32":
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    console = Console(width=None if sys.stdout.isatty() else 150)
+    results = []
+    for name in args.models:
+        results.append(measure(name, args))
+        console.print(f"{name} done", style="dim")
+    console.print(table(results, args))
+    if args.json:
+        args.json.write_text(json.dumps({"settings": {k: str(v) for k, v in vars(args).items()}, "results": results}, indent=1))
+
+
+if __name__ == "__main__":
+    main()
