@@ -2,8 +2,9 @@
 
 The moments of an activation are some fifty operations on each element. Run one after the other on whole tensors they
 cost many times the convolutions beside them, all of it memory traffic. ``fused(kernel, *tensors)`` runs them in one
-pass: large tensors through ``torch.compile``, once for each kernel and dtype and for any size; without a compiler, in
-blocks that stay in the processor's cache. ``RVCONVERT_COMPILE=0`` in the environment, or ``disable()``, chooses the blocks.
+pass: through ``torch.compile``, once for each kernel and dtype and for any size, as soon as the tensors are large or the
+calls so far add up; until then, and without a compiler, in blocks that stay in the processor's cache.
+``RVCONVERT_COMPILE=0`` in the environment, or ``disable()``, chooses the blocks.
 """
 
 from __future__ import annotations
@@ -22,12 +23,19 @@ __all__ = ["disable", "enable", "fused", "is_enabled"]
 
 Kernel = Callable[..., "Tensor | tuple[Tensor, ...]"]
 
-LARGE = 1 << 21  # elements from which compiling a kernel (tens of seconds, once) can pay
-BLOCK = 1 << 15  # elements of a block: its temporaries stay in a core's cache
+LARGE = 1 << 21  # elements of one call from which a kernel is compiled (seconds, once, then cached on disk)
+MANY = 1 << 26  # elements of all calls so far, for which blocks have lost about as much time as compiling takes
+SMALL = 1 << 13  # elements below which a compiled kernel gains nothing
+BLOCK = 1 << 15  # elements of a block for each core: temporaries stay in its cache, and torch gives a core no less
+
+# Inductor copies what is used twice into each use, which takes minutes for the recurrences of a quadrature. Realized early
+# and fused again, every intermediate is computed once.
+_INDUCTOR = {"realize_opcount_threshold": 3, "max_fusion_size": 4096}
 
 logger = logging.getLogger("rvconvert")
 _enabled = os.environ.get("RVCONVERT_COMPILE", "1") != "0"
 _compiled: dict[Any, Callable[..., Any]] = {}
+_so_far: dict[Any, int] = {}  # elements that each kernel has run block by block
 _lock = threading.RLock()
 
 
@@ -55,7 +63,7 @@ def fused(kernel: Kernel, *tensors: Tensor, constants: tuple[Any, ...] = (), cos
         kernel: a module-level function of tensors of one shape, elementwise, giving one or more tensors of that shape.
         tensors: of one shape, dtype and device.
         constants: what else the kernel takes; hashable. Each set of constants is compiled by itself.
-        cost: of one element, with a ReLU's as 1: a costly kernel pays for its compilation on smaller tensors.
+        cost: of one element, with a ReLU's as 1: a costly kernel pays for its compilation on fewer elements.
 
     Returns:
         What the kernel returns. Differentiable calls, tensor subclasses and traced calls run the kernel as it is.
@@ -64,14 +72,16 @@ def fused(kernel: Kernel, *tensors: Tensor, constants: tuple[Any, ...] = (), cos
     if torch.compiler.is_compiling() or torch.is_grad_enabled() or not all(map(_is_plain, tensors)):
         return kernel(*tensors, *constants)
     n = first.numel()
-    if n <= BLOCK or torch._C._len_torch_dispatch_stack():
+    key = (kernel, constants, first.dtype, first.device.type)
+    ready = key in _compiled and _enabled
+    if n <= (SMALL if ready else BLOCK) or torch._C._len_torch_dispatch_stack():
         return kernel(*tensors, *constants)
     shape, strides = first.shape, first.stride()
     if not _is_dense(first):
         first = first.contiguous()
         strides = first.stride()
     flat = [_flat(x, shape, strides) for x in tensors]
-    results = _run_compiled(kernel, flat, constants) if _enabled and n * cost >= LARGE else None
+    results = _run_compiled(key, flat) if ready or _pays(key, n * cost) else None
     if results is None:
         if first.device.type != "cpu":
             return kernel(*tensors, *constants)
@@ -99,26 +109,34 @@ def _flat(x: Tensor, shape: torch.Size, strides: tuple[int, ...]) -> Tensor:
 
 
 def _by_blocks(kernel: Kernel, flat: list[Tensor], constants: tuple[Any, ...]) -> Any:
-    n = flat[0].numel()
+    n, size = flat[0].numel(), BLOCK * torch.get_num_threads()
     results: tuple[Tensor, ...] = ()
     single = False
-    for start in range(0, n, BLOCK):
-        parts = kernel(*(x[start : start + BLOCK] for x in flat), *constants)
+    for start in range(0, n, size):
+        parts = kernel(*(x[start : start + size] for x in flat), *constants)
         single = isinstance(parts, Tensor)
         parts = (parts,) if isinstance(parts, Tensor) else parts
         if not results:
             results = tuple(torch.empty(n, dtype=x.dtype, device=x.device) for x in parts)
         for result, part in zip(results, parts, strict=True):
-            result[start : start + BLOCK] = part
+            result[start : start + size] = part
     return results[0] if single else results
 
 
-def _run_compiled(kernel: Kernel, flat: list[Tensor], constants: tuple[Any, ...]) -> Any:
+def _pays(key: Any, work: int) -> bool:
+    """Whether to compile now: one call is large, or all so far have lost what compiling takes."""
+    if not _enabled:
+        return False
+    _so_far[key] = _so_far.get(key, 0) + work
+    return work >= LARGE or _so_far[key] >= MANY
+
+
+def _run_compiled(key: Any, flat: list[Tensor]) -> Any:
     """The kernel's results by Inductor; None where it cannot compile, after one line of warning."""
-    key = (kernel, constants, flat[0].dtype, flat[0].device.type)
     function = _compiled.get(key)
     if function is not None:
         return function(*flat)
+    kernel, constants, *_ = key
     with _lock:
         if not _enabled:
             return None
@@ -132,7 +150,9 @@ def _run_compiled(kernel: Kernel, flat: list[Tensor], constants: tuple[Any, ...]
             logger.warning("rvconvert: no compiled kernels, training will be slower (%s)", reason[:200])
             return None
         _compiled[key] = function
-        logger.info("rvconvert: compiled %s in %.1f s", kernel.__name__.strip("_"), time.perf_counter() - start)
+        seconds = time.perf_counter() - start
+        level = logging.WARNING if seconds > 1 else logging.INFO  # a pause is explained without being asked
+        logger.log(level, "rvconvert: compiled %s in %.1f s (once; cached on disk)", kernel.__name__.strip("_"), seconds)
         return results
 
 
@@ -142,4 +162,4 @@ def _specialised(kernel: Kernel, constants: tuple[Any, ...]) -> Callable[..., An
 
     # Dynamo counts recompilations by code object, so each kernel gets one of its own.
     call.__code__ = call.__code__.replace(co_name=getattr(kernel, "__name__", "kernel").strip("_"))
-    return torch.compile(call, dynamic=True, fullgraph=True)
+    return torch.compile(call, dynamic=True, fullgraph=True, options=_INDUCTOR)

@@ -98,12 +98,12 @@ class Conversion:
             self._penalty = penalty if self._penalty is None else self._penalty + penalty
             self.last_penalty = self._penalty
         if not options.attach or options.penalty == 0:
-            return value.mean
-        return attach_penalty(value, options.penalty, options.penalty_kind, self.penalty_scale)
+            return value.mean.contiguous()
+        return attach_penalty(value.contiguous(), options.penalty, options.penalty_kind, self.penalty_scale)
 
     def take_mean(self, value: Any) -> Any:
         """The mean of a random variable that is not a reconstruction: a latent, a scalar loss."""
-        return value.mean if isinstance(value, RandomVariable) else value
+        return value.mean.contiguous() if isinstance(value, RandomVariable) else value
 
     # --- running --------------------------------------------------------------------------------
 
@@ -124,7 +124,9 @@ class Conversion:
         count = len(results) - len(program.attributes)
         for (path, attribute), value in zip(program.attributes, results[count:], strict=True):
             setattr(model.get_submodule(path), attribute, value)
-        return program.outputs.build(iter(results[:count]))
+        # Rules may have changed the order in memory; a caller's view() asks for the plain one.
+        leaving = (x.contiguous() if isinstance(x, RandomVariable) else x for x in results[:count])
+        return program.outputs.build(leaving)
 
     def method(self, name: str) -> Callable[..., Any]:
         """The plain class's own method, unbound."""

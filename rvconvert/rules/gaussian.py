@@ -37,6 +37,7 @@ from rvconvert.rules.quadrature import (
     quadrature_gain,
     smallest_deviation,
 )
+from rvconvert.rules.sigmoidal import sigmoid_moments, tanh_moments
 
 Moments = tuple[Tensor, Tensor]
 GAINS: dict[Callable[..., Moments], Callable[..., Tensor]] = {}
@@ -878,10 +879,10 @@ def _elu_value(x: Tensor, alpha: float, rate: float) -> Tensor:
 _ELU = Activation(_elu_value, _elu_increment, _elu_slope, KINKED_NODES, kinked=True)
 
 
-def _by_quadrature(activation: Activation, name: str, doc: str):
+def _by_quadrature(activation: Activation, name: str, doc: str, moments: Callable[..., Moments] | None = None):
     @_widened
     def function(mean: Tensor, var: Tensor) -> Moments:
-        return activation_moments(activation, mean, var)
+        return activation_moments(activation, mean, var) if moments is None else moments(mean, var)
 
     function.__name__ = function.__qualname__ = name
     function.__doc__ = doc
@@ -893,8 +894,8 @@ def _by_quadrature(activation: Activation, name: str, doc: str):
     return function
 
 
-sigmoid = _by_quadrature(_SIGMOID, "sigmoid", "1/(1 + e^-x), by quadrature of 28 nodes.")
-tanh = _by_quadrature(_TANH, "tanh", "tanh x, by quadrature of 34 nodes.")
+sigmoid = _by_quadrature(_SIGMOID, "sigmoid", "1/(1 + e^-x), by the trapezoid rule or as a sum of erfs.", sigmoid_moments)
+tanh = _by_quadrature(_TANH, "tanh", "tanh x, by the trapezoid rule or as a sum of erfs.", tanh_moments)
 silu = _by_quadrature(_SILU, "silu", "x sigmoid(x), by quadrature of 28 nodes.")
 mish = _by_quadrature(_MISH, "mish", "x tanh(softplus(x)), by quadrature of 28 nodes.")
 logsigmoid = _by_quadrature(_LOGSIGMOID, "logsigmoid", "log sigmoid(x), by quadrature of 28 nodes.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import reduce
 from typing import Any
 
@@ -16,15 +17,32 @@ from rvconvert.rules.kinds import Bilinear, Composite, FixedLinear, add_rule, mo
 
 _INDEPENDENT = "inputs are independent"
 
+
+@dataclass(frozen=True)
+class Convolution(Bilinear):
+    """A convolution; of images on a CPU with the channels last in memory, where torch's take as little as half the time.
+
+    What follows keeps that order, so that it is changed once; a variable that leaves the model is put back.
+    """
+
+    def __call__(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> RandomVariable:
+        def channels_last(input: torch.Tensor, *rest: Any, **options: Any) -> Any:
+            if input.is_cpu and input.ndim == 4 and torch.backends.mkldnn.is_available():
+                input = input.contiguous(memory_format=torch.channels_last)
+            return func(input, *rest, **options)
+
+        return super().__call__(func if torch.compiler.is_compiling() else channels_last, args, kwargs)
+
+
 add_rule("linear", Bilinear(), Exactness.EXACT_IF_INDEPENDENT, _INDEPENDENT, modules=(nn.Linear,))
 for _dims, _conv, _transposed in (
     (1, nn.Conv1d, nn.ConvTranspose1d),
     (2, nn.Conv2d, nn.ConvTranspose2d),
     (3, nn.Conv3d, nn.ConvTranspose3d),
 ):
-    add_rule(f"conv{_dims}d", Bilinear(), Exactness.EXACT_IF_INDEPENDENT, _INDEPENDENT, modules=(_conv,))
+    add_rule(f"conv{_dims}d", Convolution(), Exactness.EXACT_IF_INDEPENDENT, _INDEPENDENT, modules=(_conv,))
     add_rule(
-        f"conv_transpose{_dims}d", Bilinear(), Exactness.EXACT_IF_INDEPENDENT, _INDEPENDENT, modules=(_transposed,)
+        f"conv_transpose{_dims}d", Convolution(), Exactness.EXACT_IF_INDEPENDENT, _INDEPENDENT, modules=(_transposed,)
     )
 for _name, _operands in (
     *((name, ("input", "other")) for name in ("matmul", "inner", "kron")),

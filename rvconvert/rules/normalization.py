@@ -275,8 +275,9 @@ def _group_norm(
     input: Any, num_groups: int, weight: Any = None, bias: Any = None, eps: float = 1e-5, cudnn_enabled: bool = True
 ) -> Any:
     with full_precision(input):
-        grouped_mean, grouped_var = (part.reshape(input.shape[0], num_groups, -1) for part in (input.mean, input.var))
-        mean, var = (part.reshape(input.shape) for part in standardized(grouped_mean, grouped_var, (2,), eps))
+        grouped = [part.unflatten(1, (num_groups, -1)) for part in (input.mean, input.var)]  # a view in any memory order
+        axes = tuple(range(2, input.ndim + 1))
+        mean, var = (part.flatten(1, 2) for part in standardized(*grouped, axes, eps))
         return _scaled(input, mean, var, _per_channel(weight, input.ndim), _per_channel(bias, input.ndim))
 
 
