@@ -6,7 +6,7 @@ Nodes come in pairs +-z. With t = tanh(mean), c = 1 - t², e = exp(-2 s z), g = 
     tanh(mean +- s z) - t = +-u c / (1 +- t u),
 
 so a pair takes one division, and e and g of the next pair follow from those of this one by a product: one exponential
-serves all nodes, and no term cancels, however small s is. Larger deviations: tanh x = sum_i a_i erf(b_i x) within 2e-7
+serves several nodes, and no term cancels, however small s is. Larger deviations: tanh x = sum_i a_i erf(b_i x) within 2e-7
 (Monahan and Stefanski 1992, for the logistic function), whose Gaussian means are closed; E[tanh²] = 1 - dE/dm.
 """
 
@@ -28,6 +28,7 @@ _WEIGHTS = [math.exp(-0.5 * (j * _STEP) ** 2) for j in range(1, 23)]
 _TOTAL = 1 + 2 * sum(_WEIGHTS)
 _PAIRS = [(j * _STEP, w / _TOTAL) for j, w in enumerate(_WEIGHTS, 1)]
 _CENTRE = 1 / _TOTAL
+_RUN = 4  # pairs after which the recurrence starts anew: longer ones take a compiler minutes
 _WIDEST = 1.9  # deviation beyond which the sum of error functions takes over
 _ERFS = tuple(
     zip(
@@ -40,16 +41,20 @@ _ERFS = tuple(
 
 def _pairs(s: Tensor, c: Tensor, t2: Tensor):
     """For each pair of nodes: z, its weight, g, e, b, A = g², B = b², and r = 1 / (c B + 4 t² e) = 1 / (B - t² A)."""
-    # 1 - exp(-2 s h) by tanh: Inductor's expm1 is exp - 1, which cancels.
-    half = torch.tanh(_STEP * s)
-    first_g = 2 * half / (1 + half)
-    first_e = 1 - first_g
-    g, e = first_g, first_e
-    for z, w in _PAIRS:
+    first_e, first_g = _from_centre(_STEP * s)
+    for j, (z, w) in enumerate(_PAIRS):
+        if j % _RUN == 0:
+            e, g = _from_centre(z * s)
         b = 1 + e
         square_g, square_b = g * g, b * b
         yield z, w, g, e, b, square_g, square_b, 1 / (c * square_b + 4 * t2 * e)
         g, e = g + e * first_g, e * first_e
+
+
+def _from_centre(x: Tensor) -> tuple[Tensor, Tensor]:
+    """exp(-2x) and 1 - exp(-2x), by tanh: Inductor's expm1 is exp - 1, which cancels."""
+    e = torch.exp(-2 * x)
+    return e, torch.tanh(x) * (1 + e)
 
 
 def _at(mean: Tensor, var: Tensor, least: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
