@@ -1,10 +1,12 @@
 """Time, memory and arithmetic of a converted model's training step and forward pass, against the plain model's.
 
-    python -m benchmarks.speed                                  # this table, on the processor
-    python -m benchmarks.speed --device cuda --dtype tf32       # and --dtype bf16, --variance-bf16
-    python -m benchmarks.speed --device cuda --compile          # whole models through torch.compile, both sides
+    python -m benchmarks.speed                  # on the processor
+    python -m benchmarks.speed --device cuda    # on a GPU: TF32 and bf16 autocast, eager and compiled, the whole table
+    python -m benchmarks.speed --no-kernels     # compiling nothing
+    python -m benchmarks.speed --models VanillaVAE --rounds 3 --gate 4    # exit code 1 above this ratio
 
-All variants of a model run in turn in one process; a figure is the median of its times over the plain model's.
+All variants of a model run in turn in one process; a figure is the median of its times over the plain model's. FLOPs and
+bytes are those of one training step: bytes, what each operation reads and writes once, an elementwise kernel being one.
 """
 
 from __future__ import annotations
@@ -23,6 +25,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
@@ -34,9 +38,10 @@ from vae import VanillaVAE
 
 import rvconvert
 from benchmarks.naive import NaiveDecoder
+from rvconvert.rules import gaussian, quadrature, sigmoidal
 
 Run = Callable[[], Tensor]
-SAMPLES = (1, 2, 4, 16)
+SAMPLES = (1, 2, 3, 4, 16)
 
 
 class Autoencoder(nn.Module):
@@ -214,12 +219,53 @@ class Meter:
         return float(sum(kept.values()))
 
 
-def flops(run: Run, train: bool) -> float:
+def flops(run: Run) -> float:
     with FlopCounterMode(display=False) as counter:
-        loss = run()
-        if train:
-            loss.backward()
+        run().backward()
     return float(counter.get_total_flops())
+
+
+class BytesMoved(TorchDispatchMode):
+    """Bytes that operations read and write, views aside; a fused kernel reads its inputs and writes its results once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.total = 0
+        self.kernels = (gaussian, quadrature, sigmoidal)
+
+    def add(self, *values: object) -> None:
+        self.total += sum(x.numel() * x.element_size() for x in tree_leaves(values) if isinstance(x, Tensor))
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        result = func(*args, **(kwargs or {}))
+        if not func.is_view and "empty" not in func.__name__ and "detach" not in func.__name__:
+            self.add(args, kwargs, result)
+        return result
+
+    def __enter__(self) -> BytesMoved:
+        self.fused = gaussian.fused
+
+        def counted(kernel: Callable[..., object], *tensors: Tensor, **options: object) -> object:
+            with torch._C._DisableTorchDispatch():
+                result = self.fused(kernel, *tensors, **options)
+            self.add(tensors, result)
+            return result
+
+        for module in self.kernels:
+            module.fused = counted  # type: ignore[assignment]
+        super().__enter__()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        super().__exit__(*error)
+        for module in self.kernels:
+            module.fused = self.fused
+
+
+def bytes_moved(run: Run) -> float:
+    with BytesMoved() as counter:
+        run().backward()
+    return float(counter.total)
 
 
 def measure(name: str, args: argparse.Namespace) -> dict[str, object]:
@@ -234,7 +280,8 @@ def measure(name: str, args: argparse.Namespace) -> dict[str, object]:
     runs = steps_of(plain, x, args)
     parameters = list(plain.parameters())
     seconds, failed = meter.times(runs, parameters, True)
-    base_flops, base_memory = flops(runs["plain"], True), meter.memory(runs["plain"], parameters)
+    base_flops, base_bytes = flops(runs["plain"]), bytes_moved(runs["plain"])
+    base_memory = meter.memory(runs["plain"], parameters)
     result["plain_seconds"] = seconds["plain"]
     for variant, run in runs.items():
         if variant in failed:
@@ -242,7 +289,8 @@ def measure(name: str, args: argparse.Namespace) -> dict[str, object]:
             continue
         row: dict[str, float | str] = {"step": seconds[variant] / seconds["plain"]}
         if "compiled" not in variant:
-            row["flops"] = flops(run, True) / base_flops
+            row["flops"] = flops(run) / base_flops
+            row["bytes"] = bytes_moved(run) / base_bytes
             row["memory"] = meter.memory(run, parameters) / base_memory
         rows[variant] = row
     plain.eval()
@@ -266,15 +314,15 @@ def measure(name: str, args: argparse.Namespace) -> dict[str, object]:
 def table(results: list[dict[str, object]], args: argparse.Namespace) -> Table:
     title = f"Times over the plain model's ({args.device}, {args.dtype}, {args.clock} clock, median of {args.rounds})"
     made = Table(title=title)
-    for heading in ("model", "variant", "training step", "FLOPs of it", "memory of it", "forward in eval mode"):
+    for heading in ("model", "variant", "training step", "FLOPs", "bytes", "memory", "forward in eval mode"):
         made.add_column(heading, justify="left" if heading in ("model", "variant") else "right")
     for result in results:
         label = f"{result['model']}, batch {result['batch']}, plain step {1e3 * result['plain_seconds']:.0f} ms"  # type: ignore[operator]
         for variant, row in result["rows"].items():  # type: ignore[attr-defined]
             if "failed" in row:
-                made.add_row(label, variant, row["failed"], "", "", "")
+                made.add_row(label, variant, row["failed"], "", "", "", "")
             else:
-                cells = (row.get(column) for column in ("step", "flops", "memory", "forward"))
+                cells = (row.get(column) for column in ("step", "flops", "bytes", "memory", "forward"))
                 made.add_row(label, variant, *("" if cell is None else f"{cell:.2f}" for cell in cells))
             label = ""
         made.add_section()
@@ -285,9 +333,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
-    parser.add_argument("--dtype", default="fp32", choices=("fp32", "tf32", "bf16"), help="bf16: autocast")
-    parser.add_argument("--variance-bf16", action="store_true", help="also variance_dtype=torch.bfloat16")
-    parser.add_argument("--compile", action="store_true", help="also both models through torch.compile")
+    dtypes = ("fp32", "tf32", "bf16")
+    parser.add_argument("--dtypes", nargs="+", choices=dtypes, help="bf16: autocast; default fp32, on a GPU tf32 and bf16")
+    parser.add_argument("--variance-bf16", action="store_true", help="also variance_dtype=torch.bfloat16; always on a GPU")
+    parser.add_argument("--compile", action="store_true", help="also both models through torch.compile; always on a GPU")
     parser.add_argument("--mode", default=None, help="torch.compile's mode, for instance reduce-overhead")
     parser.add_argument("--no-kernels", action="store_true", help="compile nothing, not even elementwise kernels")
     parser.add_argument("--batch", type=int, help="the examples' own unless given")
@@ -295,20 +344,31 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--clock", default="wall", choices=("wall", "process"), help="process: for a shared machine")
     parser.add_argument("--json", type=Path, help="write the figures here too")
+    parser.add_argument("--gate", type=float, help="exit with 1 where a converted training step takes more than this")
     args = parser.parse_args()
+    if args.device == "cuda":
+        args.compile = args.variance_bf16 = True
     torch.set_num_threads(args.threads)
     if args.no_kernels:
         rvconvert.compilation.disable()
-    if args.dtype == "tf32":
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     console = Console(width=None if sys.stdout.isatty() else 150)
-    results = []
-    for name in args.models:
-        results.append(measure(name, args))
-        console.print(f"{name} done", style="dim")
-    console.print(table(results, args))
-    if args.json:
-        args.json.write_text(json.dumps({"settings": {k: str(v) for k, v in vars(args).items()}, "results": results}, indent=1))
+    measured = []
+    for dtype in args.dtypes or (("tf32", "bf16") if args.device == "cuda" else ("fp32",)):
+        args.dtype = dtype
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.dtype != "fp32"
+        results = []
+        for name in args.models:
+            results.append(measure(name, args))
+            console.print(f"{name}, {args.dtype} done", style="dim")
+            measured.append(results[-1] | {"dtype": args.dtype})
+            if args.json:
+                settings = {k: str(v) for k, v in vars(args).items()}
+                args.json.write_text(json.dumps({"settings": settings, "results": measured}, indent=1))
+        console.print(table(results, args))
+    if args.gate:
+        slow = {r["model"]: r["rows"]["rvconvert"]["step"] for r in measured}  # type: ignore[index]
+        if max(slow.values()) > args.gate:
+            raise SystemExit(f"a training step takes more than {args.gate} times the plain one: {slow}")
 
 
 if __name__ == "__main__":
