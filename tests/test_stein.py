@@ -1,4 +1,4 @@
-"""Low-rank covariance: rows of factors on the latent noises, and an independent remainder."""
+"""Rows of factors by Stein's rule, and an independent remainder."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from torch import Tensor, nn
 
 import rvconvert
 from rvconvert import RandomVariable
-from rvconvert.covariance.lowrank import LowRankVariable, signed_probes, standard_normal
+from rvconvert.covariance.stein import SteinVariable, signed_probes, standard_normal
 from rvconvert.random_variable import Settings
 
 LATENT = 5
 
 
-def latent(mean: Tensor, std: Tensor, rank: int | None = None, seed: int | None = None) -> LowRankVariable:
-    settings = Settings(covariance="lowrank", rank=rank, seed=seed)
+def latent(mean: Tensor, std: Tensor, rank: int | None = None, seed: int | None = None) -> SteinVariable:
+    settings = Settings(covariance="stein", rank=rank, seed=seed)
     return mean + standard_normal(torch.zeros_like(mean), settings) * std
 
 
@@ -263,7 +263,7 @@ class Decoder(nn.Module):
 def test_penalty_has_the_gradient_of_finite_differences():
     torch.manual_seed(2)
     decoder = Decoder().double()
-    rv = rvconvert.convert(decoder, random_inputs=("z",), covariance="lowrank", output="distribution")
+    rv = rvconvert.convert(decoder, random_inputs=("z",), covariance="stein", output="distribution")
     mean = torch.randn(6, LATENT).double().requires_grad_()
     var = (0.1 + torch.rand(6, LATENT).double()).requires_grad_()
 
@@ -298,9 +298,9 @@ def test_converted_vae_leaves_means_and_attaches_the_full_variance(engine):
 
     torch.manual_seed(3)
     vae, x = VAE(), torch.rand(6, 1, 4, 4)
-    out, _, _ = (rv := rvconvert.convert(vae, covariance="lowrank", engine=engine))(x)
-    y, _, _ = (explicit := rvconvert.convert(vae, covariance="lowrank", engine=engine, output="distribution"))(x)
-    assert isinstance(y, LowRankVariable) and torch.allclose(out, y.mean, atol=1e-6)
+    out, _, _ = (rv := rvconvert.convert(vae, covariance="stein", engine=engine))(x)
+    y, _, _ = (explicit := rvconvert.convert(vae, covariance="stein", engine=engine, output="distribution"))(x)
+    assert isinstance(y, SteinVariable) and torch.allclose(out, y.mean, atol=1e-6)
     F.mse_loss(out, x).backward()
     (F.mse_loss(y.mean, x) + rvconvert.variance_penalty(y)).backward()
     assert torch.allclose(rv.last_penalty, rvconvert.variance_penalty(y), rtol=1e-4)
@@ -328,6 +328,6 @@ def test_trained_decoder_keeps_the_variance_that_independence_loses():
             rv = rvconvert.convert(decoder, random_inputs=("z",), output="distribution", **options).eval()
             return float(rv(RandomVariable(mean, std.square())).var.sum() / true)
 
-        assert 0.9 < ratio(covariance="lowrank") < 1.1
-        assert 0.8 < ratio(covariance="lowrank", rank=3, seed=0) < 1.2
+        assert 0.9 < ratio(covariance="stein") < 1.1
+        assert 0.8 < ratio(covariance="stein", rank=3, seed=0) < 1.2
         assert ratio() < 0.6
