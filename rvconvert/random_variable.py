@@ -31,6 +31,7 @@ class Settings:
         strict: refuse an operation with no rule instead of linearising it at the mean.
         variance_dtype: dtype of the variance's matrix work; None keeps the mean's own.
         fuse: adjacent linear maps propagate variance as one (``"independent"`` only).
+        source: which noise source of its model a variable starts from; random inputs count down from -1.
     """
 
     registry: Registry = field(default=REGISTRY, repr=False)
@@ -41,6 +42,7 @@ class Settings:
     strict: bool = False
     variance_dtype: torch.dtype | None = None
     fuse: bool = False
+    source: int = 0
 
     @property
     def needs_rules(self) -> bool:

@@ -26,6 +26,8 @@ __all__ = ["Frame", "LowRankVariable", "cubature_normal"]
 _LEAST = 16
 # More pairs than this are no better where it was measured (64 latents); larger latents get directions drawn for each sample.
 _MOST = 64
+# As many pairs as several sources together may need.
+_JOINT = 4 * _MOST
 
 
 class Frame:
@@ -33,12 +35,13 @@ class Frame:
 
     Attributes:
         nodes: (n, k) values of a sample's k noises on the positive nodes, or None where each sample has its own.
-        flips: pairs from which on, with twice that period, the two nodes of a pair trade places against other sources.
+        flips: numbers p of pairs; in every second p of them the two nodes of a pair trade places. Sources that differ in
+            these are independent of each other on the nodes that they share.
     """
 
     def __init__(self, nodes: Tensor | None) -> None:
         self.nodes = nodes
-        self.flips: list[int] = []
+        self.flips: frozenset[int] = frozenset()
 
 
 class LowRankVariable(Factored, SampledVariable):
@@ -102,17 +105,26 @@ class LowRankVariable(Factored, SampledVariable):
         """The variables' paths on common nodes, and how a result is made of paths."""
         settings = self.settings
         found = [x for x in variables if isinstance(x, LowRankVariable)]
-        frames, count = found[0]._frames, len(found[0].paths) // 2
-        for x in found[1:]:
-            new = [f for f in x._frames if f not in frames]
+        frames: tuple[Frame, ...] = ()
+        count = 1
+        for x in found:
             count = _common(count, len(x.paths) // 2)
-            # Of each node of the other sources both signs of the new ones: their covariance is 0, as it should be.
-            if len(new) == len(x._frames) and settings.rank is None and 2 * count <= _MOST:
-                for frame in new:
-                    frame.flips.append(count)
-                count *= 2
-            frames = (*frames, *new)
+            new = tuple(f for f in x._frames if f not in frames)
+            if frames and new and settings.rank is None:
+                count = _told_apart(frames, new, count)
+            frames += new
         return [_spread(x, count) for x in found], lambda paths: LowRankVariable.of_frames(paths, frames, settings)
+
+
+def _told_apart(frames: tuple[Frame, ...], others: tuple[Frame, ...], count: int) -> int:
+    """How many pairs keep the covariance of two groups of sources at 0: every node of one with both signs of the other's."""
+    for period in (period for frame in (*frames, *others) for period in frame.flips):
+        count = _common(count, 2 * period)
+    if {f.flips for f in frames} & {f.flips for f in others} and 2 * count <= _JOINT:
+        for frame in others:
+            frame.flips |= {count}
+        count *= 2
+    return count
 
 
 def _variance(centres: Tensor) -> Tensor:
@@ -123,7 +135,7 @@ def _variance(centres: Tensor) -> Tensor:
 def _common(a: int, b: int) -> int:
     """How many pairs two sets of nodes are brought to: their least common multiple, if that is no great number."""
     common = math.lcm(a, b)
-    return common if common <= 4 * _MOST else max(a, b)
+    return common if common <= _JOINT else max(a, b)
 
 
 def _spread(x: LowRankVariable, count: int) -> Tensor:
@@ -143,15 +155,16 @@ def cubature_normal(zeros: Tensor, settings: Settings) -> LowRankVariable:
     """Standard normal variables shaped like ``zeros`` (first dimension: the batch) on cubature nodes.
 
     A sample of k elements gets ``settings.rank`` pairs, else k, but whole frames of 16 at least, and 64 at most. With k or
-    more, the frames are the same for every sample (and fixed by the seed, 0 if there is none), so that a sample's result does not depend on
+    more, the frames are the same for every sample (and fixed without a seed too), so that a sample's result does not depend on
     its batch; with fewer, each sample has random orthogonal directions of its own.
     """
     each = zeros.shape[1:] if zeros.ndim > 1 else zeros.shape
     elements = math.prod(each)
     pairs = settings.rank or min(elements * math.ceil(_LEAST / elements), _MOST)
     complete = pairs >= elements
-    seed = 0 if complete and settings.seed is None else settings.seed
-    generator = None if seed is None else torch.Generator(zeros.device).manual_seed(seed)
+    generator = None
+    if complete or settings.seed is not None:
+        generator = torch.Generator(zeros.device).manual_seed((settings.seed or 0) + settings.source)
     like = torch.empty(0, dtype=torch.promote_types(zeros.dtype, torch.float32), device=zeros.device)
     if complete:
         nodes = whole_frames(pairs // elements, elements, like, generator).to(zeros.dtype)
@@ -179,8 +192,9 @@ def whole_frames(count: int, k: int, like: Tensor, generator: torch.Generator | 
 def _orthonormal(batch: int, k: int, count: int, like: Tensor, generator: torch.Generator | None) -> Tensor:
     """(batch, k, count): for each of the batch, ``count`` orthonormal columns in random directions."""
     normal = torch.randn(batch, k, count, dtype=like.dtype, device=like.device, generator=generator)
-    directions: Tensor = torch.linalg.qr(normal)[0]
-    return directions
+    directions, triangle = torch.linalg.qr(normal)
+    signs: Tensor = torch.diagonal(triangle, dim1=-2, dim2=-1).sign().unsqueeze(-2)  # else not uniform (Mezzadri 2007)
+    return directions * signs
 
 
 SOURCES["lowrank"] = cubature_normal
