@@ -65,11 +65,11 @@ def test_means_of_cubics_are_exact_and_rows_and_remainder_make_the_variance(mome
 
 
 def test_whole_frames_have_unit_second_moments_and_the_radii_of_the_normal_law():
-    like, generator = torch.empty(0, dtype=torch.float64), torch.Generator().manual_seed(0)
+    kind = (0, torch.float64, torch.device("cpu"))
     for count, k in ((1, 1), (16, 1), (8, 2), (2, 8), (1, 32)):
-        nodes = whole_frames(count, k, like, generator)
+        nodes = whole_frames(count, k, *kind)
         assert torch.allclose(nodes.T @ nodes / len(nodes), torch.eye(k).double())
-    fourth = whole_frames(64, 2, like, generator).square().sum(1).square().mean()
+    fourth = whole_frames(64, 2, *kind).square().sum(1).square().mean()
     assert fourth == pytest.approx(8, rel=0.15)  # k (k + 2)
 
 
@@ -188,6 +188,17 @@ def test_converted_vae_leaves_means_and_attaches_the_full_variance(engine):
     assert torch.allclose(rv.last_penalty, rvconvert.variance_penalty(y), rtol=1e-4)
     for a, b in zip(rv.parameters(), explicit.parameters(), strict=True):
         assert torch.allclose(a.grad, b.grad, rtol=1e-3, atol=1e-6)
+
+
+def test_a_compiled_model_is_one_graph():
+    torch.manual_seed(3)
+    x = torch.rand(6, 1, 4, 4)
+    rv = rvconvert.convert(VAE(), covariance="lowrank", example_inputs=x).eval()
+    with torch.inference_mode():
+        rv(x)  # the frames that it keeps must not be of inference mode
+    expected = rv(x)[0]
+    expected.sum().backward()
+    assert torch.allclose(torch.compile(rv, fullgraph=True, backend="eager")(x)[0], expected, atol=1e-5)
 
 
 def test_a_model_without_rules_and_a_saved_one_give_the_same(tmp_path):

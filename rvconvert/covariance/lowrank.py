@@ -162,36 +162,49 @@ def cubature_normal(zeros: Tensor, settings: Settings) -> LowRankVariable:
     elements = math.prod(each)
     pairs = settings.rank or min(elements * math.ceil(_LEAST / elements), _MOST)
     complete = pairs >= elements
-    generator = None
-    if complete or settings.seed is not None:
-        generator = torch.Generator(zeros.device).manual_seed((settings.seed or 0) + settings.source)
-    like = torch.empty(0, dtype=torch.promote_types(zeros.dtype, torch.float32), device=zeros.device)
+    seed = (settings.seed or 0) + settings.source
+    dtype = torch.promote_types(zeros.dtype, torch.float32)
     if complete:
-        nodes = whole_frames(pairs // elements, elements, like, generator).to(zeros.dtype)
+        nodes = _kept_frames(pairs // elements, elements, seed, dtype, zeros.device).to(zeros.dtype)
         values = nodes.reshape(len(nodes), *(1,) * (zeros.ndim > 1), *each).expand(len(nodes), *zeros.shape)
         return LowRankVariable.of_frames(torch.cat((values, -values)), (Frame(nodes),), settings)
-    directions = _orthonormal(zeros.shape[0] if zeros.ndim > 1 else 1, elements, pairs, like, generator)
+    generator = None if settings.seed is None else torch.Generator(zeros.device).manual_seed(seed)
+    batch = zeros.shape[0] if zeros.ndim > 1 else 1
+    directions = _orthonormal(torch.randn(batch, elements, pairs, dtype=dtype, device=zeros.device, generator=generator))
     values = math.sqrt(elements) * directions.movedim(2, 0).reshape(pairs, *zeros.shape).to(zeros.dtype)
     return LowRankVariable.of_frames(torch.cat((values, -values)), (Frame(None),), settings)
 
 
-def whole_frames(count: int, k: int, like: Tensor, generator: torch.Generator | None) -> Tensor:
+_FRAMES: dict[tuple[object, ...], Tensor] = {}
+
+
+@torch.compiler.assume_constant_result
+def _kept_frames(count: int, k: int, seed: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """``whole_frames``, drawn once; a constant of a compiled graph."""
+    key = (count, k, seed, dtype, device)
+    if key not in _FRAMES:
+        with torch.inference_mode(False), torch.no_grad():  # what is kept must serve everywhere
+            _FRAMES[key] = whole_frames(*key)
+    return _FRAMES[key]
+
+
+def whole_frames(count: int, k: int, seed: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """(count k, k): ``count`` frames of k orthogonal nodes, randomly turned; their second moments are exactly 1.
 
     One frame has the radius sqrt(k); the squared radii of several are the means of the chi-squared law over as many equal
     parts of its probability, estimated from draws.
     """
-    frames = _orthonormal(count, k, k, like, generator)
+    generator = torch.Generator(device).manual_seed(seed)
+    frames = _orthonormal(torch.randn(count, k, k, dtype=dtype, device=device, generator=generator))
     if count > 1:
-        draws = torch.randn(count * 256, k, dtype=like.dtype, device=like.device, generator=generator).square().sum(1)
-        squares = draws.sort().values.reshape(count, 256).mean(1)
+        draws = torch.randn(count * 256, k, dtype=dtype, device=device, generator=generator)
+        squares = draws.square().sum(1).sort().values.reshape(count, 256).mean(1)
         frames = frames * (squares / squares.mean()).sqrt().reshape(count, 1, 1)
     return math.sqrt(k) * frames.reshape(count * k, k)
 
 
-def _orthonormal(batch: int, k: int, count: int, like: Tensor, generator: torch.Generator | None) -> Tensor:
-    """(batch, k, count): for each of the batch, ``count`` orthonormal columns in random directions."""
-    normal = torch.randn(batch, k, count, dtype=like.dtype, device=like.device, generator=generator)
+def _orthonormal(normal: Tensor) -> Tensor:
+    """(batch, k, n): n orthonormal columns in directions that are uniform, out of standard normal draws."""
     directions, triangle = torch.linalg.qr(normal)
     signs: Tensor = torch.diagonal(triangle, dim1=-2, dim2=-1).sign().unsqueeze(-2)  # else not uniform (Mezzadri 2007)
     return directions * signs
