@@ -24,7 +24,7 @@ __all__ = ["Frame", "LowRankVariable", "cubature_normal"]
 
 # Fewer pairs miss too much beyond third degree: at a deviation of 1 the mean's error is .16 of decode(mu)'s with 8, .11 with 16.
 _LEAST = 16
-# More pairs than this are no better where it was measured (64 latents); larger latents get directions drawn for each sample.
+# Half as many pairs as latents keep that error at .16 (32 of 64), so this bounds the work for many latents.
 _MOST = 64
 # As many pairs as several sources together may need.
 _JOINT = 4 * _MOST
