@@ -306,7 +306,7 @@ _VALUE_OPTIONS: dict[str, dict[str, Any]] = {
         "help": "L_c of squared variances (default), or of variances",
     },
     "covariance": {
-        "choices": ("independent", "lowrank", "sampled"),
+        "choices": ("independent", "lowrank", "stein", "sampled"),
         "help": "how variance is carried (default: independent)",
     },
     "rank": {"type": _at_least_one, "metavar": "R", "help": "rows of factors in low-rank mode"},

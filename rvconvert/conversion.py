@@ -25,7 +25,7 @@ from rvconvert.graph.symbolic import trace_symbolically
 from rvconvert.penalty import KINDS, attach_penalty, variance_penalty
 from rvconvert.random_variable import RandomVariable, Settings, random_variables
 from rvconvert.report import Report
-from rvconvert.rules.noise import SOURCES, entering
+from rvconvert.rules.noise import SOURCES, all_entering
 from rvconvert.structure import Structure, flatten
 
 __all__ = ["Conversion", "Options"]
@@ -112,7 +112,7 @@ class Conversion:
         args, kwargs = self.normalized(name, args, kwargs)
         leaves, structure = flatten((args, kwargs))
         if random_variables(leaves):
-            leaves = [entering(x, self.settings) if isinstance(x, RandomVariable) else x for x in leaves]
+            leaves = list(all_entering(leaves, self.settings))
             args, kwargs = structure.build(iter(leaves))
         program = self.find(name, model, leaves, structure)
         if program is None:

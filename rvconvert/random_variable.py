@@ -23,13 +23,15 @@ class Settings:
 
     Attributes:
         registry: the rule table.
-        covariance: ``"independent"``, ``"lowrank"`` or ``"sampled"``.
-        rank: rows of factors kept in ``"lowrank"`` mode; None keeps one per latent.
+        covariance: ``"independent"``, ``"lowrank"``, ``"stein"`` or ``"sampled"``.
+        rank: pairs of nodes in ``"lowrank"`` mode (None: one per latent, from 8 to 64), rows of factors in ``"stein"``
+            mode (None: one per latent).
         pairs: antithetic pairs of paths in ``"sampled"`` mode.
-        seed: fixes the directions of sampled paths and of random probes; None draws them afresh.
+        seed: fixes the directions of sampled paths, of nodes and of random probes; None draws them afresh.
         strict: refuse an operation with no rule instead of linearising it at the mean.
         variance_dtype: dtype of the variance's matrix work; None keeps the mean's own.
         fuse: adjacent linear maps propagate variance as one (``"independent"`` only).
+        source: which noise source of its model a variable starts from; random inputs count down from -1.
     """
 
     registry: Registry = field(default=REGISTRY, repr=False)
@@ -40,11 +42,12 @@ class Settings:
     strict: bool = False
     variance_dtype: torch.dtype | None = None
     fuse: bool = False
+    source: int = 0
 
     @property
     def needs_rules(self) -> bool:
-        """False where plain functions run on sampled paths, so that any operation goes."""
-        return self.covariance != "sampled"
+        """False where plain functions run on paths, so that any operation goes."""
+        return self.covariance not in ("lowrank", "sampled")
 
     def rule_for(self, func: Callable[..., Any]) -> Rule | None:
         """The rule for a torch function, a declared approximate one if ``strict`` allows, or None."""

@@ -117,7 +117,8 @@ def _option_defaults() -> dict[str, Any]:
     """Every option of ``convert`` that a file can hold, with its default."""
     options = Options()
     found = {f.name: getattr(options, f.name) for f in dataclasses.fields(Options) if f.name != "settings"}
-    return found | {f.name: getattr(options.settings, f.name) for f in dataclasses.fields(Settings) if f.name != "registry"}
+    names = [f.name for f in dataclasses.fields(Settings) if f.name not in ("registry", "source")]
+    return found | {name: getattr(options.settings, name) for name in names}
 
 
 def _to_plain_data(options: Options) -> dict[str, Any]:

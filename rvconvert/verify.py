@@ -24,7 +24,7 @@ from rvconvert.graph.plan import node_row
 from rvconvert.graph.recorder import Recording, unchanged
 from rvconvert.random_variable import RandomVariable, Settings
 from rvconvert.rules.kinds import Elementwise, substitute, unique
-from rvconvert.rules.noise import GAUSSIAN_SOURCES, entering, nth_source
+from rvconvert.rules.noise import GAUSSIAN_SOURCES, all_entering, nth_source
 from rvconvert.structure import flatten
 from rvconvert.weights import is_converted, plain_copy
 
@@ -113,16 +113,19 @@ class Verification:
         return sorted(found, key=lambda pair: pair[0])
 
     def summary(self, mode: str) -> str:
-        """One line: how much of the true variance this mode keeps, and which operation loses most of it."""
+        """One line: how much of the true variance this mode reports, and which operation is most to blame.
+
+        Blamed is the worst loss, or the worst overstatement where more than the true variance arrives at the output.
+        """
         total, ranked = self.ratio(mode), self.ranked(mode)
         line = f"{mode}: the propagated variance of the output is {total:.3g} of the true one"
         if not ranked or (0.8 < total < 1.25 and ranked[0][0] > 0.8):
             return line + "."
-        drop, row = ranked[0]
+        change, row = ranked[-1] if total >= 1.25 else ranked[0]
         where = " ".join(part for part in (row.module, row.operation, f"({row.where})" if row.where else "") if part)
-        if drop >= 1:
-            return line + f"; no operation loses any, {where} overstates most."
-        return line + f"; most is lost at {where}, which keeps {drop:.3g} of what reaches it."
+        if total >= 1.25:
+            return line + f"; most is overstated at {where}, by a factor of {change:.3g}."
+        return line + f"; most is lost at {where}, which keeps {change:.3g} of what reaches it."
 
     @property
     def broken(self) -> tuple[VerifiedNode, ...]:
@@ -356,8 +359,7 @@ def _node_by_node(
                 local = _local(node, value, args, kwargs, model) if mode == modes[0] else None
                 found[mode][node] = _Moments(value.mean, float(value.var.double().sum()), local)
 
-        random = [entering(x, settings) if isinstance(x, RandomVariable) else x for x in leaves]
-        _walk(recording, model, random, settings, propagated)
+        _walk(recording, model, list(all_entering(leaves, settings)), settings, propagated)
 
     nodes = [node for node in found[modes[0]] if all(node in found[mode] for mode in modes)]
     truth = {node: _Spread(found[modes[0]][node].mean) for node in nodes}

@@ -100,6 +100,24 @@ def test_a_wrong_rule_is_found(vae):
     assert "torch.sigmoid in the model itself is not moment_matched here" in str(result)
 
 
+@pytest.mark.parametrize(("factor", "blamed"), [(4.0, "overstated"), (0.25, "lost")])
+def test_summary_blames_what_takes_the_total_from_the_truth(factor, blamed):
+    rules = rvconvert.REGISTRY.overlay()
+
+    @rvconvert.rule(torch.sigmoid, registry=rules)
+    def wrong(input):
+        return RandomVariable(torch.sigmoid(input.mean), factor * input.var / 16)
+
+    class Small(nn.Module):
+        def forward(self, z):
+            copies = torch.stack((z, z))  # whose mean loses half the variance under independence
+            return torch.sigmoid(copies.mean(0) if factor > 1 else copies[0])
+
+    z = RandomVariable(torch.zeros(64, 3), torch.full((64, 3), 0.01))
+    line = verify(rvconvert.convert(Small(), random_inputs=("z",), rules=rules), z, samples=200, modes=("independent",))
+    assert f"most is {blamed} at torch.sigmoid" in line.summary("independent")
+
+
 def test_random_inputs_and_other_modes(vae):
     class Decoder(nn.Module):
         def __init__(self, inner):

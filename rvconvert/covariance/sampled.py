@@ -8,7 +8,7 @@ Mean and variance are those across the paths; mean^2 + var is an unbiased estima
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -105,10 +105,11 @@ class SampledVariable(RandomVariable):
         if rule.name == "setitem":
             func = setitem
         settings = self.settings
-        variables = list({id(x): entering(x, settings) for x in random_variables(args, kwargs)}.items())
+        variables = {id(x): entering(x, settings) for x in random_variables(args, kwargs)}
+        paths, made = self.joined(list(variables.values()))  # type: ignore[arg-type]
 
         def plain(*paths: Tensor) -> Any:
-            values = {key: path for (key, _), path in zip(variables, paths, strict=True)}
+            values = dict(zip(variables, paths, strict=True))
             if is_in_place(func, kwargs) and isinstance(args[0], RandomVariable):
                 values[id(args[0])] = values[id(args[0])].clone()
             return func(
@@ -116,13 +117,16 @@ class SampledVariable(RandomVariable):
                 **substitute(kwargs, lambda x: values[id(x)]),
             )
 
-        paths = [x.paths for _, x in variables]
         if rule.name in _JOINT_BATCH and len(paths) == 1:
             out = plain(paths[0].flatten(0, 1))
             result: Any = out.unflatten(0, (paths[0].shape[0], -1))
         else:
             result = on_each(plain, paths)
-        return _pytree.tree_map(lambda x: SampledVariable.of_paths(x, settings) if isinstance(x, Tensor) else x, result)
+        return _pytree.tree_map(lambda x: made(x) if isinstance(x, Tensor) else x, result)
+
+    def joined(self, variables: Sequence[SampledVariable]) -> tuple[list[Tensor], Callable[[Tensor], SampledVariable]]:
+        """The variables' paths, and how a result is made of paths."""
+        return [x.paths for x in variables], lambda paths: SampledVariable.of_paths(paths, self.settings)
 
 
 def antithetic_normal(zeros: Tensor, settings: Settings) -> SampledVariable:

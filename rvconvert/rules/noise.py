@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from rvconvert.errors import ConversionError
 from rvconvert.random_variable import RandomVariable, Settings
 
-__all__ = ["CARRIERS", "GAUSSIAN_SOURCES", "NON_GAUSSIAN", "SOURCES", "entering", "nth_source", "standard_normal"]
+__all__ = ["CARRIERS", "GAUSSIAN_SOURCES", "NON_GAUSSIAN", "SOURCES", "all_entering", "entering", "nth_source", "standard_normal"]
 
 # How a standard normal variable of a given shape starts in each covariance mode: source(zeros, settings).
 SOURCES: dict[str, Callable[[torch.Tensor, Settings], RandomVariable]] = {}
@@ -29,9 +29,9 @@ SOURCES["independent"] = _independent
 
 def nth_source(settings: Settings, index: int) -> Settings:
     """The settings of the index-th noise source of a model: a fixed seed must not make sources equal."""
-    if settings.seed is None or index == 0:
+    if index == 0:
         return settings
-    return replace(settings, seed=settings.seed + 1_000_003 * index)
+    return replace(settings, source=index, seed=None if settings.seed is None else settings.seed + 1_000_003 * index)
 
 
 def entering(x: RandomVariable, settings: Settings) -> RandomVariable:
@@ -44,6 +44,16 @@ def entering(x: RandomVariable, settings: Settings) -> RandomVariable:
     std = torch.where(random, torch.where(random, x.var, 1).sqrt(), 0)  # a finite gradient where var = 0
     noise: Any = standard_normal(torch.zeros_like(x.mean), settings)
     return noise * std + x.mean  # type: ignore[no-any-return]
+
+
+def all_entering(values: Iterable[Any], settings: Settings) -> Iterator[Any]:
+    """``values`` with every random variable among them entering, each as a source of its own; the seed is the first one's."""
+    index = 0
+    for value in values:
+        if isinstance(value, RandomVariable):
+            value = entering(value, replace(nth_source(settings, index), source=index - 1))
+            index -= 1
+        yield value
 
 
 def standard_normal(zeros: torch.Tensor, settings: Settings) -> RandomVariable:
