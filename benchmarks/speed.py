@@ -186,7 +186,7 @@ class Meter:
         failed: dict[str, str] = {}
         for name, run in runs.items():
             try:
-                for _ in range(2):  # compiles what is to be compiled
+                for _ in range(1 if name.startswith("Monte Carlo") else 2):  # compiles what is to be compiled
                     self.once(run, parameters, train)
             except Exception as error:
                 if name in ("plain", "rvconvert"):

@@ -35,7 +35,7 @@ _INDUCTOR = {"realize_opcount_threshold": 3, "max_fusion_size": 4096}
 logger = logging.getLogger("rvconvert")
 _enabled = os.environ.get("RVCONVERT_COMPILE", "1") != "0"
 _compiled: dict[Any, Callable[..., Any]] = {}
-_so_far: dict[Any, int] = {}  # elements that each kernel has run block by block
+_so_far: dict[Any, int] = {}  # elements that each kernel has run without being compiled
 _lock = threading.RLock()
 
 
@@ -72,20 +72,20 @@ def fused(kernel: Kernel, *tensors: Tensor, constants: tuple[Any, ...] = (), cos
     if torch.compiler.is_compiling() or torch.is_grad_enabled() or not all(map(_is_plain, tensors)):
         return kernel(*tensors, *constants)
     n = first.numel()
+    if n <= SMALL or torch._C._len_torch_dispatch_stack():
+        return kernel(*tensors, *constants)
     key = (kernel, constants, first.dtype, first.device.type)
-    ready = key in _compiled and _enabled
-    if n <= (SMALL if ready else BLOCK) or torch._C._len_torch_dispatch_stack():
+    compiles = _pays(key, n * cost)
+    if not compiles and (n <= BLOCK or not first.is_cpu):
         return kernel(*tensors, *constants)
     shape, strides = first.shape, first.stride()
     if not _is_dense(first):
         first = first.contiguous()
         strides = first.stride()
     flat = [_flat(x, shape, strides) for x in tensors]
-    results = _run_compiled(key, flat) if ready or _pays(key, n * cost) else None
+    results = _run_compiled(key, flat) if compiles else None
     if results is None:
-        if first.device.type != "cpu":
-            return kernel(*tensors, *constants)
-        results = _by_blocks(kernel, flat, constants)
+        results = _by_blocks(kernel, flat, constants) if first.is_cpu else kernel(*flat, *constants)
     if isinstance(results, Tensor):
         return results.as_strided(shape, strides)
     return tuple(x.as_strided(shape, strides) for x in results)
@@ -124,9 +124,9 @@ def _by_blocks(kernel: Kernel, flat: list[Tensor], constants: tuple[Any, ...]) -
 
 
 def _pays(key: Any, work: int) -> bool:
-    """Whether to compile now: one call is large, or all so far have lost what compiling takes."""
-    if not _enabled:
-        return False
+    """Whether a kernel runs compiled: it is so already, this call is large, or all so far have lost what compiling takes."""
+    if not _enabled or key in _compiled:
+        return _enabled
     _so_far[key] = _so_far.get(key, 0) + work
     return work >= LARGE or _so_far[key] >= MANY
 

@@ -138,6 +138,8 @@ def small_kernels(monkeypatch):
     """Kernels compile, and run in blocks, from a few elements on."""
     monkeypatch.setattr(compilation, "LARGE", 64)
     monkeypatch.setattr(compilation, "BLOCK", 16)
+    monkeypatch.setattr(compilation, "SMALL", 8)
+    monkeypatch.setattr(compilation, "_so_far", {})
     monkeypatch.setattr(compilation, "_compiled", {})
     monkeypatch.setattr(compilation, "_enabled", True)
 
