@@ -5,7 +5,7 @@
     python -m benchmarks.speed --no-kernels     # compiling nothing
     python -m benchmarks.speed --models VanillaVAE --rounds 3 --gate 4    # exit code 1 above this ratio
 
-All variants of a model run in turn in one process; a figure is the median of its times over the plain model's. FLOPs and
+Each variant runs in turn with the plain model, in one process; a figure is the ratio of the medians of their times. FLOPs and
 bytes are those of one training step: bytes, what each operation reads and writes once, an elementwise kernel being one.
 """
 
@@ -41,7 +41,6 @@ from benchmarks.naive import NaiveDecoder
 from rvconvert.rules import gaussian, quadrature, sigmoidal
 
 Run = Callable[[], Tensor]
-SAMPLES = (1, 2, 3, 4, 16)
 
 
 class Autoencoder(nn.Module):
@@ -111,7 +110,7 @@ def steps_of(plain: nn.Module, x: Tensor, args: argparse.Namespace) -> dict[str,
         out = plain.decode(z).unflatten(0, (count, -1)).mean(0)
         return loss_of(out, x, mu, logvar)
 
-    for count in SAMPLES:
+    for count in args.samples:
         steps[f"Monte Carlo, {count} sample{'s' * (count > 1)}"] = lambda count=count: sampled(count)
     layers = sequential_decoder(plain)
     if layers is not None:
@@ -181,9 +180,13 @@ class Meter:
             p.grad = None
         return seconds
 
-    def times(self, runs: dict[str, Run], parameters: list[Tensor], train: bool) -> tuple[dict[str, float], dict[str, str]]:
-        """Median seconds of each run, and why a run could not be."""
+    def times(
+        self, runs: dict[str, Run], parameters: list[Tensor], train: bool
+    ) -> tuple[dict[str, float], dict[str, str], float]:
+        """Ratio of each run to the plain one, which is timed in turn with it; why a run could not be; plain seconds."""
         failed: dict[str, str] = {}
+        ratios: dict[str, float] = {}
+        plain_seconds: list[float] = []
         for name, run in runs.items():
             try:
                 for _ in range(1 if name.startswith("Monte Carlo") else 2):  # compiles what is to be compiled
@@ -192,11 +195,12 @@ class Meter:
                 if name in ("plain", "rvconvert"):
                     raise
                 failed[name] = f"{type(error).__name__}: {error}".splitlines()[0][:90]
-        seconds: dict[str, list[float]] = {name: [] for name in runs if name not in failed}
-        for _ in range(self.args.rounds):
-            for name in seconds:
-                seconds[name].append(self.once(runs[name], parameters, train))
-        return {name: statistics.median(s) for name, s in seconds.items()}, failed
+                continue
+            pairs = [[self.once(each, parameters, train) for each in (runs["plain"], run)] for _ in range(self.args.rounds)]
+            plain, own = zip(*pairs, strict=True)
+            ratios[name] = statistics.median(own) / statistics.median(plain)
+            plain_seconds += plain
+        return ratios, failed, statistics.median(plain_seconds)
 
     def memory(self, run: Run, parameters: list[Tensor]) -> float:
         """Bytes: the peak on a GPU; on the processor, what a step keeps for its backward pass, each storage once."""
@@ -279,15 +283,14 @@ def measure(name: str, args: argparse.Namespace) -> dict[str, object]:
     rows: dict[str, dict[str, float | str]] = {}
     runs = steps_of(plain, x, args)
     parameters = list(plain.parameters())
-    seconds, failed = meter.times(runs, parameters, True)
+    ratios, failed, result["plain_seconds"] = meter.times(runs, parameters, True)
     base_flops, base_bytes = flops(runs["plain"]), bytes_moved(runs["plain"])
     base_memory = meter.memory(runs["plain"], parameters)
-    result["plain_seconds"] = seconds["plain"]
     for variant, run in runs.items():
         if variant in failed:
             rows[variant] = {"failed": failed[variant]}
             continue
-        row: dict[str, float | str] = {"step": seconds[variant] / seconds["plain"]}
+        row: dict[str, float | str] = {"step": ratios[variant]}
         if "compiled" not in variant:
             row["flops"] = flops(run) / base_flops
             row["bytes"] = bytes_moved(run) / base_bytes
@@ -304,9 +307,8 @@ def measure(name: str, args: argparse.Namespace) -> dict[str, object]:
         return loss_of(out, x, mu, logvar)
 
     evaluated["to_plain"] = back_step
-    seconds, failed = meter.times(evaluated, parameters, False)
-    for variant, value in seconds.items():
-        rows.setdefault(variant, {})["forward"] = value / seconds["plain"]
+    for variant, ratio in meter.times(evaluated, parameters, False)[0].items():
+        rows.setdefault(variant, {})["forward"] = ratio
     result["rows"] = rows
     return result
 
@@ -329,6 +331,14 @@ def table(results: list[dict[str, object]], args: argparse.Namespace) -> Table:
     return made
 
 
+def add_to(path: Path, result: dict[str, object]) -> None:
+    """Put one model's figures into a file of such, in the place of earlier ones."""
+    same = ("model", "dtype", "device", "kernels")
+    held = json.loads(path.read_text()) if path.exists() else []
+    held = [r for r in held if any(r.get(key) != result.get(key) for key in same)]
+    path.write_text(json.dumps([*held, result], indent=1))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
@@ -340,6 +350,7 @@ def main() -> None:
     parser.add_argument("--mode", default=None, help="torch.compile's mode, for instance reduce-overhead")
     parser.add_argument("--no-kernels", action="store_true", help="compile nothing, not even elementwise kernels")
     parser.add_argument("--batch", type=int, help="the examples' own unless given")
+    parser.add_argument("--samples", type=int, nargs="*", default=(1, 2, 3, 4, 16), help="of Monte Carlo; 16 of DC-VAE: 20 GB")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--clock", default="wall", choices=("wall", "process"), help="process: for a shared machine")
@@ -360,10 +371,10 @@ def main() -> None:
         for name in args.models:
             results.append(measure(name, args))
             console.print(f"{name}, {args.dtype} done", style="dim")
-            measured.append(results[-1] | {"dtype": args.dtype})
+            conditions = {"dtype": dtype, "device": args.device, "rounds": args.rounds, "kernels": not args.no_kernels}
+            measured.append(results[-1] | conditions)
             if args.json:
-                settings = {k: str(v) for k, v in vars(args).items()}
-                args.json.write_text(json.dumps({"settings": settings, "results": measured}, indent=1))
+                add_to(args.json, measured[-1])
         console.print(table(results, args))
     if args.gate:
         slow = {r["model"]: r["rows"]["rvconvert"]["step"] for r in measured}  # type: ignore[index]

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import rvconvert
-from common import Run, Views, argument_parser, load_data, parse_arguments
+from common import Run, Views, argument_parser, conversion_options, load_data, parse_arguments
 
 
 class BetaTCVAE(nn.Module):
@@ -144,7 +144,7 @@ def main(arguments: Sequence[str] | None = None) -> Run:
     hidden_dims = [8 if args.smoke else 32 // args.shrink] * 4
     vae = BetaTCVAE(channels, args.latent, hidden_dims, size).to(args.device)
     if args.rv:
-        vae = rvconvert.convert(vae, covariance=args.covariance, pairs=args.pairs, penalty=args.penalty)
+        vae = rvconvert.convert(vae, **conversion_options(args))
 
     optimizer = torch.optim.Adam(vae.parameters(), lr=args.lr)
     scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, gamma=0.95)

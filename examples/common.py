@@ -14,7 +14,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
@@ -51,6 +51,7 @@ def argument_parser(description: str, epochs: int = 150, batch: int | None = 64)
     parser.add_argument("--rv", action="store_true", help="train the random-variable form of the model")
     parser.add_argument("--covariance", choices=("independent", "lowrank", "sampled"), default="independent")
     parser.add_argument("--pairs", type=int, default=1, help="antithetic pairs, with --covariance sampled")
+    parser.add_argument("--rank", type=int, help="rows of factors, with --covariance lowrank", **optional)
     parser.add_argument("--penalty", type=float, default=50.0, help="the weight of L_c, the variance penalty")
     return parser
 
@@ -69,6 +70,12 @@ def parse_arguments(parser: argparse.ArgumentParser, arguments: Sequence[str] | 
         args.epochs, args.batch, args.device = 2, 32, "cpu"
     torch.manual_seed(args.seed)
     return args
+
+
+def conversion_options(args: argparse.Namespace) -> dict[str, Any]:
+    """What `--rv` hands to `rvconvert.convert`."""
+    rank = getattr(args, "rank", None)
+    return {"covariance": args.covariance, "pairs": args.pairs, "rank": rank, "penalty": args.penalty}
 
 
 class Data(NamedTuple):

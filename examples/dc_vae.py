@@ -17,7 +17,7 @@ from torch.nn.utils.parametrizations import spectral_norm
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import rvconvert
-from common import Run, Views, argument_parser, kl_divergence, load_data, parse_arguments, sample_normal
+from common import Run, Views, argument_parser, conversion_options, kl_divergence, load_data, parse_arguments, sample_normal
 
 KL_WEIGHT = 1e-6  # of the KL summed over the batch
 TEMPERATURE = 0.07
@@ -178,9 +178,7 @@ def main(arguments: Sequence[str] | None = None) -> Run:
     dual = DualEncoder(image_channels, width, size).to(args.device)
     latent = sample_normal
     if args.rv:
-        decoder = rvconvert.convert(
-            decoder, random_inputs=("z",), covariance=args.covariance, pairs=args.pairs, penalty=args.penalty
-        )
+        decoder = rvconvert.convert(decoder, random_inputs=("z",), **conversion_options(args))
 
         def latent(mu: Tensor, logvar: Tensor) -> rvconvert.RandomVariable:
             return rvconvert.RandomVariable(mu, logvar.exp())

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import rvconvert
-from common import Run, Views, argument_parser, kl_divergence, load_data, parse_arguments, sample_normal
+from common import Run, Views, argument_parser, conversion_options, kl_divergence, load_data, parse_arguments, sample_normal
 
 FAKE_RECONSTRUCTION = 1e-8  # gamma_r: the decoder's weight for reconstructing fakes
 
@@ -126,9 +126,7 @@ def main(arguments: Sequence[str] | None = None) -> Run:
     decoder = Decoder(image_channels, latent_dim, channels, size).to(args.device)
     reparameterize = sample_normal
     if args.rv:
-        decoder = rvconvert.convert(
-            decoder, random_inputs=("z",), covariance=args.covariance, pairs=args.pairs, penalty=args.penalty
-        )
+        decoder = rvconvert.convert(decoder, random_inputs=("z",), **conversion_options(args))
 
         def reparameterize(mu: Tensor, logvar: Tensor) -> rvconvert.RandomVariable:
             return rvconvert.RandomVariable(mu, logvar.exp())

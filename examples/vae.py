@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import rvconvert
-from common import Run, Views, argument_parser, kl_divergence, load_data, parse_arguments
+from common import Run, Views, argument_parser, conversion_options, kl_divergence, load_data, parse_arguments
 
 
 class VanillaVAE(nn.Module):
@@ -86,7 +86,7 @@ def main(arguments: Sequence[str] | None = None) -> Run:
     hidden_dims = (4, 4, 8, 8, 16) if args.smoke else [d // args.shrink for d in (32, 64, 128, 256, 512)]
     vae = VanillaVAE(channels, args.latent, hidden_dims, size).to(args.device)
     if args.rv:
-        vae = rvconvert.convert(vae, covariance=args.covariance, pairs=args.pairs, penalty=args.penalty)
+        vae = rvconvert.convert(vae, **conversion_options(args))
 
     optimizer = torch.optim.Adam(vae.parameters(), lr=args.lr)
     scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, gamma=0.95)

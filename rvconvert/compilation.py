@@ -30,7 +30,7 @@ BLOCK = 1 << 15  # elements of a block for each core: temporaries stay in its ca
 
 # Inductor copies what is used twice into each use, which takes minutes for the recurrences of a quadrature. Realized early
 # and fused again, every intermediate is computed once.
-_INDUCTOR = {"realize_opcount_threshold": 3, "max_fusion_size": 4096}
+_INDUCTOR: dict[str, Any] = {"realize_opcount_threshold": 3, "max_fusion_size": 4096}
 
 logger = logging.getLogger("rvconvert")
 _enabled = os.environ.get("RVCONVERT_COMPILE", "1") != "0"

@@ -49,7 +49,7 @@ VARIANTS = {
     "plain": [],
     "rv": ["--rv"],
     "sampled": ["--rv", "--covariance", "sampled", "--pairs", "1"],
-    "lowrank": ["--rv", "--covariance", "lowrank"],
+    "lowrank": ["--rv", "--covariance", "lowrank", "--rank", "4"],
 }
 
 

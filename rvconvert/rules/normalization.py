@@ -275,9 +275,10 @@ def _group_norm(
     input: Any, num_groups: int, weight: Any = None, bias: Any = None, eps: float = 1e-5, cudnn_enabled: bool = True
 ) -> Any:
     with full_precision(input):
-        grouped = [part.unflatten(1, (num_groups, -1)) for part in (input.mean, input.var)]  # a view in any memory order
+        # A view in any memory order, where reshape would copy.
+        grouped_mean, grouped_var = (part.unflatten(1, (num_groups, -1)) for part in (input.mean, input.var))
         axes = tuple(range(2, input.ndim + 1))
-        mean, var = (part.flatten(1, 2) for part in standardized(*grouped, axes, eps))
+        mean, var = (part.flatten(1, 2) for part in standardized(grouped_mean, grouped_var, axes, eps))
         return _scaled(input, mean, var, _per_channel(weight, input.ndim), _per_channel(bias, input.ndim))
 
 
