@@ -3,7 +3,8 @@
     python -m benchmarks.speed                  # on the processor
     python -m benchmarks.speed --device cuda    # on a GPU: TF32 and bf16 autocast, eager and compiled, the whole table
     python -m benchmarks.speed --no-kernels     # compiling nothing
-    python -m benchmarks.speed --models VanillaVAE --rounds 3 --gate 4    # exit code 1 above this ratio
+    python -m benchmarks.speed --table          # the README's, of the figures that these wrote
+    python -m benchmarks.speed --models VanillaVAE --rounds 3 --gate 4    # exit code 1 above this ratio; writes nothing
 
 Each variant runs in turn with the plain model, in one process; a figure is the ratio of the medians of their times. FLOPs and
 bytes are those of one training step: bytes, what each operation reads and writes once, an elementwise kernel being one.
@@ -41,6 +42,7 @@ from benchmarks.naive import NaiveDecoder
 from rvconvert.rules import gaussian, quadrature, sigmoidal
 
 Run = Callable[[], Tensor]
+RESULTS = Path(__file__).resolve().parent / "results" / "speed.json"
 
 
 class Autoencoder(nn.Module):
@@ -339,6 +341,33 @@ def add_to(path: Path, result: dict[str, object]) -> None:
     path.write_text(json.dumps([*held, result], indent=1))
 
 
+def markdown(held: list[dict[str, object]]) -> str:
+    """The README's table, of a file of figures: one row for each model, device and type of number."""
+    columns = {
+        "plain step": lambda r, rows: f"{1e3 * r['plain_seconds']:.0f} ms",
+        "converted": lambda r, rows: cell(rows.get("rvconvert"), "step"),
+        "compiling nothing": lambda r, rows: cell(without.get((r["model"], r["device"], r["dtype"])), "step"),
+        "2 samples": lambda r, rows: cell(rows.get("Monte Carlo, 2 samples"), "step"),
+        "naive": lambda r, rows: cell(rows.get("the paper's method, naive"), "step"),
+        "fastbnns": lambda r, rows: cell(rows.get("fastbnns"), "step"),
+        "FLOPs": lambda r, rows: cell(rows.get("rvconvert"), "flops"),
+        "memory": lambda r, rows: cell(rows.get("rvconvert"), "memory"),
+        "forward": lambda r, rows: cell(rows.get("rvconvert"), "forward"),
+        "forward, 3 samples": lambda r, rows: cell(rows.get("Monte Carlo, 3 samples"), "forward"),
+    }
+
+    def cell(row: dict[str, float] | None, key: str) -> str:
+        return f"{row[key]:.2f}" if row and key in row else ""
+
+    without = {(r["model"], r["device"], r["dtype"]): r["rows"]["rvconvert"] for r in held if not r["kernels"]}  # type: ignore[index]
+    lines = [f"| model, batch | {' | '.join(columns)} |", "| --- |" + " ---: |" * len(columns)]
+    for r in held:
+        if r["kernels"]:
+            cells = (make(r, r["rows"]) for make in columns.values())
+            lines.append(f"| {r['model']}, {r['batch']} ({r['device']}, {r['dtype']}) | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
@@ -354,9 +383,13 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--clock", default="wall", choices=("wall", "process"), help="process: for a shared machine")
-    parser.add_argument("--json", type=Path, help="write the figures here too")
+    parser.add_argument("--json", type=Path, default=RESULTS, help="where figures go, in the place of a model's earlier ones")
+    parser.add_argument("--table", action="store_true", help="measure nothing; print the table of the --json file as Markdown")
     parser.add_argument("--gate", type=float, help="exit with 1 where a converted training step takes more than this")
     args = parser.parse_args()
+    if args.table:
+        print(markdown(json.loads(args.json.read_text())))
+        return
     if args.device == "cuda":
         args.compile = args.variance_bf16 = True
     torch.set_num_threads(args.threads)
@@ -373,7 +406,7 @@ def main() -> None:
             console.print(f"{name}, {args.dtype} done", style="dim")
             conditions = {"dtype": dtype, "device": args.device, "rounds": args.rounds, "kernels": not args.no_kernels}
             measured.append(results[-1] | conditions)
-            if args.json:
+            if not args.gate:
                 add_to(args.json, measured[-1])
         console.print(table(results, args))
     if args.gate:
