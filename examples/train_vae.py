@@ -2,6 +2,7 @@
 
 python examples/train_vae.py --data DIR          # DIR holds MNIST; without it, scikit-learn's digits
 python examples/train_vae.py --data DIR --rv
+python examples/train_vae.py --data DIR --rv --truth   # and warn where training has not seen most of the variance
 """
 
 import argparse
@@ -12,6 +13,7 @@ from torch.nn import functional as F
 
 import image_sets
 import rvconvert
+from rvconvert.verify import truth_ratio
 from vae import VanillaVAE
 
 parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -21,6 +23,7 @@ parser.add_argument("--batch", type=int, default=64)
 parser.add_argument("--images", type=int, help="train on the first N images only")
 parser.add_argument("--seed", type=int, default=0)
 parser.add_argument("--rv", action="store_true", help="train the random-variable form of the model")
+parser.add_argument("--truth", action="store_true", help="with --rv: hold the propagated variance against the true one")
 args = parser.parse_args()
 
 torch.manual_seed(args.seed)
@@ -60,3 +63,5 @@ if args.rv:
     with torch.no_grad():
         difference = F.mse_loss(plain(test)[0], vae(test)[0]).item()
     print(f"MSE between the RV model's reconstruction and the plain one's with its weights: {difference:.3g}")
+    if args.truth:
+        print(f"true variance of the reconstruction over the propagated one: {truth_ratio(vae, test[:100]):.3g}")

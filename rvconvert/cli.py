@@ -64,7 +64,8 @@ def run_demo(args: argparse.Namespace) -> Result:
         from rvconvert.demo import run
     except ImportError as error:
         raise ConversionError(f"the demo needs {error.name}: pip install 'rvconvert[demo]'") from None
-    data = run(Path(args.out), epochs=args.epochs, quick=args.quick, seed=args.seed, force=args.force)
+    options = {name: getattr(args, name) for name in ("epochs", "quick", "seed", "force", "truth")}
+    data = run(Path(args.out), **options)
     return data.to_dict(), [data.table(), data.explanation()], 0
 
 
@@ -354,6 +355,7 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--epochs", type=_at_least_one, metavar="N", help="training epochs of each model")
     demo.add_argument("--quick", action="store_true", help="a few epochs, to see that it works")
     demo.add_argument("--seed", type=int, default=0, help="of weights and batches (default: %(default)s)")
+    demo.add_argument("--truth", action="store_true", help="warn where training has not seen most of the variance")
 
     planner = add(
         "plan",

@@ -25,6 +25,7 @@ from rvconvert import checkpoint, compilation, render
 from rvconvert.convert import convert
 from rvconvert.errors import CheckpointError
 from rvconvert.images import heat, labelled_rows
+from rvconvert.verify import truth_ratio
 from rvconvert.weights import to_plain
 
 __all__ = ["Demo", "DigitVAE", "run"]
@@ -172,12 +173,15 @@ def _compared(value: float | None, reference: float | None) -> str:
     return f"{value:.5f}, {abs(change):.0f} % {'below' if change < 0 else 'above'}"
 
 
-def run(out: Path, *, epochs: int | None = None, quick: bool = False, seed: int = 0, force: bool = False) -> Demo:
+def run(
+    out: Path, *, epochs: int | None = None, quick: bool = False, seed: int = 0, force: bool = False, truth: bool = False
+) -> Demo:
     """Train, convert, transfer, measure, draw; write everything under ``out``.
 
     Args:
         out: a folder, made if it is not there. force: replace what an earlier demo wrote in it.
         epochs: of each of the three trainings; default 20, or 2 with ``quick``. seed: of weights and batches.
+        truth: warn where training against independence has not seen most of the variance (``verify.truth_ratio``).
 
     Raises:
         CheckpointError: a file is there already, or cannot be written.
@@ -213,6 +217,9 @@ def run(out: Path, *, epochs: int | None = None, quick: bool = False, seed: int 
                 progress.update(task, advance=1, note=f"loss {loss:.4f}")
 
             seconds[name] = train(model, training, epochs, seed, after)
+
+    if truth:
+        truth_ratio(models["independent"], test)
 
     plain = models["plain"].eval()
     rows = [_measured("plain VAE", plain, convert(plain), test, seconds["plain"])]
