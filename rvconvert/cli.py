@@ -307,10 +307,10 @@ _VALUE_OPTIONS: dict[str, dict[str, Any]] = {
         "help": "L_c of squared variances (default), or of variances",
     },
     "covariance": {
-        "choices": ("independent", "lowrank", "stein", "sampled"),
+        "choices": ("independent", "lowrank", "sampled"),
         "help": "how variance is carried (default: independent)",
     },
-    "rank": {"type": _at_least_one, "metavar": "R", "help": "rows of factors in low-rank mode"},
+    "rank": {"type": _at_least_one, "metavar": "R", "help": "pairs of nodes in low-rank mode"},
     "pairs": {"type": _at_least_one, "metavar": "P", "help": "antithetic pairs in sampled mode"},
     "engine": {"choices": ("auto", "graph", "dispatch"), "help": "how the model is captured (default: auto)"},
     "variance_dtype": {

@@ -56,8 +56,8 @@ def convert(
         output: ``"mean"``, outputs keep their type; ``"distribution"``, random outputs are RandomVariables.
         penalty: the weight of L_c (paper eq. 14, lambda). penalty_kind: ``"squared"`` (the paper's) or ``"expected"``.
         attach: let L_c join the loss at backward; else use ``variance_penalty`` on a distribution.
-        covariance: ``"independent"`` (the paper), ``"lowrank"``, ``"stein"`` or ``"sampled"``.
-        rank: pairs of nodes in low-rank mode, rows of factors in Stein mode. pairs: antithetic pairs in sampled mode.
+        covariance: ``"independent"`` (the paper), ``"lowrank"`` or ``"sampled"``.
+        rank: pairs of nodes in low-rank mode. pairs: antithetic pairs in sampled mode.
         seed: fixes their draws.
         fuse: adjacent linear maps with no activation between propagate variance as one map (``"independent"`` only;
             the paper's equations take each by itself).

@@ -23,11 +23,10 @@ class Settings:
 
     Attributes:
         registry: the rule table.
-        covariance: ``"independent"``, ``"lowrank"``, ``"stein"`` or ``"sampled"``.
-        rank: pairs of nodes in ``"lowrank"`` mode (None: one per latent, from 8 to 64), rows of factors in ``"stein"``
-            mode (None: one per latent).
+        covariance: ``"independent"``, ``"lowrank"`` or ``"sampled"``.
+        rank: pairs of nodes in ``"lowrank"`` mode (None: one per latent, from 16 to 64).
         pairs: antithetic pairs of paths in ``"sampled"`` mode.
-        seed: fixes the directions of sampled paths, of nodes and of random probes; None draws them afresh.
+        seed: fixes the directions of sampled paths and of nodes; None draws them afresh.
         strict: refuse an operation with no rule instead of linearising it at the mean.
         variance_dtype: dtype of the variance's matrix work; None keeps the mean's own.
         fuse: adjacent linear maps propagate variance as one (``"independent"`` only).
@@ -47,7 +46,7 @@ class Settings:
     @property
     def needs_rules(self) -> bool:
         """False where plain functions run on paths, so that any operation goes."""
-        return self.covariance not in ("lowrank", "sampled")
+        return self.covariance == "independent"
 
     def rule_for(self, func: Callable[..., Any]) -> Rule | None:
         """The rule for a torch function, a declared approximate one if ``strict`` allows, or None."""

@@ -15,7 +15,6 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from rvconvert.covariance.factored import Factored
 from rvconvert.covariance.sampled import SampledVariable
 from rvconvert.random_variable import Settings
 from rvconvert.rules.noise import SOURCES
@@ -44,7 +43,7 @@ class Frame:
         self.flips: frozenset[int] = frozenset()
 
 
-class LowRankVariable(Factored, SampledVariable):
+class LowRankVariable(SampledVariable):
     """Jointly distributed random variables on cubature nodes.
 
     Attributes:
@@ -100,6 +99,15 @@ class LowRankVariable(Factored, SampledVariable):
         if nodes is None or nodes.shape[1] == len(odd):  # as many rows as pairs explain all that is odd
             return rest
         return rest + (odd - torch.einsum("nk,k...->n...", nodes, self.factors)).square().mean(0)
+
+    def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
+        """(n, *shape) draws: Gaussian, with the covariance that the rows carry; the first dimension is the batch."""
+        shape, device, dtype = self.shape, self.device, self.dtype
+        out = self.mean + self.remainder.sqrt() * torch.randn(n, *shape, device=device, dtype=dtype, generator=generator)
+        each = (shape[0], *(1,) * (len(shape) - 1)) if shape else ()
+        for row in self.factors:
+            out = out + row * torch.randn(n, *each, device=device, dtype=dtype, generator=generator)
+        return out
 
     def joined(self, variables: Sequence[SampledVariable]) -> tuple[list[Tensor], Callable[[Tensor], SampledVariable]]:
         """The variables' paths on common nodes, and how a result is made of paths."""

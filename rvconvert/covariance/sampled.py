@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree
 
-from rvconvert.covariance.each import on_each
 from rvconvert.errors import ConversionError
 from rvconvert.random_variable import RandomVariable, Settings, is_in_place, random_variables
 from rvconvert.registry import Exactness
@@ -121,12 +120,36 @@ class SampledVariable(RandomVariable):
             out = plain(paths[0].flatten(0, 1))
             result: Any = out.unflatten(0, (paths[0].shape[0], -1))
         else:
-            result = on_each(plain, paths)
+            result = _on_each(plain, paths)
         return _pytree.tree_map(lambda x: made(x) if isinstance(x, Tensor) else x, result)
 
     def joined(self, variables: Sequence[SampledVariable]) -> tuple[list[Tensor], Callable[[Tensor], SampledVariable]]:
         """The variables' paths, and how a result is made of paths."""
         return [x.paths for x in variables], lambda paths: SampledVariable.of_paths(paths, self.settings)
+
+
+def _on_each(function: Callable[..., Any], stacks: Sequence[Tensor]) -> Any:
+    """``function`` along the first dimension of ``stacks``: vectorised, or one by one where torch cannot.
+
+    Returns what ``function`` returns, every tensor in it stacked along a new first dimension.
+
+    Raises:
+        ConversionError: ``function`` returns something other than a tensor that differs along the stack.
+    """
+    try:
+        return torch.vmap(function, randomness="different")(*stacks)
+    except (RuntimeError, ValueError, NotImplementedError, TypeError):
+        results = [function(*each) for each in zip(*(s.unbind(0) for s in stacks), strict=True)]  # a real error comes again
+    leaves, structure = zip(*(_pytree.tree_flatten(each) for each in results), strict=True)
+    joined = []
+    for values in zip(*leaves, strict=True):
+        if isinstance(values[0], Tensor):
+            joined.append(torch.stack(values))
+        elif all(each == values[0] for each in values):
+            joined.append(values[0])
+        else:
+            raise ConversionError(f"an operation gave {values[0]!r} on one path, {values[-1]!r} on another: not tensors")
+    return _pytree.tree_unflatten(joined, structure[0])
 
 
 def antithetic_normal(zeros: Tensor, settings: Settings) -> SampledVariable:
