@@ -24,6 +24,7 @@ from rvconvert.rules.kinds import (
     spread,
     unique,
 )
+from rvconvert.rules.quadrature import quadrature
 
 _INDEPENDENT = "operands are independent"
 
@@ -134,7 +135,7 @@ def _power(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Te
         mean, var = torch.broadcast_tensors(exponent.mean * rate, exponent.var * rate.square())
         return gaussian.exp(mean, var)
     if isinstance(exponent, Tensor):
-        return gaussian.quadrature(lambda value: torch.pow(value, exponent), *_broadcast(x, exponent))
+        return quadrature(lambda value: torch.pow(value, exponent), *_broadcast(x, exponent))
     return gaussian.power(x.mean, x.var, exponent)
 
 

@@ -16,7 +16,7 @@ import torch
 
 from rvconvert.random_variable import Origin, RandomVariable, random_variables
 from rvconvert.registry import NAMESPACES, REGISTRY, Exactness, FunctionTable, Kind, Rule, spellings
-from rvconvert.rules import gaussian
+from rvconvert.rules.quadrature import quadrature
 
 __all__ = [
     "Bilinear",
@@ -367,7 +367,7 @@ class Elementwise:
                 mean, var = first_order(function, (parent,), {})
             else:
                 shape = torch.broadcast_shapes(parent.shape, *_shapes(args, kwargs))
-                mean, var = gaussian.quadrature(
+                mean, var = quadrature(
                     lambda value: _as_float(function(value), value), parent.mean.expand(shape), parent.var.expand(shape), kinks
                 )
         return like.with_moments(mean, var).derived(origin=Origin(parent, function, kinks, whole_line))

@@ -171,39 +171,8 @@ class _Moments(torch.autograd.Function):
         return *grads, None, None
 
 
-class _Gain(torch.autograd.Function):
-    """E[f'(X)] of an Activation; its own partials are E[f''] and E[f''']/2 by Stein's identities."""
-
-    @staticmethod
-    def forward(ctx, mean, var, activation, p):
-        s = torch.sqrt(floored(var, smallest_deviation(mean.dtype, 1e-6, 1e-9)))
-        centre = activation.slope(mean, *p)
-        gain = torch.zeros_like(mean)
-        for z, w in _split(mean, s, activation.nodes, activation.kinked):
-            gain = gain + w * (activation.slope(mean + s * z, *p) - centre)
-        ctx.save_for_backward(mean, var)
-        ctx.activation, ctx.p = activation, p
-        return centre + gain
-
-    @staticmethod
-    def backward(ctx, grad):
-        mean, var = ctx.saved_tensors
-        activation, p = ctx.activation, ctx.p
-        s = torch.sqrt(floored(var, smallest_deviation(mean.dtype, 3e-2, 1e-3)))
-        centre = activation.slope(mean, *p)
-        first = second = torch.zeros_like(mean)
-        for z, w in _split(mean, s, activation.nodes, activation.kinked):
-            weighted = w * (activation.slope(mean + s * z, *p) - centre)
-            first, second = first + weighted * z, second + weighted * (z * z - 1)
-        return grad * first / s, grad * second / (2 * s * s), None, None
-
-
 def activation_moments(activation: Activation, mean: Tensor, var: Tensor, *p: float) -> tuple[Tensor, Tensor]:
     return _Moments.apply(mean, var, activation, p)
-
-
-def activation_gain(activation: Activation, mean: Tensor, var: Tensor, *p: float) -> Tensor:
-    return _Gain.apply(mean, var, activation, p)
 
 
 def _generic_panels(
@@ -259,15 +228,3 @@ def quadrature(
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
         return checkpoint(_quadrature, f, mean, var, kinks, use_reentrant=False, preserve_rng_state=False)
     return _quadrature(f, mean, var, kinks)
-
-
-def quadrature_gain(
-    f: Callable[[Tensor], Tensor], mean: Tensor, var: Tensor, kinks: Sequence[float | Tensor] = ()
-) -> Tensor:
-    """E[f'(X)] = E[(f(X) - f(mean)) Z] / s (Stein), by the same nodes as `quadrature`."""
-    s, _ = _generic_deviation(mean.detach(), var, kinks)
-    at_mean = f(mean)
-    total = gain = torch.zeros_like(mean)
-    for z, w in _generic_panels(mean.detach(), s.detach(), kinks):
-        total, gain = total + w, gain + w * (f(mean + s * z) - at_mean) * z
-    return gain / (total * s)

@@ -19,9 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rvconvert.compilation import fused
+from rvconvert.rules.gaussian.normal import Moments, at_least_float32
 from rvconvert.rules.quadrature import flushed
-
-__all__ = ["sigmoid_moments", "tanh_moments"]
 
 _STEP = 0.32
 _WEIGHTS = [math.exp(-0.5 * (j * _STEP) ** 2) for j in range(1, 23)]
@@ -176,11 +175,13 @@ class _Sigmoid(torch.autograd.Function):
         return fused(_sigmoid_backward, *ctx.saved_tensors, grad_mean, grad_var, cost=_COST)
 
 
-def tanh_moments(mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and variance of tanh X."""
-    return _Tanh.apply(mean, var)  # type: ignore[no-any-return]
+@at_least_float32
+def tanh(mean: Tensor, var: Tensor) -> Moments:
+    """tanh x, by the trapezoid rule or as a sum of erfs."""
+    return _Tanh.apply(mean, var)
 
 
-def sigmoid_moments(mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and variance of 1/(1 + exp(-X))."""
-    return _Sigmoid.apply(mean, var)  # type: ignore[no-any-return]
+@at_least_float32
+def sigmoid(mean: Tensor, var: Tensor) -> Moments:
+    """1/(1 + e^-x), by the trapezoid rule or as a sum of erfs."""
+    return _Sigmoid.apply(mean, var)

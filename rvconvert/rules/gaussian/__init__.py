@@ -1,0 +1,51 @@
+"""Moments of elementwise functions of a Gaussian variable: f(mean, var, ...) -> (mean, var) of f(X), X ~ N(mean, var).
+
+Tensors of one shape and dtype in, the same out; parameters are floats, or tensors that broadcast where the docstring says
+so. Half-precision inputs are computed in float32. var = 0 gives (f(mean), 0) and finite gradients.
+"""
+
+from rvconvert.rules.gaussian.by_quadrature import celu, elu, logsigmoid, mish, selu, silu, softplus, softsign
+from rvconvert.rules.gaussian.closed_form import cos, cosh, exp, expm1, sin, sinh, square
+from rvconvert.rules.gaussian.error_function import erf, gelu
+from rvconvert.rules.gaussian.lognormal import log, power, reciprocal, rsqrt, sqrt
+from rvconvert.rules.gaussian.piecewise import clamp, hardshrink, hardsigmoid, hardswish, hardtanh, relu6, softshrink, threshold
+from rvconvert.rules.gaussian.sigmoidal import sigmoid, tanh
+from rvconvert.rules.gaussian.two_slopes import absolute, leaky_relu, relu
+
+__all__ = [
+    "absolute",
+    "celu",
+    "clamp",
+    "cos",
+    "cosh",
+    "elu",
+    "erf",
+    "exp",
+    "expm1",
+    "gelu",
+    "hardshrink",
+    "hardsigmoid",
+    "hardswish",
+    "hardtanh",
+    "leaky_relu",
+    "log",
+    "logsigmoid",
+    "mish",
+    "power",
+    "reciprocal",
+    "relu",
+    "relu6",
+    "rsqrt",
+    "selu",
+    "sigmoid",
+    "silu",
+    "sin",
+    "sinh",
+    "softplus",
+    "softshrink",
+    "softsign",
+    "sqrt",
+    "square",
+    "tanh",
+    "threshold",
+]
