@@ -164,7 +164,7 @@ def hardsigmoid(mean: Tensor, var: Tensor) -> Moments:
 
 
 class _HardswishLower(torch.autograd.Function):
-    """Moments and gain of x relu6(x + 3)/6 for mean <= 0: an atom, a panel of the parabola, a linear tail."""
+    """Moments and E[f'] of x relu6(x + 3)/6 for mean <= 0: an atom, a panel of the parabola, a linear tail."""
 
     @staticmethod
     def _parts(mean, var):
