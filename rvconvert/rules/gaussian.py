@@ -924,7 +924,8 @@ def _gelu_gain(mean: Tensor, var: Tensor, approximate: str = "none") -> Tensor:
 @_widened
 def softplus(mean: Tensor, var: Tensor, beta: float = 1.0, threshold: float = 20.0) -> Moments:
     """log(1 + e^(beta x))/beta, by quadrature; torch's linear branch above threshold/beta differs by less than
-    e^-threshold/beta, which is left out for threshold >= 15 and has its own kink below that. (The panels also end at 0, where it bends.)"""
+    e^-threshold/beta, which is left out for threshold >= 15 and has its own kink below that.
+    Panels also end at 0, where it bends."""
     if threshold < 15:
         return quadrature(lambda x: F.softplus(x, beta, threshold), mean, var, kinks=(0.0, threshold / beta))
     out, out_var = activation_moments(_SOFTPLUS, beta * mean, beta * beta * var)
