@@ -64,12 +64,14 @@ class Origin:
     Two random variables with a common ancestor of this kind form one function of it, so ``x * sigmoid(x)``
     is propagated as SiLU and ``x - x`` as 0. ``kinks`` are points of the parent's axis where the function
     is not smooth; ``whole_line`` is False where the function is not defined on all of it (a logarithm, a root).
+    ``line`` is (slope, shift) where the function is a line of plain numbers, through which kinks are found back.
     """
 
     parent: RandomVariable
     function: Callable[[torch.Tensor], torch.Tensor]
     kinks: tuple[float, ...] = ()
     whole_line: bool = True
+    line: tuple[float, float] | None = None
 
 
 class RandomVariable:
@@ -184,8 +186,9 @@ class RandomVariable:
     is_mps = property(lambda self: self._mean.is_mps)
     is_quantized = property(lambda self: False)
     data = property(lambda self: self.detach())
+    real = property(lambda self: self)
     T = property(lambda self: self.permute(tuple(range(self.ndim))[::-1]))
-    mT = property(lambda self: self.transpose(-2, -1))
+    H = mT = mH = property(lambda self: self.transpose(-2, -1))
 
     def __len__(self) -> int:
         return len(self._mean)

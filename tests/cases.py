@@ -92,6 +92,7 @@ case("threshold", lambda w, x: F.threshold(x, 0.2, -0.5), modules=(lambda: nn.Th
 case("elu", lambda w, x: F.elu(x, 0.5), modules=(lambda: nn.ELU(0.5),), label="alpha")
 case("celu", lambda w, x: F.celu(x, 0.5), modules=(lambda: nn.CELU(0.5),), label="alpha")
 case("gelu", lambda w, x: F.gelu(x, approximate="tanh"), modules=(lambda: nn.GELU("tanh"),), label="tanh")
+case("softplus", lambda w, x: F.softplus(x, 2.0, 10.0), var=2.0, label="low threshold")
 case("softplus", lambda w, x: F.softplus(x, 2.0, 10.0), modules=(lambda: nn.Softplus(2.0, 10.0),), label="beta", kinked=True)
 case("prelu", lambda w, x: F.prelu(x, w(1)), kinked=True, label="one")
 case("prelu", lambda w, x: F.prelu(x, w(4)), (3, 4, 2), kinked=True, label="channels")
@@ -136,6 +137,8 @@ case("sub", lambda w, x: 2.0 - x, label="reflected")
 case("mul", lambda w, x: x * x, label="square")
 case("mul", lambda w, x: x * torch.sigmoid(x), label="silu")
 case("mul", lambda w, x: 0.5 * x * (1 + torch.erf(x / 2**0.5)), label="gelu")
+case("mul", lambda w, x: x * F.relu6(x + 3) / 6, label="hardswish by hand", kinked=False)
+case("add", lambda w, x: x + torch.relu(1 - 2 * x), label="kink through a line")
 case("mul", lambda w, x, y: x * y, X, X, var=4.0, label="wide")
 case("rsub", lambda w, x: torch.rsub(x, 1.5))
 case("rsub", lambda w, x, y: torch.rsub(x, y, alpha=2), X, X, label="alpha")
@@ -828,6 +831,12 @@ _SHAPES = {
     "pin_memory": lambda w, x: x.pin_memory() if torch.cuda.is_available() else x,
     "to_dense": lambda w, x: x.to_dense(),
     "retain_grad": lambda w, x: x.requires_grad_().retain_grad(),
+    "T": lambda w, x: x[0].T,
+    "mT": lambda w, x: x.mT,
+    "H": lambda w, x: x[0].H,
+    "mH": lambda w, x: x.mH,
+    "real": lambda w, x: x.real,
+    "data": lambda w, x: x.data,
     "narrow": lambda w, x: torch.narrow(x, 1, 1, 2),
     "narrow_copy": lambda w, x: torch.narrow_copy(x, 1, 1, 2),
     "select": lambda w, x: torch.select(x, 1, 1),
@@ -891,7 +900,7 @@ _SHAPES = {
     "zero_": lambda w, x: x.clone().zero_(),
 }
 _WITHOUT_BATCH = (
-    "ravel t diag flipud roll take masked_select block_diag vsplit vstack gather take_along_dim masked_fill "
+    "ravel t T H diag flipud roll take masked_select block_diag vsplit vstack gather take_along_dim masked_fill "
     "index_put masked_scatter scatter expand_as broadcast_to diag_embed"
 ).split()
 _MIXING = (

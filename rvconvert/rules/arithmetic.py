@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -76,16 +77,47 @@ def _quotient(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple
     return mean, spread(var, mean)
 
 
-add_rule("add", Elementwise(_sum, _sum), Exactness.EXACT_IF_INDEPENDENT, _INDEPENDENT, keeps_latent=True)
-add_rule("sub", Elementwise(_sum, _sum), Exactness.EXACT_IF_INDEPENDENT, _INDEPENDENT, keeps_latent=True)
-add_rule("rsub", Elementwise(_sum, _sum), Exactness.EXACT_IF_INDEPENDENT, _INDEPENDENT, keeps_latent=True)
-add_rule("subtract", Elementwise(_sum, _sum), Exactness.EXACT_IF_INDEPENDENT, _INDEPENDENT, keeps_latent=True)
-add_rule("mul", Elementwise(_product, _product), Exactness.EXACT_IF_INDEPENDENT, _INDEPENDENT, keeps_latent=True)
-add_rule("multiply", Elementwise(_product, _product), Exactness.EXACT_IF_INDEPENDENT, _INDEPENDENT, keeps_latent=True)
+def _line(operation: Callable[..., Any]) -> Any:
+    """Slope and shift of ``operation(a, b, alpha)`` where one operand is random and the other a number."""
+
+    def line(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[float, float] | None:
+        (*operands, alpha), _, rest = bind(("input", "other", "alpha"), args, kwargs)
+        if rest.get("rounding_mode") or not all(isinstance(x, (int, float, RandomVariable)) for x in operands):
+            return None
+        shift, end = (
+            operation(*(at if isinstance(x, RandomVariable) else x for x in operands), 1 if alpha is None else alpha)
+            for at in (0.0, 1.0)
+        )
+        return end - shift, shift
+
+    return line
+
+
+_LINES: dict[str, Callable[..., Any]] = {
+    "add": lambda a, b, alpha: a + alpha * b,
+    "sub": lambda a, b, alpha: a - alpha * b,
+    "subtract": lambda a, b, alpha: a - alpha * b,
+    "rsub": lambda a, b, alpha: b - alpha * a,
+}
+for _name, _operation in _LINES.items():
+    _kind = Elementwise(_sum, _sum, line=_line(_operation))
+    add_rule(_name, _kind, Exactness.EXACT_IF_INDEPENDENT, _INDEPENDENT, keeps_latent=True)
+for _name in ("mul", "multiply"):
+    _kind = Elementwise(_product, _product, line=_line(lambda a, b, _: a * b))
+    add_rule(_name, _kind, Exactness.EXACT_IF_INDEPENDENT, _INDEPENDENT, keeps_latent=True)
+
+
+def _over_number(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[float, float] | None:
+    """The slope of x / c."""
+    (_, b), _, rest = bind(("input", "other"), args, kwargs)
+    plain = isinstance(b, (int, float)) and b != 0 and not rest.get("rounding_mode")
+    return (1 / b, 0.0) if plain else None
+
+
 for _name in ("div", "divide", "true_divide", "rdiv", "reciprocal"):
     add_rule(
         _name,
-        Elementwise(_quotient, _quotient),
+        Elementwise(_quotient, _quotient, line=_over_number if _name not in ("rdiv", "reciprocal") else None),
         Exactness.APPROXIMATE,
         "exact for a constant divisor; a random one is taken as lognormal, so it must stay away from 0",
         keeps_latent=True,
@@ -98,7 +130,7 @@ def _negative(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple
 
 
 for _name in ("neg", "negative"):
-    add_rule(_name, Elementwise(_negative), Exactness.EXACT, keeps_latent=True)
+    add_rule(_name, Elementwise(_negative, line=lambda args, kwargs: (-1.0, 0.0)), Exactness.EXACT, keeps_latent=True)
 
 
 def _addcmul(input: Any, tensor1: Any, tensor2: Any, *, value: float = 1) -> Any:

@@ -290,15 +290,21 @@ def not_everywhere(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
 
 
 def _ancestors(x: RandomVariable) -> Iterator[tuple[RandomVariable, Function, tuple[float, ...], bool]]:
-    """Each variable that ``x`` is an elementwise function of, nearest first: function, kinks, defined everywhere."""
+    """Each variable that ``x`` is an elementwise function of, nearest first: function, kinks, defined everywhere.
+
+    Kinks of a later function are known on the axis of an earlier variable where lines alone lie between.
+    """
     function: Function = _identity
+    kinks: tuple[float, ...] = ()
     whole_line = True
-    yield x, function, (), whole_line
+    yield x, function, kinks, whole_line
     origin = x.origin
     while origin is not None:
         function = _chain(origin.function, function)
         whole_line = whole_line and origin.whole_line
-        yield origin.parent, function, origin.kinks, whole_line
+        slope, shift = origin.line or (0.0, 0.0)
+        kinks = (*origin.kinks, *((k - shift) / slope for k in kinks if slope))
+        yield origin.parent, function, kinks, whole_line
         origin = origin.parent.origin
 
 
@@ -332,13 +338,15 @@ class Elementwise:
     Of one random variable: closed-form ``moments(func, args, kwargs, x)`` if given, else quadrature. Several
     random variables that are elementwise functions of a common one are one function of that one. Several
     that are not: ``independent(func, args, kwargs)`` if given, else linearised at the means. So is a function of
-    a common one that is not defined on the ``whole_line``, since quadrature would leave its domain.
+    a common one that is not defined on the ``whole_line``, since quadrature would leave its domain. ``kinks`` says where
+    the function of one variable is not smooth, ``line`` gives its slope and shift where it is a line of plain numbers.
     """
 
     moments: Callable[..., tuple[torch.Tensor, torch.Tensor]] | None = None
     independent: Callable[..., tuple[torch.Tensor, torch.Tensor]] | None = None
     kinks: Callable[[tuple[Any, ...], dict[str, Any]], tuple[float, ...]] | None = None
     whole_line: Callable[[tuple[Any, ...], dict[str, Any]], bool] = everywhere
+    line: Callable[[tuple[Any, ...], dict[str, Any]], tuple[float, float] | None] | None = None
 
     def __call__(self, func: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> RandomVariable:
         kwargs = {key: value for key, value in kwargs.items() if key != "inplace"}
@@ -370,7 +378,8 @@ class Elementwise:
                 mean, var = gaussian.quadrature(
                     lambda value: _as_float(function(value), value), parent.mean.expand(shape), parent.var.expand(shape), kinks
                 )
-        return like.with_moments(mean, var).derived(origin=Origin(parent, function, kinks, whole_line))
+        line = self.line(args, kwargs) if direct and self.line is not None else None
+        return like.with_moments(mean, var).derived(origin=Origin(parent, function, kinks, whole_line, line))
 
     @staticmethod
     def common_ancestor(
