@@ -15,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 from rvconvert.errors import ConversionError, NonGaussianError, NoReparameterizationError, UnsupportedOperationError
 from rvconvert.graph.plan import row_for, short_path
 from rvconvert.graph.program import DIFFERENCES, LOSSES
-from rvconvert.graph.recorder import as_class, intercepted_modules, unchanged, unscripted, user_frame, where
+from rvconvert.graph.recorder import as_class, intercepted_modules, own_copies, unchanged, unscripted, user_frame, where
 from rvconvert.random_variable import RandomVariable, in_settings, is_in_place, propagate, random_variables
 from rvconvert.registry import PLAIN, operation_name
 from rvconvert.report import Row
@@ -285,6 +285,8 @@ def survey(conversion: Conversion, method: Callable[..., Any], model: nn.Module,
         NoReparameterizationError, NonGaussianError: nothing Gaussian, or something else, was drawn.
     """
     rows: list[Row] = []
+    leaves, structure = flatten((args, kwargs))
+    args, kwargs = structure.build(iter(own_copies(leaves)))
     mode = _Run(conversion, (args, kwargs), rows)
     with unchanged(model), torch.enable_grad():
         result = _execute(conversion, mode, method, model, args, kwargs)

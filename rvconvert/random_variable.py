@@ -110,6 +110,7 @@ class RandomVariable:
         self._settings = settings
         self._latent = False
         self._origin: Origin | None = None
+        self._identity: RandomVariable | None = None
 
     @classmethod
     def _make(cls, mean: torch.Tensor, var: torch.Tensor, settings: Settings) -> RandomVariable:
@@ -161,15 +162,22 @@ class RandomVariable:
         self._latent = latent
         return self
 
+    @property
+    def identity(self) -> RandomVariable:
+        """The object that stands for the variable: its snapshots have the same, what is written over it another one."""
+        return self if self._identity is None else self._identity
+
     def snapshot(self) -> RandomVariable:
-        """Another object with the same contents."""
+        """Another object with the same contents: the same variable, whatever is written into this one later."""
         made = type(self).__new__(type(self))
         made.__dict__.update(self.__dict__)
+        made._identity = self.identity
         return made
 
     def _rebind(self, result: RandomVariable) -> RandomVariable:
         """Take another variable's contents, as an in-place operation does to a tensor."""
         self.__dict__.update(result.__dict__)
+        self._identity = result.identity
         return self
 
     # What is asked of the value rather than of its distribution comes from the mean.

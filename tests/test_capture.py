@@ -514,3 +514,67 @@ def test_views_spelled_as_properties_of_a_tensor_are_converted(name, engine):
         assert torch.allclose(y.mean, decoder(mean), atol=1e-6)
         plain = var @ decoder.linear.weight.square().T
         assert torch.allclose(y.var, 4 * getattr(plain, name), atol=1e-6)
+
+
+def function_of_overwritten(z, linear):
+    h = linear(z)
+    a, b = torch.relu(h), torch.sigmoid(h)
+    h.mul_(5.0)
+    return a * b
+
+
+def function_and_its_successor(z, linear):
+    h = linear(z)
+    a = torch.tanh(h)
+    b = h.sigmoid_()
+    return a * b
+
+
+def augmented_by_a_function_of_itself(z, linear):
+    h = linear(z)
+    h += torch.relu(h)
+    return h
+
+
+@pytest.mark.parametrize(
+    ("function", "same"),
+    [
+        (function_of_overwritten, lambda x: torch.relu(x) * torch.sigmoid(x)),
+        (function_and_its_successor, lambda x: torch.tanh(x) * torch.sigmoid(x)),
+        (augmented_by_a_function_of_itself, lambda x: x + torch.relu(x)),
+    ],
+    ids=lambda f: f.__name__,
+)
+@pytest.mark.parametrize("engine", ENGINES)
+def test_functions_of_a_variable_stay_so_when_it_is_overwritten(function, same, engine):
+    """Once wrong by dispatch: they were taken as functions of what was written, or as independent of each other."""
+    decoder = decoder_of(function)
+    z = RandomVariable(torch.randn(3, 4), torch.rand(3, 4))
+    y = rvconvert.convert(decoder, random_inputs=("z",), engine=engine, output="distribution")(z)
+    expected = same(decoder.linear(z))
+    assert torch.allclose(y.mean, expected.mean, atol=1e-6)
+    assert torch.allclose(y.var, expected.var, atol=1e-6)
+
+
+class WritesToItsInput(VAE):
+    def forward(self, x):
+        return super().forward(x.mul_(2.0))
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_model_that_writes_to_its_input_gives_the_same_at_the_first_call(engine):
+    """Once captured on the caller's own tensors, which were then scaled twice or more before they were used."""
+    torch.manual_seed(0)
+    vae = WritesToItsInput(lambda mu, std: mu + std * torch.randn_like(mu), lambda y, mu, logvar, z: (y, mu))
+    x = torch.randn(3, 6)
+    rv = rvconvert.convert(vae, engine=engine)
+    given = x.clone()
+    with torch.no_grad():
+        mu = rv(given)[1]
+        assert torch.allclose(given, 2 * x)
+        assert torch.allclose(mu, vae(x.clone())[1])
+        decoder = decoder_of(lambda z, linear: linear(z) + z.mul_(3.0)[:, :1])
+        mean = torch.randn(3, 4)
+        latent = RandomVariable(mean.clone(), torch.zeros(3, 4))
+        y = rvconvert.convert(decoder, random_inputs=("z",), engine=engine)(latent)
+        assert torch.allclose(y, decoder(mean.clone()), atol=1e-6)

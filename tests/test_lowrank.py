@@ -331,3 +331,30 @@ def test_trained_decoder_keeps_the_variance_that_independence_loses():
         assert 0.9 < ratio(covariance="lowrank") < 1.1
         assert 0.8 < ratio(covariance="lowrank", rank=3, seed=0) < 1.2
         assert ratio() < 0.6
+
+
+CHOICES = {
+    "where": lambda a, b, c: torch.where(a > 0.1, b, c),
+    "method": lambda a, b, c: b.where(a > 0.1, 0.3),
+    "greater": lambda a, b, c: (a > b).to(a.dtype),
+    "and": lambda a, b, c: ((a > 0) & (b > 0.2)).to(a.dtype),
+    "or": lambda a, b, c: ((a > 0) | (b > 0.2)).to(a.dtype),
+    "xor": lambda a, b, c: ((a > 0) ^ (b > 0.2)).to(a.dtype),
+}
+
+
+@pytest.mark.parametrize("name", CHOICES)
+def test_choices_by_other_variables_carry_rows(name):
+    """Once a crash: the plain function was given an indicator's mean where it takes a boolean."""
+    torch.manual_seed(5)
+    mean, std = torch.randn(3, 6).double(), (0.2 + torch.rand(3, 6)).double()
+
+    def function(z):
+        return CHOICES[name](z[:, :2], z[:, 2:4], z[:, 4:])
+
+    y = function(latent(mean, std))
+    true_mean, true_var, covariance = monte_carlo(function, mean, std, 200_000)
+    assert torch.allclose(y.mean, true_mean, atol=0.01)
+    assert torch.allclose(y.var, true_var, atol=0.02, rtol=0.02)
+    assert torch.allclose(y.factors, covariance, atol=0.02)
+    assert (y.remainder >= 0).all()

@@ -20,6 +20,7 @@ from torch.utils import _pytree
 from rvconvert.covariance.each import on_each
 from rvconvert.random_variable import RandomVariable, Settings, random_variables
 from rvconvert.rules import gaussian, shape
+from rvconvert.rules.arithmetic import WHERE
 from rvconvert.rules.kinds import (
     Bilinear,
     Collapse,
@@ -31,6 +32,7 @@ from rvconvert.rules.kinds import (
     bind,
     first_order,
     full_precision,
+    is_same,
     out_of_place,
     substitute,
     unique,
@@ -48,6 +50,8 @@ Function = Callable[..., Any]
 _AFFINE = frozenset("add sub subtract rsub mul multiply div divide true_divide neg negative lerp addcmul".split())
 _PRODUCTS = frozenset(("mul", "multiply"))
 _EXTREMA = {"maximum": 1, "fmax": 1, "minimum": -1, "fmin": -1}
+_COMPARISONS = frozenset("gt ge lt le greater greater_equal less less_equal".split())
+_INDICATORS = frozenset(("logical_and", "logical_or", "logical_xor"))
 _MASKS = frozenset("dropout dropout1d dropout2d dropout3d feature_dropout alpha_dropout feature_alpha_dropout".split())
 _CLOSED_FORMS = {"abs": "absolute", "clip": "clamp", "prelu": "leaky_relu"}
 
@@ -86,6 +90,7 @@ class LowRankVariable(RandomVariable):
         made._settings = settings
         made._latent = False
         made._origin = None
+        made._identity = None
         made._total = None
         return made
 
@@ -155,6 +160,13 @@ class LowRankVariable(RandomVariable):
             return _batch_norm(kind, args, kwargs)
         if rule.name in _EXTREMA:
             return _extremum(_EXTREMA[rule.name], *args, **kwargs)
+        if isinstance(kind, Elementwise) and Elementwise.common_ancestor(unique(args, kwargs)) is None:
+            if rule.name in _COMPARISONS:
+                args, kwargs = (args[0] - args[1], 0.0), {}
+            elif rule.name in _INDICATORS:
+                return _conjunction(rule.name, *args)
+            elif rule is WHERE and isinstance(args[0], LowRankVariable):
+                return _choice(*args)
         if isinstance(kind, Elementwise):
             return _elementwise(rule, kind, func, args, {k: v for k, v in kwargs.items() if k != "inplace"})
         if rule.name in _MASKS:
@@ -339,10 +351,10 @@ def _gain(
     mean, var = _spread(x.mean, out_shape), _spread(x.var, out_shape)
     if not origin.whole_line:  # quadrature would leave its domain
         return torch.func.jvp(origin.function, (mean,), (torch.ones_like(mean),))[1]
-    if direct and rule.name in _AFFINE and not (rule.name in ("div", "divide", "true_divide") and args[0] is not x):
+    if direct and rule.name in _AFFINE and not (rule.name in ("div", "divide", "true_divide") and not is_same(args[0], x)):
         return torch.func.jvp(origin.function, (mean,), (torch.ones_like(mean),))[1]
     function = getattr(gaussian, _CLOSED_FORMS.get(rule.name, rule.name), None)
-    if direct and function in gaussian.GAINS and (args[0] if args else kwargs.get("input")) is x:
+    if direct and function in gaussian.GAINS and is_same(args[0] if args else kwargs.get("input"), x):
         names = list(inspect.signature(function).parameters)[2:]
         values, _, _ = bind(("input", *names), args, kwargs)
         options: dict[str, Any] = {n: v for n, v in zip(names, values[1:], strict=True) if v is not None}
@@ -428,6 +440,24 @@ def _extremum(sign: int, input: Any, other: Any) -> LowRankVariable:
     remainder = above.square() * x.remainder + (1 - above).square() * y.remainder + excess
     made = LowRankVariable.of(made.mean, made.factors, remainder, made.sources, made.settings)
     return made if sign > 0 else -made
+
+
+def _conjunction(name: str, input: Any, other: Any) -> LowRankVariable:
+    """Of two indicators: mean and rows as those of the product that it is, the rest of p (1 - p) remainder."""
+    both: Any = input * other
+    made: Any = both if "and" in name else input + other - (2 if "xor" in name else 1) * both
+    excess = torch.clamp(made.mean * (1 - made.mean) - made.factors.square().sum(0), min=0)
+    return LowRankVariable.of(made.mean, made.factors, excess, made.sources, made.settings)
+
+
+def _choice(condition: LowRankVariable, input: Any, other: Any) -> LowRankVariable:
+    """where(c, x, y) = y + p (x - y) with p the indicator of c; remainders of x and y weigh p^2 and (1-p)^2."""
+    chosen: Any = condition * (input - other)
+    made: Any = chosen + other
+    if not isinstance(chosen, LowRankVariable) or not isinstance(other, LowRankVariable):
+        return made  # type: ignore[no-any-return]
+    remainder = chosen.remainder + (1 - 2 * condition.mean) * other.remainder
+    return LowRankVariable.of(made.mean, made.factors, remainder, made.sources, made.settings)
 
 
 def _mask(kind: Any, func: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

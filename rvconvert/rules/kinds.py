@@ -31,6 +31,7 @@ __all__ = [
     "bind",
     "first_order",
     "full_precision",
+    "is_same",
     "moments",
     "out_of_place",
     "own_python",
@@ -96,6 +97,11 @@ def bind(
 def unique(*values: Any) -> list[RandomVariable]:
     """The random variables in nested arguments, each once, in order."""
     return list({id(x): x for x in random_variables(*values)}.values())
+
+
+def is_same(a: Any, b: RandomVariable) -> bool:
+    """True where ``a`` is the variable ``b`` or a snapshot of it."""
+    return isinstance(a, RandomVariable) and a.identity is b.identity
 
 
 def at_means(func: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -379,7 +385,7 @@ class Elementwise:
                     lambda value: _as_float(function(value), value), parent.mean.expand(shape), parent.var.expand(shape), kinks
                 )
         line = self.line(args, kwargs) if direct and self.line is not None else None
-        return like.with_moments(mean, var).derived(origin=Origin(parent, function, kinks, whole_line, line))
+        return like.with_moments(mean, var).derived(origin=Origin(parent.snapshot(), function, kinks, whole_line, line))
 
     @staticmethod
     def common_ancestor(
@@ -388,7 +394,7 @@ class Elementwise:
         """The nearest variable that all of ``inputs`` are functions of: functions, kinks, defined everywhere."""
         if len(inputs) == 1:
             return inputs[0], [_identity], (), True
-        lines = [{id(found[0]): found for found in _ancestors(each)} for each in inputs]
+        lines = [{id(found[0].identity): found for found in _ancestors(each)} for each in inputs]
         for key, (parent, *_) in lines[0].items():
             if all(key in line for line in lines):
                 kinks = tuple(sorted({k for line in lines for k in line[key][2]}))

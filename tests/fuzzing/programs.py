@@ -367,6 +367,9 @@ class Builder:
         except Exception:
             return False
         made = scope[out]
+        for name, value in self.values.items():
+            if made is value.probe and not overwrites:  # a cast to its own type is the value itself
+                parts, shares = (Part(out, name, (name,), Law("same")),), name
         first = next(iter(self.values.values())).probe
         fair = isinstance(made, Tensor) and made.is_floating_point() and 2 <= made.ndim <= 5 and len(made) == len(first)
         if not fair or made[0].numel() > LARGEST or made[0].numel() == 0 or not bool((made.abs() < 25).all()):
@@ -765,7 +768,7 @@ class Builder:
         if not x:
             return
         choices = {
-            "reads a value": ["{x} if {x}.sum() > 0 else -{x}", "{x} * {x}.mean().item()", "{x} * float({x}.max())"],
+            "reads a value": ["{x} if {x}.sum() > 0 else -{x}", "{x} * float({x}.max())"],
             "another distribution": ["{x} + torch.rand_like({x})", "torch.bernoulli(torch.sigmoid({x}))", "F.gumbel_softmax({x}, dim=1)"],
             "to integers": ["{x}.long().to({x}.dtype)", "{x}.int() * {x}"],
         }

@@ -87,7 +87,8 @@ class Reference:
 
     def plain(self, part: Part) -> Callable[..., Tensor]:
         """The part's expression as a plain function in float64 that leaves its arguments alone."""
-        made = call(part.expression, part.inputs, self.model)
+        text = part.expression.replace("memory_format=torch.channels_last", "")  # the order in memory changes no value
+        made = call(text, part.inputs, self.model)  # (the inputs of these parts are different values)
         return lambda *values: made(*(v.clone() for v in values))
 
     def rounded(self, mean: Tensor, var: Tensor, terms: float = 16.0, size: Tensor | None = None) -> Expected:
@@ -212,15 +213,23 @@ class Reference:
         inner = (z.gather(0, order)[1:].abs() < 6) & (run > 1e-4)
         steepest = (rise / run).where(inner, 0).abs().amax(0)  # the deviation of a line as steep
         unit, scale = 16 * self.eps, torch.where(var > 0, steepest, 0)
+        # The library integrates over five deviations at least; what lies beyond counts where f grows fast.
+        beyond = (weight * (values - out).square()).where(z.abs() > 5, 0).sum(0) / out_var.clamp(min=1e-300)
+        lost = (weight * (values - out).square()).where(z.abs() > 8, 0).sum(0) / out_var.clamp(min=1e-300)  # by this reference
+        beyond = torch.where(lost > 1e-7, torch.inf, beyond)
         # A smooth function of less than this deviation is taken as a parabola of one slope; its bend is what is left out.
         floor = 1e-4 if self.eps < 1e-10 else 1e-2
         ends = function(mean + floor) + function(mean - floor) - 2 * start
         bend = torch.where(ends.abs() < 0.1 * floor, ends / floor, 0) * s
         size = size + mean.abs() * scale / s.clamp(min=1e-300)
         jumps = unit * size.square() if part.law.options.get("indicator") else 0.0
-        mean_error = self.relative[0] * (scale + 10 * out_var.sqrt()) + unit * size
-        var_error = self.relative[1] * (scale.square() + 10 * out_var) + unit * size * (scale + unit * size) + jumps
-        var_error = var_error + 2 * bend.square() + 1e-24
+        # Nodes are spread for a function as smooth as the deviation or as 1; what bends several times needs more of them.
+        coarse = part.law.options.get("coarse", 1.0) if len(part.inputs) == 1 else 1000.0
+        rough = torch.where(s > 1, 1000.0, 1.0).clamp(min=coarse)
+        mean_error = rough * self.relative[0] * (scale + 10 * out_var.sqrt()) + unit * size
+        var_error = rough * self.relative[1] * (scale.square() + 10 * out_var) + unit * size * (scale + unit * size) + jumps
+        var_error = var_error + 2 * bend.square() + 2 * beyond * out_var + 1e-12 * scale.square() + 1e-24
+        mean_error = mean_error + (6e-7 * beyond * out_var).sqrt()
         return Expected(out, out_var, mean_error, var_error)
 
     def roots(self, function: Function, at: Callable[[Tensor], Tensor], grid: Tensor) -> Tensor:
