@@ -47,7 +47,7 @@ if TYPE_CHECKING:
 __all__ = ["LowRankVariable", "Source"]
 
 Function = Callable[..., Any]
-_AFFINE = frozenset("add sub subtract rsub mul multiply div divide true_divide neg negative lerp addcmul".split())
+_AFFINE = frozenset("deg2rad rad2deg add sub subtract rsub mul multiply div divide true_divide neg negative lerp addcmul".split())
 _PRODUCTS = frozenset(("mul", "multiply"))
 _EXTREMA = {"maximum": 1, "fmax": 1, "minimum": -1, "fmin": -1}
 _COMPARISONS = frozenset("gt ge lt le greater greater_equal less less_equal".split())

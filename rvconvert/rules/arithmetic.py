@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -16,7 +17,6 @@ from rvconvert.rules.extrema import constants
 from rvconvert.rules.kinds import (
     Composite,
     Elementwise,
-    FixedLinear,
     add_rule,
     at_means,
     bind,
@@ -347,11 +347,15 @@ for _name in ("sign", "sgn"):
 add_rule("heaviside", Composite(_heaviside), Exactness.MOMENT_MATCHED, "a Gaussian input, constant values")
 
 
-def _twice(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    """``square`` of a scaling: the scale once more."""
-    result: Tensor = func(func(*args, **kwargs))
-    return result
+def _scaled_by(factor: float) -> Elementwise:
+    """x times a constant that the operation has by itself."""
+
+    def moments(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        x = args[0] if args else kwargs["input"]
+        return x.mean * factor, x.var * factor**2
+
+    return Elementwise(moments, line=lambda args, kwargs: (factor, 0.0))
 
 
-for _name in ("deg2rad", "rad2deg"):
-    add_rule(_name, FixedLinear(_twice), Exactness.EXACT)
+for _name, _factor in (("deg2rad", math.pi / 180), ("rad2deg", 180 / math.pi)):
+    add_rule(_name, _scaled_by(_factor), Exactness.EXACT)

@@ -157,11 +157,13 @@ class Shape:
     """Selects, moves or joins elements without changing them: mean and variance go the same way.
 
     ``data`` names the leading arguments whose values end up in the result; a plain tensor or number among
-    them is a constant, of variance 0.
+    them is a constant, of variance 0. With ``same`` every element stays where it is, so that the result is a function
+    of its input: ``x * x.clone()`` is a square.
     """
 
     names: tuple[str, ...] = ("input",)
     data: tuple[str, ...] = ("input",)
+    same: bool = False
 
     def __call__(self, func: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         func = _MOVES_ANY_LAYOUT.get(func) or out_of_place(func)
@@ -179,7 +181,10 @@ class Shape:
             rest,
             options,
         )
-        return join(mean, var, like)
+        made = join(mean, var, like)
+        if self.same and isinstance(made, RandomVariable):
+            made.derived(origin=Origin(like.snapshot(), lambda x: func(x, *rest, **options), line=(1.0, 0.0)))
+        return made
 
     def call(self, func: Function, values: dict[str, Any], rest: tuple[Any, ...], options: dict[str, Any]) -> Any:
         """``func`` with the bound arguments: positional while there is no gap, else by keyword."""
@@ -406,7 +411,8 @@ def first_order(func: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -
     """An elementwise function of independent variables, linearised at the means: var = sum of (df/dx_i)^2 v_i."""
     inputs = unique(args, kwargs)
     shape = torch.broadcast_shapes(*_shapes(args, kwargs))
-    means = [x.mean.expand(shape) for x in inputs]
+    # Memory of its own for every element, as forward derivatives want.
+    means = [x.mean if x.shape == shape else x.mean.expand(shape).contiguous() for x in inputs]
 
     def function(*values: torch.Tensor) -> torch.Tensor:
         value = {id(x): each for x, each in zip(inputs, values, strict=True)}

@@ -54,8 +54,9 @@ _MODULES: dict[str, tuple[type[nn.Module], ...]] = {
     "pixel_unshuffle": (nn.PixelUnshuffle,),
     "channel_shuffle": (nn.ChannelShuffle,),
 }
+_SAME = frozenset("contiguous clone detach positive real data".split())
 for _name in _VIEWS:
-    add_rule(_name, Shape(), Exactness.EXACT, modules=_MODULES.get(_name, ()), keeps_latent=True)
+    add_rule(_name, Shape(same=_name in _SAME), Exactness.EXACT, modules=_MODULES.get(_name, ()), keeps_latent=True)
 
 
 class _Cast(Shape):

@@ -59,7 +59,7 @@ def examine(seed: int, modes: tuple[str, ...] = MODES) -> Outcome:
         with warnings.catch_warnings(), torch.random.fork_rng():
             warnings.simplefilter("ignore")
             torch.manual_seed(seed)
-            for mode in modes:
+            for mode in modes if seed % 2 == 0 else modes[:1]:  # every other one in all modes: they share the recorder
                 {"independent": _independent, "lowrank": _lowrank, "sampled": _sampled}[mode](program, outcome)
     except Mismatch as found:
         outcome.mismatch = f"{found}\n{program}"
@@ -99,7 +99,7 @@ def _convert(program: Program, outcome: Outcome, **options: Any) -> Callable[...
         model = rvconvert.convert(copy.deepcopy(program.model), random_inputs=("v0",), **options)
         mean, var = program.moments()
         with torch.no_grad():
-            copy.deepcopy(model)(RandomVariable(mean, var))
+            model(RandomVariable(mean, var))
     except ConversionError as refusal:
         outcome.refusals.append((label, _reason(refusal)))
         return None
@@ -109,8 +109,9 @@ def _convert(program: Program, outcome: Outcome, **options: Any) -> Callable[...
 
 def _reason(refusal: ConversionError) -> str:
     """The first line of a refusal, without what is particular to one program."""
-    line = f"{type(refusal).__name__}: {str(refusal).splitlines()[0]}"
-    return re.sub(r"\bv\d+\b|<fuzz \d+>|line \d+|:\d+", "_", line)[:110]
+    text = re.sub(r"has no rule:\s+1\.", "has no rule:", str(refusal)).splitlines()[0]
+    line = f"{type(refusal).__name__}: {text}".split(", which")[0].split(", /")[0]
+    return re.sub(r"\bv\d+\b|<fuzz \d+>|line \d+|:\d+|/\S+|,? \S+\.py\S*", "_", line)[:110]
 
 
 # --- independent ------------------------------------------------------------------------------------
@@ -131,12 +132,14 @@ def _independent(program: Program, outcome: Outcome) -> None:
     mean, var = program.moments()
     eps = torch.finfo(program.dtype).eps
     results: dict[str, Any] = {}
+    models: dict[str, Any] = {}
     for engine in ENGINES:
         model = _convert(program, outcome, engine=engine, output="distribution")
         if model is not None:
             with torch.no_grad():
-                results[engine] = dict(zip(program.outputs, copy.deepcopy(model)(RandomVariable(mean, var)), strict=True))
-            _weights_are_kept(program, model, results[engine])
+                results[engine] = dict(zip(program.outputs, model(RandomVariable(mean, var)), strict=True))
+                models[engine] = model
+                _weights_are_kept(program, model, results[engine])
     if not results:
         return
     with torch.no_grad():
@@ -147,7 +150,7 @@ def _independent(program: Program, outcome: Outcome) -> None:
                 _same(got.mean, values[name].mean, eps, f"{engine} against step by step, mean of {name}")
                 _same(got.var, values[name].var, eps, f"{engine} against step by step, variance of {name}")
         _node_by_node(program, values, outcome)
-        _without_variance(program, results)
+        _without_variance(program, models)
         _truth(program, next(iter(results.values())), outcome)
     _gradients(program)
 
@@ -169,15 +172,14 @@ def _node_by_node(program: Program, values: dict[str, RandomVariable], outcome: 
         outcome.compared += 1
 
 
-def _without_variance(program: Program, results: dict[str, Any]) -> None:
+def _without_variance(program: Program, models: dict[str, Any]) -> None:
     """A latent that does not vary gives the plain decoder, but for the masks of dropout."""
     mean, var = program.moments()
     eps = torch.finfo(program.dtype).eps
     masked = _downstream(program, lambda law: law.kind in ("dropout", "alpha_dropout"))
     plain = dict(zip(program.outputs, copy.deepcopy(program.model)(mean.clone()), strict=True))
     certain = RandomVariable(mean, torch.zeros_like(var))
-    for engine in results:
-        model = rvconvert.convert(copy.deepcopy(program.model), random_inputs=("v0",), engine=engine, output="distribution")
+    for engine, model in models.items():
         for name, got in zip(program.outputs, model(certain), strict=True):
             if name not in masked:
                 _same(got.mean, plain[name], eps, f"{engine}: {name} without variance, against the plain decoder", 1024.0)
@@ -286,7 +288,7 @@ def _lowrank(program: Program, outcome: Outcome) -> None:
     if model is None:
         return
     with torch.no_grad():
-        outputs = dict(zip(program.outputs, copy.deepcopy(model)(RandomVariable(mean, var)), strict=True))
+        outputs = dict(zip(program.outputs, model(RandomVariable(mean, var)), strict=True))
         for name, x in outputs.items():
             _expect(isinstance(x, LowRankVariable), f"lowrank: {name} left as {type(x).__name__}")
             for what, part in (("mean", x.mean), ("factors", x.factors), ("remainder", x.remainder)):
@@ -412,7 +414,7 @@ def _sampled(program: Program, outcome: Outcome) -> None:
                 probe = rvconvert.convert(_Latent(), random_inputs=("v0",), **options)
                 latents.append(probe(RandomVariable(mean, var)).paths)
             paths = latents[0]
-            outputs = copy.deepcopy(model)(RandomVariable(mean, var))
+            outputs = model(RandomVariable(mean, var))
             plain = copy.deepcopy(program.model)(paths.flatten(0, 1).clone())
         eps = torch.finfo(program.dtype).eps
         for name, got, wanted in zip(program.outputs, outputs, plain, strict=True):

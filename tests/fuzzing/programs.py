@@ -254,7 +254,7 @@ LINEAR_MODULES: dict[int, list[str]] = {
         "nn.ConvTranspose2d({c}, {n}, 4, 2, 1)", "nn.Conv2d({c}, {c}, 3, padding=1, groups={c}, bias=False)", "nn.Flatten()", "nn.Flatten(2)",
         "nn.Upsample(scale_factor=2)", "nn.Upsample(scale_factor=2, mode='bilinear')", "nn.AvgPool2d(2)", "nn.PixelShuffle(2)",
         "nn.AdaptiveAvgPool2d((1, 2))", "nn.Linear({l}, {n})", "nn.UpsamplingNearest2d(scale_factor=2)", "nn.ZeroPad2d(1)",
-        "nn.UpsamplingBilinear2d(scale_factor=2)", "nn.Conv2d({c}, {n}, 3, padding=1, padding_mode='circular')"],
+        "nn.UpsamplingBilinear2d(scale_factor=2)"],
     5: ["nn.Conv3d({c}, {n}, (1, 2, 2), padding=(0, 1, 0))", "nn.ConvTranspose3d({c}, {n}, 2, 2)", "nn.Flatten()"],
 }  # fmt: skip
 NOT_COPIES = re.compile(r"view|\[|transpose|permute|mT|flatten|unsqueeze|expand|narrow|chunk|split|unbind|diagonal|movedim|"
@@ -443,7 +443,7 @@ class Builder:
         if "self.w" in expression:
             expression = expression.replace("self.w", self.constant(channels, self.rng.choice([2, channels])))
         law = Law("linear")
-        if re.search(r"x \* self|x \+ self|self\.\w+ > |lerp|zeros_like", expression) or expression.startswith(("x * ", "x + ")):
+        if re.search(r"x \* self|x \+ self|self\.\w+ > |lerp|zeros_like|^x\.clone\(\)$|^x\.contiguous\([^)]*\)$", expression) or expression.startswith(("x * ", "x + ")):
             law = Law("elementwise")
         self.simple(expression, x, law, shares=bool(NOT_COPIES.search(expression)))
 
