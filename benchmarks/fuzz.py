@@ -53,7 +53,8 @@ def report(outcomes: list[Outcome], seconds: float) -> None:
     console.print(
         f"{len(outcomes)} decoders in {seconds:.0f} s: {sum(bool(o.mismatch) for o in outcomes)} mismatches, "
         f"{sum(bool(o.refusals) for o in outcomes)} refused; lines against the reference {sum(o.compared for o in outcomes)}, "
-        f"outputs against Monte Carlo {sum(o.sampled for o in outcomes)}, against the Jacobian {sum(o.linearised for o in outcomes)}, "
+        f"outputs against Monte Carlo {sum(o.sampled for o in outcomes)}, "
+        f"against the Jacobian {sum(o.linearised for o in outcomes)}, "
         f"paths against the plain decoder {sum(o.paths for o in outcomes)}; by the laws alone {sum(o.lawful for o in outcomes)}"
     )
 

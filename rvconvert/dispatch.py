@@ -106,7 +106,7 @@ def _call(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             target.version = memory.version
         return target
     dressed = _dress(result)
-    rule = views[0].variable.settings.registry.find(func)
+    rule = views[0].variable.settings.registry.find(func) if views else None
     if rule is not None and isinstance(rule.kind, Shape):
         for made in _views(dressed):
             for view, mean in before:

@@ -86,9 +86,9 @@ def _close(got: Tensor, wanted: Tensor, allowed: Tensor, what: str) -> None:
     _expect(bool((error <= allowed).all()), f"{what}: {_worst(error, allowed, got, wanted)}")
 
 
-def _same(got: Tensor, wanted: Tensor, eps: float, what: str, unit: float = 256.0) -> None:
-    """Equal but for the order of float operations."""
-    size = wanted.double().abs() + (wanted.double().abs().mean() if wanted.numel() else 0)
+def _same(got: Tensor, wanted: Tensor, eps: float, what: str, unit: float = 256.0, least: float = 0.0) -> None:
+    """Equal but for the order of float operations on numbers of the tensor's own size, or of ``least``."""
+    size = wanted.double().abs() + wanted.double().abs().mean() + least
     _close(got, wanted, unit * eps * size + 1e-20, what)
 
 
@@ -103,7 +103,8 @@ def _convert(program: Program, outcome: Outcome, **options: Any) -> Callable[...
     except ConversionError as refusal:
         outcome.refusals.append((label, _reason(refusal)))
         return None
-    _expect(not program.refused or "integers" in program.refused and "sampled" in label, f"{label}: converted, though the program {program.refused}")
+    runs = program.refused == "to integers" and "sampled" in label  # paths have values
+    _expect(not program.refused or runs, f"{label}: converted, though the program has a line that {program.refused}")
     return model
 
 
@@ -139,7 +140,8 @@ def _independent(program: Program, outcome: Outcome) -> None:
             with torch.no_grad():
                 results[engine] = dict(zip(program.outputs, model(RandomVariable(mean, var)), strict=True))
                 models[engine] = model
-                _weights_are_kept(program, model, results[engine])
+                if engine == ENGINES[program.seed % 2]:
+                    _weights_are_kept(program, model, results[engine])
     if not results:
         return
     with torch.no_grad():
@@ -182,7 +184,7 @@ def _without_variance(program: Program, models: dict[str, Any]) -> None:
     for engine, model in models.items():
         for name, got in zip(program.outputs, model(certain), strict=True):
             if name not in masked:
-                _same(got.mean, plain[name], eps, f"{engine}: {name} without variance, against the plain decoder", 1024.0)
+                _same(got.mean, plain[name], eps, f"{engine}: {name} without variance, against the plain decoder", 1024.0, 1.0)
                 _expect(float(got.var.max()) <= (64 * eps) ** 2, f"{engine}: {name} varies though the latent does not")
 
 
@@ -261,7 +263,7 @@ def _weights_are_kept(program: Program, model: Any, outputs: dict[str, RandomVar
 
 def _gradients(program: Program) -> None:
     """Finite, of the attached penalty too, also where the latent does not vary."""
-    for engine in ENGINES:
+    for engine in ENGINES[program.seed // 2 % 2 :][:1]:
         mean, var = program.moments()
         try:
             model = rvconvert.convert(copy.deepcopy(program.model), random_inputs=("v0",), engine=engine)
@@ -421,7 +423,7 @@ def _sampled(program: Program, outcome: Outcome) -> None:
             if name in masked:
                 continue
             wanted = wanted.unflatten(0, (len(paths), -1))
-            _same(got.paths, wanted, eps, f"sampled, {engine}: paths of {name} against the plain decoder", 2048.0)
+            _same(got.paths, wanted, eps, f"sampled, {engine}: paths of {name} against the plain decoder", 2048.0, 1.0)
             _same(got.mean, got.paths.double().mean(0), eps, f"sampled, {engine}: mean of {name}", 2048.0)
             outcome.paths += 1
 

@@ -212,46 +212,68 @@ POSITIVE = ["x.square() + 1.5", "torch.exp(0.3 * x) + 0.7", "F.softplus(x) + 1.0
 
 LINEAR_FUNCTIONS: dict[int, list[str]] = {
     2: ["x.flip(1)", "torch.cumsum(x, 1)", "torch.roll(x, 1, 1)", "x.unsqueeze(1)", "x[:, 1:]", "x[..., ::2]", "x[:, None]",
-        "F.pad(x, (1, 2))", "torch.cat([x, x], 1)", "x.repeat(1, 2)", "torch.hstack([x, 2 * x])", "x.unsqueeze(2).expand(-1, -1, 2)",
+        "F.pad(x, (1, 2))", "torch.cat([x, x], 1)", "x.repeat(1, 2)", "torch.hstack([x, 2 * x])",
+        "x.unsqueeze(2).expand(-1, -1, 2)",
         "x.sum(1, keepdim=True)", "x.mean(1, keepdim=True)", "torch.diff(x)", "x.narrow(1, 0, 2)", "x.view(x.shape[0], 1, -1)",
         "torch.stack([x, -x], 1)", "x.repeat_interleave(2, 1)", "torch.einsum('bi,i->bi', x, self.v)", "x @ self.w",
-        "torch.matmul(x, self.w)", "F.linear(x, self.w.t())", "torch.einsum('bi,ij->bj', x, self.w)", "x * self.v", "x + self.v",
+        "torch.matmul(x, self.w)", "F.linear(x, self.w.t())", "torch.einsum('bi,ij->bj', x, self.w)", "x * self.v",
+        "x + self.v",
         "torch.addmm(self.v, x, self.w)", "torch.index_select(x, 1, torch.tensor([1, 0, 1]))",
-        "x.masked_fill(self.v > 0.5, 0.3)", "torch.where(self.v > 0, x, 0.2 * x)", "torch.where(self.v > 0, x, x.new_zeros(()))",
+        "x.masked_fill(self.v > 0.5, 0.3)", "torch.where(self.v > 0, x, 0.2 * x)",
+        "torch.where(self.v > 0, x, x.new_zeros(()))",
         "torch.tensordot(x, self.w, dims=1)", "x.clone()", "x.contiguous()", "torch.lerp(x, self.v, 0.3)",
         "torch.gather(x, 1, torch.tensor([[1, 0, 1]]).expand(x.shape[0], 3))", "torch.zeros_like(x).add(x)"],
     3: ["x.transpose(1, 2)", "x.permute(0, 2, 1)", "x.mT", "x.flatten(1)", "x.mean(-1)", "x.sum(1)", "x.mean((1, 2))",
-        "torch.cumsum(x, -1)", "F.pad(x, (1, 1), mode='circular')", "F.pad(x, (1, 2), mode='replicate')", "F.pad(x, (2, 1), value=0.5)",
+        "torch.cumsum(x, -1)", "F.pad(x, (1, 1), mode='circular')", "F.pad(x, (1, 2), mode='replicate')",
+        "F.pad(x, (2, 1), value=0.5)",
         "F.interpolate(x, scale_factor=2)", "F.interpolate(x, size=5, mode='linear')", "F.avg_pool1d(x, 2)", "x[:, :, ::2]",
-        "F.interpolate(x, size=7, mode='linear', align_corners=True)", "F.adaptive_avg_pool1d(x, 3)", "x.unsqueeze(-1)", "x.flip(2)",
-        "F.avg_pool1d(x, 3, 1, 1)", "F.avg_pool1d(x, 2, 2, 1, count_include_pad=False)", "x[:, 0]", "x[:, -1:]", "x.reshape(x.size(0), -1)",
+        "F.interpolate(x, size=7, mode='linear', align_corners=True)", "F.adaptive_avg_pool1d(x, 3)", "x.unsqueeze(-1)",
+        "x.flip(2)",
+        "F.avg_pool1d(x, 3, 1, 1)", "F.avg_pool1d(x, 2, 2, 1, count_include_pad=False)", "x[:, 0]", "x[:, -1:]",
+        "x.reshape(x.size(0), -1)",
         "torch.cat([x, x.flip(1)], 1)", "torch.chunk(x, 2, 1)[1]", "x.split(1, 1)[0]", "x.unbind(1)[0]", "x.repeat(1, 1, 2)",
-        "torch.einsum('bcl->blc', x)", "torch.roll(x, (1,), (2,))", "x + self.v[:, None]", "x * self.v[:, None]", "x.movedim(1, 2)",
-        "x.unfold(2, 2, 1).flatten(2)", "F.channel_shuffle(x, 2)", "x.diagonal(0, 1, 2)", "torch.einsum('bcl,cd->bdl', x, self.w)",
-        "self.w.t() @ x", "torch.matmul(self.w.t(), x)", "x.contiguous().view(x.shape[0], -1)", "torch.stack([x, x.roll(1, 2)], 1)"],
+        "torch.einsum('bcl->blc', x)", "torch.roll(x, (1,), (2,))", "x + self.v[:, None]", "x * self.v[:, None]",
+        "x.movedim(1, 2)",
+        "x.unfold(2, 2, 1).flatten(2)", "F.channel_shuffle(x, 2)", "x.diagonal(0, 1, 2)",
+        "torch.einsum('bcl,cd->bdl', x, self.w)",
+        "self.w.t() @ x", "torch.matmul(self.w.t(), x)", "x.contiguous().view(x.shape[0], -1)",
+        "torch.stack([x, x.roll(1, 2)], 1)"],
     4: ["x.flatten(1)", "x.flatten(2)", "x.mean((2, 3))", "x.mean((2, 3), keepdim=True)", "x.sum(1, keepdim=True)",
-        "F.interpolate(x, scale_factor=2)", "F.interpolate(x, scale_factor=2, mode='bilinear')", "F.interpolate(x, size=(3, 5), mode='bilinear')",
+        "F.interpolate(x, scale_factor=2)", "F.interpolate(x, scale_factor=2, mode='bilinear')",
+        "F.interpolate(x, size=(3, 5), mode='bilinear')",
         "F.interpolate(x, size=(4, 3), mode='bicubic')", "F.interpolate(x, size=(4, 3), mode='bilinear', align_corners=True)",
         "F.interpolate(x, size=(2, 1), mode='area')", "F.interpolate(x, scale_factor=(1.7, 1.3), mode='nearest-exact')",
         "F.interpolate(x, scale_factor=1.5, mode='bilinear')", "F.interpolate(x, size=(1, 2), mode='bilinear', antialias=True)",
-        "F.avg_pool2d(x, 2)", "F.avg_pool2d(x, 3, 2, 1)", "F.avg_pool2d(x, 3, 1, 1, count_include_pad=False)", "F.adaptive_avg_pool2d(x, 1)",
+        "F.avg_pool2d(x, 2)", "F.avg_pool2d(x, 3, 2, 1)", "F.avg_pool2d(x, 3, 1, 1, count_include_pad=False)",
+        "F.adaptive_avg_pool2d(x, 1)",
         "F.avg_pool2d(x, 2, 2, 1, divisor_override=3)", "F.adaptive_avg_pool2d(x, (2, None))", "F.pixel_shuffle(x, 2)",
         "F.pixel_unshuffle(x, 2)", "F.pad(x, (1, 1, 1, 1), mode='reflect')", "F.pad(x, (1, 0, 0, 1))", "x.permute(0, 2, 3, 1)",
-        "x.permute(0, 3, 1, 2)", "x.transpose(2, 3)", "x[:, :1]", "x[:, :, 1:, :1]", "x[..., 0]", "x.flip(-1)", "torch.rot90(x, 1, (2, 3))",
-        "F.unfold(x, 2)", "x.contiguous(memory_format=torch.channels_last)", "torch.cat((x, x[:, :1]), dim=1)", "F.channel_shuffle(x, 2)",
-        "x + self.v[:, None, None]", "x * self.v.view(1, -1, 1, 1)", "torch.einsum('bchw,cd->bdhw', x, self.w)", "x.reshape(x.shape[0], -1, 2)",
-        "x.repeat(1, 1, 2, 1)", "torch.roll(x, (1, 1), (2, 3))", "x.expand(-1, -1, -1, -1).contiguous()", "x.unsqueeze(2)", "x.squeeze(1)"],
-    5: ["x.flatten(1)", "x.mean((2, 3, 4))", "F.avg_pool3d(x, (1, 2, 1))", "F.interpolate(x, scale_factor=2)", "x.squeeze(2)", "x[:, :, 0]",
-        "F.interpolate(x, size=(1, 2, 3), mode='trilinear')", "x.flatten(1, 2)", "x.permute(0, 1, 3, 4, 2)", "F.adaptive_avg_pool3d(x, 1)"],
+        "x.permute(0, 3, 1, 2)", "x.transpose(2, 3)", "x[:, :1]", "x[:, :, 1:, :1]", "x[..., 0]", "x.flip(-1)",
+        "torch.rot90(x, 1, (2, 3))",
+        "F.unfold(x, 2)", "x.contiguous(memory_format=torch.channels_last)", "torch.cat((x, x[:, :1]), dim=1)",
+        "F.channel_shuffle(x, 2)",
+        "x + self.v[:, None, None]", "x * self.v.view(1, -1, 1, 1)", "torch.einsum('bchw,cd->bdhw', x, self.w)",
+        "x.reshape(x.shape[0], -1, 2)",
+        "x.repeat(1, 1, 2, 1)", "torch.roll(x, (1, 1), (2, 3))", "x.expand(-1, -1, -1, -1).contiguous()", "x.unsqueeze(2)",
+        "x.squeeze(1)"],
+    5: ["x.flatten(1)", "x.mean((2, 3, 4))", "F.avg_pool3d(x, (1, 2, 1))", "F.interpolate(x, scale_factor=2)",
+        "x.squeeze(2)", "x[:, :, 0]",
+        "F.interpolate(x, size=(1, 2, 3), mode='trilinear')", "x.flatten(1, 2)", "x.permute(0, 1, 3, 4, 2)",
+        "F.adaptive_avg_pool3d(x, 1)"],
 }  # fmt: skip
 LINEAR_MODULES: dict[int, list[str]] = {
-    2: ["nn.Linear({c}, {n})", "nn.Linear({c}, {c})", "nn.Linear({c}, {n}, bias=False)", "nn.Unflatten(1, (2, -1))", "nn.Unflatten(1, (2, 2, -1))",
+    2: ["nn.Linear({c}, {n})", "nn.Linear({c}, {c})", "nn.Linear({c}, {n}, bias=False)", "nn.Unflatten(1, (2, -1))",
+        "nn.Unflatten(1, (2, 2, -1))",
         "nn.Unflatten(1, (4, 1, -1))"],
-    3: ["nn.Conv1d({c}, {n}, 3, padding=1)", "nn.Conv1d({c}, {n}, 2, 2)", "nn.ConvTranspose1d({c}, {n}, 3, 2, 1, 1)", "nn.Linear({l}, {n})",
+    3: ["nn.Conv1d({c}, {n}, 3, padding=1)", "nn.Conv1d({c}, {n}, 2, 2)", "nn.ConvTranspose1d({c}, {n}, 3, 2, 1, 1)",
+        "nn.Linear({l}, {n})",
         "nn.Conv1d({c}, {n}, 3, padding=2, dilation=2)", "nn.Conv1d({c}, {c}, 3, padding='same', groups={c})", "nn.Flatten()",
-        "nn.Upsample(scale_factor=2)", "nn.Upsample(scale_factor=2, mode='linear')", "nn.AvgPool1d(2)", "nn.AdaptiveAvgPool1d(2)"],
-    4: ["nn.Conv2d({c}, {n}, 3, padding=1)", "nn.Conv2d({c}, {n}, 1)", "nn.Conv2d({c}, {n}, 2, 2)", "nn.ConvTranspose2d({c}, {n}, 3, 2, 1, 1)",
-        "nn.ConvTranspose2d({c}, {n}, 4, 2, 1)", "nn.Conv2d({c}, {c}, 3, padding=1, groups={c}, bias=False)", "nn.Flatten()", "nn.Flatten(2)",
+        "nn.Upsample(scale_factor=2)", "nn.Upsample(scale_factor=2, mode='linear')", "nn.AvgPool1d(2)",
+        "nn.AdaptiveAvgPool1d(2)"],
+    4: ["nn.Conv2d({c}, {n}, 3, padding=1)", "nn.Conv2d({c}, {n}, 1)", "nn.Conv2d({c}, {n}, 2, 2)",
+        "nn.ConvTranspose2d({c}, {n}, 3, 2, 1, 1)",
+        "nn.ConvTranspose2d({c}, {n}, 4, 2, 1)", "nn.Conv2d({c}, {c}, 3, padding=1, groups={c}, bias=False)", "nn.Flatten()",
+        "nn.Flatten(2)",
         "nn.Upsample(scale_factor=2)", "nn.Upsample(scale_factor=2, mode='bilinear')", "nn.AvgPool2d(2)", "nn.PixelShuffle(2)",
         "nn.AdaptiveAvgPool2d((1, 2))", "nn.Linear({l}, {n})", "nn.UpsamplingNearest2d(scale_factor=2)", "nn.ZeroPad2d(1)",
         "nn.UpsamplingBilinear2d(scale_factor=2)"],
@@ -259,17 +281,21 @@ LINEAR_MODULES: dict[int, list[str]] = {
 }  # fmt: skip
 NOT_COPIES = re.compile(r"view|\[|transpose|permute|mT|flatten|unsqueeze|expand|narrow|chunk|split|unbind|diagonal|movedim|"
                         r"squeeze|contiguous|unfold|reshape|Flatten|Unflatten|Identity|einsum|clone")  # fmt: skip
+KEEPS_PLACES = re.compile(r"^x [*+] |self\.\w+ > |lerp|zeros_like|^x\.clone\(\)$|^x\.contiguous\([^)]*\)$")
 NORMS: dict[int, list[str]] = {
-    2: ["nn.BatchNorm1d({c})", "nn.BatchNorm1d({c}, affine=False)", "nn.LayerNorm({c})", "nn.RMSNorm({c})", "F.layer_norm(x, (x.shape[1],))",
+    2: ["nn.BatchNorm1d({c})", "nn.BatchNorm1d({c}, affine=False)", "nn.LayerNorm({c})", "nn.RMSNorm({c})",
+        "F.layer_norm(x, (x.shape[1],))",
         "nn.BatchNorm1d({c}, track_running_stats=False)", "F.normalize(x, dim=1)"],
     3: ["nn.BatchNorm1d({c})", "nn.LayerNorm({l})", "nn.LayerNorm(({c}, {l}))", "nn.GroupNorm(1, {c})", "nn.GroupNorm(2, {c})",
         "nn.InstanceNorm1d({c})", "nn.InstanceNorm1d({c}, affine=True)", "nn.RMSNorm({l})"],
-    4: ["nn.BatchNorm2d({c})", "nn.BatchNorm2d({c}, momentum=0.5)", "nn.GroupNorm(1, {c})", "nn.GroupNorm(2, {c})", "F.instance_norm(x)",
+    4: ["nn.BatchNorm2d({c})", "nn.BatchNorm2d({c}, momentum=0.5)", "nn.GroupNorm(1, {c})", "nn.GroupNorm(2, {c})",
+        "F.instance_norm(x)",
         "nn.InstanceNorm2d({c}, affine=True)", "nn.LayerNorm({l})", "F.group_norm(x, 1)"],
     5: ["nn.BatchNorm3d({c})", "nn.GroupNorm(1, {c})"],
 }  # fmt: skip
 BINARY = {
-    "sum": (["a + b", "torch.add(a, b)", "a.add(b)", "!a.add_(b)", "!+=", "torch.add(a, b, alpha=0.5)", "a - b", "torch.sub(a, b, alpha=2)",
+    "sum": (["a + b", "torch.add(a, b)", "a.add(b)", "!a.add_(b)", "!+=", "torch.add(a, b, alpha=0.5)", "a - b",
+        "torch.sub(a, b, alpha=2)",
              "torch.lerp(a, b, 0.3)", "!-=", "torch.rsub(a, b)"], ()),
     "product": (["a * b", "torch.mul(a, b)", "!a.mul_(b)", "!*="], ()),
     "maximum": (["torch.maximum(a, b)", "torch.max(a, b)", "torch.fmax(a, b)"], ("a - b",)),
@@ -356,7 +382,9 @@ class Builder:
         self.model.register_buffer(name, (torch.randn(shape) / max(1, shape[0]) ** 0.5).to(self.dtype))
         return f"self.{name}"
 
-    def add(self, line: str, out: str, parts: tuple[Part, ...], overwrites: str = "", shares: str = "", positive: bool = False) -> bool:
+    def add(
+        self, line: str, out: str, parts: tuple[Part, ...], overwrites: str = "", shares: str = "", positive: bool = False
+    ) -> bool:
         """Take the line if torch runs it and its value is of a fair size."""
         scope = {**SCOPE, "self": self.model, **{name: value.probe for name, value in self.values.items()}}
         if overwrites:
@@ -386,7 +414,9 @@ class Builder:
     def name(self) -> str:
         return f"v{self.count + 1}"
 
-    def simple(self, expression: str, x: str, law: Law, overwrites: bool = False, positive: bool = False, shares: bool = False) -> bool:
+    def simple(
+        self, expression: str, x: str, law: Law, overwrites: bool = False, positive: bool = False, shares: bool = False
+    ) -> bool:
         """A line of one value, written with ``x`` for it."""
         expression = re.sub(r"\bx\b", x, expression)
         law = Law(law.kind, tuple(re.sub(r"\bx\b", x, b) for b in law.breaks), law.several, law.partial, law.options)
@@ -443,7 +473,7 @@ class Builder:
         if "self.w" in expression:
             expression = expression.replace("self.w", self.constant(channels, self.rng.choice([2, channels])))
         law = Law("linear")
-        if re.search(r"x \* self|x \+ self|self\.\w+ > |lerp|zeros_like|^x\.clone\(\)$|^x\.contiguous\([^)]*\)$", expression) or expression.startswith(("x * ", "x + ")):
+        if KEEPS_PLACES.search(expression) and "masked_fill" not in expression:
             law = Law("elementwise")
         self.simple(expression, x, law, shares=bool(NOT_COPIES.search(expression)))
 
@@ -550,7 +580,8 @@ class Builder:
         if others:
             b, out = self.rng.choice(others), self.name()
             text = self.rng.choice(["torch.cat([{a}, {b}], 1)", "torch.cat(({a}, {b}), dim=1)", "torch.cat([{b}, {a}, {a}], 1)",
-                                    "torch.concat([{a}, 2 * {b}], 1)", "torch.stack([{a}, {b}], 1)"]).format(a=a, b=b)  # fmt: skip
+                                    "torch.concat([{a}, 2 * {b}], 1)", "torch.stack([{a}, {b}], 1)"])  # fmt: skip
+            text = text.format(a=a, b=b)
             self.add(f"{out} = {text}", out, (Part(out, text, (a, b), Law("linear")),))
 
     def dropout(self) -> None:
@@ -559,8 +590,8 @@ class Builder:
             return
         p = self.rng.choice([0.1, 0.3, 0.5])
         dims = {3: "1d", 4: "2d", 5: "3d"}.get(self.values[x].probe.ndim, "")
-        text = self.rng.choice([f"nn.Dropout({p})", f"F.dropout(x, {p}, self.training)", f"nn.Dropout{dims}({p})", f"nn.AlphaDropout({p})",
-                                f"F.alpha_dropout(x, {p}, self.training)"])  # fmt: skip
+        text = self.rng.choice([f"nn.Dropout({p})", f"F.dropout(x, {p}, self.training)", f"nn.Dropout{dims}({p})",
+                                f"nn.AlphaDropout({p})", f"F.alpha_dropout(x, {p}, self.training)"])  # fmt: skip
         kind = "alpha_dropout" if "lpha" in text else "dropout"
         law = Law(kind, options={"p": p}) if self.training else Law("same")
         if text.startswith("nn."):
@@ -635,8 +666,8 @@ class Builder:
         kind = self.rng.choice(["var", "norm", "prod"])
         if kind == "var":
             correction = self.rng.choice([0, 1])
-            self.simple(f"x.var(-1, correction={correction})" if self.rng.random() < 0.5 else f"torch.var(x, -1, correction={correction})",
-                        x, Law("variance", options={"correction": correction}))  # fmt: skip
+            text = "x.var(-1, correction={})" if self.rng.random() < 0.5 else "torch.var(x, -1, correction={})"
+            self.simple(text.format(correction), x, Law("variance", options={"correction": correction}))
         elif kind == "prod":
             self.simple("torch.prod(x, -1)", x, Law("prod"))
         else:
@@ -687,7 +718,8 @@ class Builder:
         b = self.pick(lambda v: v.probe.ndim == 3 and v.probe.shape[1] == size)
         if b and b != a:
             out = self.name()
-            text = self.rng.choice(["{a} @ {b}", "torch.bmm({a}, {b})", "torch.einsum('bij,bjk->bik', {a}, {b})"]).format(a=a, b=b)
+            text = self.rng.choice(["{a} @ {b}", "torch.bmm({a}, {b})", "torch.einsum('bij,bjk->bik', {a}, {b})"])
+            text = text.format(a=a, b=b)
             self.add(f"{out} = {text}", out, (Part(out, text, (a, b), Law("bilinear")),))
 
     def extremum(self) -> None:
@@ -697,7 +729,8 @@ class Builder:
             return
         rank = self.values[x].probe.ndim - 2
         pools = {1: "F.max_pool1d(x, 2)", 2: "F.max_pool2d(x, 2)", 3: "F.max_pool3d(x, (1, 2, 1))"}
-        text = self.rng.choice(["torch.amax(x, -1)", "x.max(-1).values", "x.min(-1)[0]", pools[rank], pools[rank], "x.amin(1, True)"])
+        pool = pools[rank]
+        text = self.rng.choice(["torch.amax(x, -1)", "x.max(-1).values", "x.min(-1)[0]", pool, pool, "x.amin(1, True)"])
         self.simple(text, x, Law("sampled", options={"mean_error": 0.08, "var_error": 0.36}))
 
     def addcmul(self) -> None:
@@ -722,8 +755,10 @@ class Builder:
         text = {
             2: ["nn.GRUCell({c}, 3)", "torch.sort(x, 1).values", "F.normalize(x, p=1.0, dim=1)", "torch.std(x, 1, keepdim=True)"],
             3: ["nn.GRU({l}, 3, batch_first=True)", "nn.LSTM({l}, 2, batch_first=True)", "F.local_response_norm(x, 2)",
-                "nn.TransformerEncoderLayer({l}, 1, 4, batch_first=True, dropout=0.0)", "nn.MultiheadAttention({l}, 1, batch_first=True)",
-                "torch.topk(x, 2, -1).values", "F.cosine_similarity(x, x.flip(1), dim=-1)", "F.rrelu(x)", "torch.floor(2 * x) / 2"],
+                "nn.TransformerEncoderLayer({l}, 1, 4, batch_first=True, dropout=0.0)",
+                "nn.MultiheadAttention({l}, 1, batch_first=True)",
+                "torch.topk(x, 2, -1).values", "F.cosine_similarity(x, x.flip(1), dim=-1)", "F.rrelu(x)",
+                "torch.floor(2 * x) / 2"],
             4: ["F.local_response_norm(x, 2)", "F.rrelu(x)", "F.lp_pool2d(x.abs() + 1, 2.0, 2)", "torch.round(x)"],
         }[len(shape)]  # fmt: skip
         chosen = self.rng.choice(text).format(**self.dimensions(x))
@@ -742,7 +777,8 @@ class Builder:
         x = self.pick()
         if x:
             to, dtype = self.rng.choice([("x.float()", torch.float32), ("x.double()", torch.float64), ("x.half()", torch.float16),
-                                         ("x.to(torch.bfloat16)", torch.bfloat16), ("x.type(torch.float32)", torch.float32)])  # fmt: skip
+                                         ("x.to(torch.bfloat16)", torch.bfloat16), ("x.type(torch.float32)",
+        torch.float32)])  # fmt: skip
             back = self.rng.choice([f".to({self.dtype})", f".type({self.dtype})", ".to(self.like)"])
             if "like" in back:
                 back = back.replace("self.like", self.constant(1))
@@ -769,7 +805,8 @@ class Builder:
             return
         choices = {
             "reads a value": ["{x} if {x}.sum() > 0 else -{x}", "{x} * float({x}.max())"],
-            "another distribution": ["{x} + torch.rand_like({x})", "torch.bernoulli(torch.sigmoid({x}))", "F.gumbel_softmax({x}, dim=1)"],
+            "another distribution": ["{x} + torch.rand_like({x})", "torch.bernoulli(torch.sigmoid({x}))",
+                                     "F.gumbel_softmax({x}, dim=1)"],
             "to integers": ["{x}.long().to({x}.dtype)", "{x}.int() * {x}"],
         }
         reason = self.rng.choice(sorted(choices))

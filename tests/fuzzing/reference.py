@@ -230,9 +230,9 @@ class Reference:
         coarse = 1.0 if len(part.inputs) == 1 else 1000.0
         mean_error = coarse * self.relative[0] * (scale + 10 * out_var.sqrt()) + unit * size
         var_error = coarse * self.relative[1] * (scale.square() + 10 * out_var) + unit * size * (scale + unit * size) + jumps
-        var_error = var_error + 2 * bend.square() + (2 * beyond * out_var).nan_to_num(nan=torch.inf)
+        var_error = var_error + 2 * bend.square() + (2 * beyond * out_var).nan_to_num(nan=torch.inf, posinf=torch.inf)
         var_error = var_error + 1e-12 * scale.square() + 1e-24
-        mean_error = mean_error + (6e-7 * beyond * out_var).sqrt().nan_to_num(nan=torch.inf)
+        mean_error = mean_error + (6e-7 * beyond * out_var).sqrt().nan_to_num(nan=torch.inf, posinf=torch.inf)
         least = torch.where(s < (1e-9 if self.eps < 1e-10 else 1e-6), s, 0)  # at a kink, the least deviation that is resolved
         mean_error, var_error = mean_error + 1e-8 * s + least, var_error + least.square()
         return Expected(out, out_var, mean_error, var_error)
