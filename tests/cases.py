@@ -133,6 +133,7 @@ case("sub", lambda w, x, y: torch.sub(x, y, alpha=2), X, X, label="alpha")
 case("add", lambda w, x: x + x, label="twice", scales=(1.0,))
 case("sub", lambda w, x: x - x, label="itself", scales=(1.0,))
 case("mul", lambda w, x: x * x.clone(), label="a copy", scales=(1.0,))
+case("mul", lambda w, x: x * x.contiguous().to(x.dtype), label="itself", scales=(1.0,))
 case("mul", lambda w, x: x * torch.deg2rad(40 * x), label="of its own multiple", scales=(1.0,))
 _BROADCAST = {"offset": 3.0, "var": 0.1, "mean_error": 0.1, "var_error": 0.02, "batch": None, "scales": (1.0,)}
 case("logaddexp", lambda w, x, y: torch.logaddexp(x, y), (3, 4), (4,), label="broadcast", **_BROADCAST)
@@ -210,6 +211,7 @@ case("Tensor.where", lambda w, x, y: x.where(w.mask(3, 4), y), X, X, batch=None)
 by_name("maximum minimum fmax fmin", binary, X, X)
 case("maximum", lambda w, x: torch.maximum(x, w(4) / 4), label="constant", kinked=True, scales=(1.0,))
 case("maximum", lambda w, x, y: torch.maximum(x, y), X, X, var=6.0, label="wide")
+case("maximum", lambda w, x: torch.maximum(x, 0.2 * x), label="leaky relu")
 _CLARK = {"mean_error": 0.08, "var_error": 0.36}
 for _name in ("max", "min"):
     case(_name, lambda w, x, f=function(_name): f(x), (5,), batch=None, **_CLARK)
@@ -703,6 +705,7 @@ case("cdist", lambda w, x, y: torch.cdist(x, y), (2, 3, 5), (2, 2, 5), **_ROOTED
 case("cdist", lambda w, x, y: torch.cdist(x, y, 1.0), (2, 3, 5), (2, 2, 5), label="1", **_ROOTED)
 case("dist", lambda w, x, y: torch.dist(x, y), X, X, batch=None, **_ROOTED)
 case("normalize", lambda w, x: F.normalize(x, dim=1), (3, 6), **_ROOTED)
+case("normalize", lambda w, x: F.normalize(x, dim=1), (3, 6), spread=0.0, var=0.0, label="nothing", scales=(1.0,))
 case(
     "normalize", lambda w, x: F.normalize(x, p=1.0, dim=1), (3, 6), label="1", spread=2.0, var=0.2, mean_error=0.05, var_error=0.8
 )

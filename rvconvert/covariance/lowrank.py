@@ -226,6 +226,8 @@ def _select(kind: Shape, func: Function, args: tuple[Any, ...], kwargs: dict[str
         return kind.call(func, replaced, rest, options)
 
     mean = kind.call(func, {n: substitute(v, lambda x: x.mean) for n, v in present.items()}, rest, options)
+    if mean is variables[0].mean:
+        return variables[0]
     sources, rows = _along(lambda row: call(lambda x: row[id(x)]), variables)
     remainder = call(lambda x: x.remainder)
     settings = variables[0].settings
@@ -502,7 +504,7 @@ def _linearized(rule: Rule, func: Function, args: tuple[Any, ...], kwargs: dict[
     result = rule(func, *substitute((args, kwargs), lambda x: x.independent()))
     total = random_variables(result)
     remainder = by_rule({id(x): x.independent(x.remainder) for x in variables})
-    means = tuple(x.mean for x in variables)
+    means = tuple(x.mean.contiguous() for x in variables)  # forward derivatives take no expanded memory
 
     def mean_by_rule(*values: Tensor) -> list[Tensor]:
         found = by_rule({id(x): x.with_moments(value, x.var) for x, value in zip(variables, values, strict=True)})

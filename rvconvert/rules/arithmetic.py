@@ -245,7 +245,7 @@ for _name in ("gt", "ge", "lt", "le", "greater", "less", "greater_equal", "less_
     _above = _name.startswith("g")
     add_rule(
         _name,
-        Elementwise(_comparison(_above), _comparison(_above), kinks=constants),
+        Elementwise(_comparison(_above), _comparison(_above), kinks=constants, meeting=True),
         Exactness.EXACT_IF_INDEPENDENT,
         "Gaussian, independent operands; the result is the indicator's mean and variance",
     )

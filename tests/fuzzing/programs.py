@@ -219,13 +219,13 @@ LINEAR_FUNCTIONS: dict[int, list[str]] = {
         "torch.matmul(x, self.w)", "F.linear(x, self.w.t())", "torch.einsum('bi,ij->bj', x, self.w)", "x * self.v",
         "x + self.v",
         "torch.addmm(self.v, x, self.w)", "torch.index_select(x, 1, torch.tensor([1, 0, 1]))",
-        "x.masked_fill(self.v > 0.5, 0.3)", "torch.where(self.v > 0, x, 0.2 * x)",
+        "x.masked_fill(self.v > 0.5, 0.35)", "torch.where(self.v > 0, x, 0.2 * x)",
         "torch.where(self.v > 0, x, x.new_zeros(()))",
         "torch.tensordot(x, self.w, dims=1)", "x.clone()", "x.contiguous()", "torch.lerp(x, self.v, 0.3)",
         "torch.gather(x, 1, torch.tensor([[1, 0, 1]]).expand(x.shape[0], 3))", "torch.zeros_like(x).add(x)"],
     3: ["x.transpose(1, 2)", "x.permute(0, 2, 1)", "x.mT", "x.flatten(1)", "x.mean(-1)", "x.sum(1)", "x.mean((1, 2))",
         "torch.cumsum(x, -1)", "F.pad(x, (1, 1), mode='circular')", "F.pad(x, (1, 2), mode='replicate')",
-        "F.pad(x, (2, 1), value=0.5)",
+        "F.pad(x, (2, 1), value=0.45)",
         "F.interpolate(x, scale_factor=2)", "F.interpolate(x, size=5, mode='linear')", "F.avg_pool1d(x, 2)", "x[:, :, ::2]",
         "F.interpolate(x, size=7, mode='linear', align_corners=True)", "F.adaptive_avg_pool1d(x, 3)", "x.unsqueeze(-1)",
         "x.flip(2)",
@@ -486,10 +486,13 @@ class Builder:
             return
         chosen = self.rng.choice(UNARY)
         options = {"indicator": True} if "sign" in chosen.spellings[0] else {}
+        if "sinc" in chosen.spellings[0]:
+            options = {"coarse": 100.0}  # three times as steep as what the library's nodes are spread for
         law = Law("elementwise", chosen.breaks, options=options)
         if chosen.modules and self.rng.random() < 0.4:
             text, overwrites = self.spelled(self.rng.choice(chosen.modules))
-            self.with_module(text, x, law, overwrites and x != "v0")
+            if not (overwrites and x == "v0"):
+                self.with_module(text, x, law, overwrites)
             return
         text, overwrites = self.spelled(self.rng.choice(chosen.spellings))
         if not (overwrites and x == "v0"):
@@ -743,7 +746,7 @@ class Builder:
                 Part(product, f"{b} * {c}", (b, c), Law("elementwise", several="product")),
                 Part(out, f"{a} + 0.5 * {product}", (a, product), Law("elementwise", several="sum")),
             )
-            text = self.rng.choice([f"torch.addcmul({a}, {b}, {c}, value=0.5)", f"{a} + 0.5 * ({b} * {c})"])
+            text = self.rng.choice([f"torch.addcmul({a}, {b}, {c}, value=0.45)", f"{a} + 0.5 * ({b} * {c})"])
             self.add(f"{out} = {text}", out, parts)
 
     def unreferenced(self) -> None:
@@ -758,12 +761,12 @@ class Builder:
                 "nn.TransformerEncoderLayer({l}, 1, 4, batch_first=True, dropout=0.0)",
                 "nn.MultiheadAttention({l}, 1, batch_first=True)",
                 "torch.topk(x, 2, -1).values", "F.cosine_similarity(x, x.flip(1), dim=-1)", "F.rrelu(x)",
-                "torch.floor(2 * x) / 2"],
-            4: ["F.local_response_norm(x, 2)", "F.rrelu(x)", "F.lp_pool2d(x.abs() + 1, 2.0, 2)", "torch.round(x)"],
+                "F.local_response_norm(x, 3)"],
+            4: ["F.local_response_norm(x, 2)", "F.rrelu(x)", "F.lp_pool2d(x.abs() + 1, 2.0, 2)", "F.local_response_norm(x, 3)"],
         }[len(shape)]  # fmt: skip
         chosen = self.rng.choice(text).format(**self.dimensions(x))
         if not chosen.startswith("nn."):
-            self.simple(chosen, x, Law("laws"))
+            self.simple(chosen, x, Law("elementwise", ("x",)) if "rrelu" in chosen else Law("laws"))
             return
         name = self.register(chosen)
         if "Attention" in chosen:
@@ -791,8 +794,8 @@ class Builder:
             return
         out = self.name()
         if self.rng.random() < 0.5:
-            expression = f"torch.cat([{x}[:, :1], torch.full_like({x}[:, :1], 0.3), {x}[:, 2:]], 1)"
-            line = f"{out} = {x}.clone(); {out}[:, 1] = 0.3"
+            expression = f"torch.cat([{x}[:, :1], torch.full_like({x}[:, :1], 0.37), {x}[:, 2:]], 1)"
+            line = f"{out} = {x}.clone(); {out}[:, 1] = 0.37"
         else:
             expression = f"torch.cat([{x}[:, :1], 2 * {x}[:, :1], {x}[:, 2:]], 1)"
             line = f"{out} = {x}.clone(); {out}[:, 1] = 2 * {x}[:, 0]"

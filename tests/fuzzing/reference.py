@@ -116,8 +116,8 @@ class Reference:
         shape = function(*(m for m, _ in inputs)).shape
         unit = (8 + len(mean) ** 0.5) * self.eps
         out_mean, out_var = matrix @ mean + shift, matrix.square() @ var
-        size = matrix.abs() @ mean.abs() + shift.abs()
-        largest = matrix.abs().amax(1, keepdim=True)
+        largest = matrix.abs().amax(1, keepdim=True)  # weights of interpolation are differences of what is as large
+        size = torch.where(matrix == 0, 0.0, largest) @ mean.abs() + shift.abs()
         var_error = unit * ((matrix.abs() * largest) @ var) + 1e-24
         return Expected(*(x.reshape(shape) for x in (out_mean, out_var, unit * size + 1e-30, var_error)))
 
@@ -209,33 +209,40 @@ class Reference:
         out = start + (weight * (values - start)).sum(0)
         out_var = (weight * (values - out).square()).sum(0)
         out, out_var = torch.where(var > 0, out, start), torch.where(var > 0, out_var, 0)
-        # What is rounded is as large as the values, and rounding of the input moves them by the slope.
-        size = start.abs() + (weight * values.abs()).sum(0) + 1.0
+        errors = self.integration_errors(part, function, mean, s, z, weight, values, out, out_var)
+        return Expected(out, out_var, *errors)
+
+    def integration_errors(
+        self, part: Part, function: Function, mean: Tensor, s: Tensor, z: Tensor, weight: Tensor, values: Tensor,
+        out: Tensor, out_var: Tensor,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """How far float arithmetic and the library's finite number of nodes may be from mean and variance."""
+        start = function(mean).to(mean.dtype)
         order = z.argsort(0)
         rise, run = (t.gather(0, order).diff(dim=0) for t in (values, z))
         inner = (z.gather(0, order)[1:].abs() < 6) & (run > 1e-4)
-        steepest = (rise / run).where(inner, 0).abs().amax(0)  # the deviation of a line as steep
-        unit, scale = 16 * self.eps, torch.where(var > 0, steepest, 0)
-        # The library integrates over five deviations at least; what lies beyond counts where f grows fast.
-        beyond = (weight * (values - out).square()).where(z.abs() > 5, 0).sum(0) / out_var.clamp(min=1e-300)
-        lost = (weight * (values - out).square()).where(z.abs() > 8, 0).sum(0) / out_var.clamp(min=1e-300)  # by this reference
-        beyond = torch.where((lost > 1e-7) & (out_var > 0), torch.inf, beyond)
+        scale = (rise / run).where(inner, 0).abs().amax(0) * (s > 0)  # the deviation of a line as steep as the function gets
+        # Rounded is what is as large as the values; rounding of the input moves them by the slope.
+        unit = 16 * self.eps
+        size = start.abs() + (weight * values.abs()).sum(0) + 1.0 + mean.abs() * scale / s.clamp(min=1e-300)
+        jumps = unit * size.square() if part.law.options.get("indicator") else 0.0
+        # The library integrates over five deviations at least; what lies beyond counts where the function grows fast.
+        share = weight * (values - out).square() / out_var.clamp(min=1e-300)
+        beyond = share.where(z.abs() > 5, 0).sum(0)
+        lost = share.where(z.abs() > 8, 0).sum(0) > 1e-7  # by this reference too
         # A smooth function of less than this deviation is taken as a parabola of one slope; its bend is what is left out.
         floor = 1e-4 if self.eps < 1e-10 else 1e-2
         ends = function(mean + floor) + function(mean - floor) - 2 * start
         bend = torch.where(ends.abs() < 0.1 * floor, ends / floor, 0) * s
-        size = size + mean.abs() * scale / s.clamp(min=1e-300)
-        jumps = unit * size.square() if part.law.options.get("indicator") else 0.0
-        # Nodes are spread for a function as smooth as the deviation or as 1; what bends several times needs more of them.
-        coarse = 1.0 if len(part.inputs) == 1 else 1000.0
-        mean_error = coarse * self.relative[0] * (scale + 10 * out_var.sqrt()) + unit * size
-        var_error = coarse * self.relative[1] * (scale.square() + 10 * out_var) + unit * size * (scale + unit * size) + jumps
-        var_error = var_error + 2 * bend.square() + (2 * beyond * out_var).nan_to_num(nan=torch.inf, posinf=torch.inf)
-        var_error = var_error + 1e-12 * scale.square() + 1e-24
-        mean_error = mean_error + (6e-7 * beyond * out_var).sqrt().nan_to_num(nan=torch.inf, posinf=torch.inf)
-        least = torch.where(s < (1e-9 if self.eps < 1e-10 else 1e-6), s, 0)  # at a kink, the least deviation that is resolved
-        mean_error, var_error = mean_error + 1e-8 * s + least, var_error + least.square()
-        return Expected(out, out_var, mean_error, var_error)
+        # At a kink less than this deviation is not resolved.
+        least = torch.where(s < (1e-9 if self.eps < 1e-10 else 1e-6), s, 0)
+        # Nodes are spread for a function as smooth as 1; one of several functions may bend often, and at places not told.
+        coarse = part.law.options.get("coarse", 1.0) if len(part.inputs) == 1 else 1000.0
+        of_mean, of_var = (coarse * r for r in self.relative)
+        mean_error = of_mean * (scale + 10 * out_var.sqrt()) + unit * size + (6e-7 * beyond * out_var).sqrt() + 1e-8 * s + least
+        var_error = of_var * (scale.square() + 10 * out_var) + unit * size * (scale + unit * size) + jumps
+        var_error = var_error + 1e-12 * scale.square() + 2 * bend.square() + 2 * beyond * out_var + least.square() + 1e-24
+        return torch.where(lost & (out_var > 0), torch.inf, torch.stack((mean_error, var_error))).unbind()
 
     def roots(self, function: Function, at: Callable[[Tensor], Tensor], grid: Tensor) -> Tensor:
         """(ROOTS, ...): places of z where the function changes sign, found by bisection; others lie at the left end."""
@@ -253,8 +260,7 @@ class Reference:
     def lognormal(self, part: Part, mean: Tensor, var: Tensor) -> Expected:
         """Of a positive X taken as e^N(mu, sigma^2): log x = N, and x^p = e^(p N)."""
         text = part.law.options["lognormal"]
-        if "log1p" in text:
-            mean = mean + 1
+        mean = (mean + 1 if "log1p" in text else mean).clamp(min=1e-150)
         sigma2 = torch.log1p(var / mean.square())
         mu = mean.log() - sigma2 / 2
         if "log" in text:
@@ -419,8 +425,7 @@ class Reference:
         a = (q + alpha**2 * q * (1 - q)) ** -0.5
         shift = -a * alpha * (1 - q)
         first = q * mean + (1 - q) * alpha
-        second = q * (var + mean.square()) + (1 - q) * alpha**2
-        out_var = a * a * (second - first.square())
+        out_var = a * a * q * (var + (1 - q) * (mean - alpha).square())  # Var(x b + alpha (1 - b)), b and x independent
         return self.rounded(a * first + shift, out_var, 32, mean.abs() + var.sqrt() + 2)
 
     def variance(self, part: Part, law: Law, x: Moments) -> Expected:
@@ -439,7 +444,9 @@ class Reference:
         """E prod = prod m, E prod^2 = prod (m^2 + v)."""
         mean, var = x
         out, second = mean.prod(-1), (mean.square() + var).prod(-1)
-        return self.rounded(out, (second - out.square()).clamp(min=0), 32, second.sqrt())
+        expected = self.rounded(out, (second - out.square()).clamp(min=0), 32, second.sqrt())
+        expected.var_error = expected.var_error + 1e-14 * second  # of the difference here, in float64
+        return expected
 
     def sampled(self, part: Part, law: Law, x: Moments) -> Expected:
         """Monte Carlo of the part by itself: six standard errors, and what an approximate rule declares."""
