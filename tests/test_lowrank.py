@@ -358,3 +358,13 @@ def test_choices_by_other_variables_carry_rows(name):
     assert torch.allclose(y.var, true_var, atol=0.02, rtol=0.02)
     assert torch.allclose(y.factors, covariance, atol=0.02)
     assert (y.remainder >= 0).all()
+
+
+def test_expanded_values_and_roots_of_nothing_do_not_crash_or_spoil_the_rows():
+    """Once a crash of forward derivatives, and NaN rows where an infinite slope met a row of zeros."""
+    mean, std = torch.randn(3, 4).double(), (0.1 + torch.rand(3, 4)).double()
+    z = latent(mean, std)
+    y = torch.logsumexp(z.unsqueeze(2).expand(-1, -1, 2), -1)
+    assert torch.allclose(y.factors, z.factors) and y.mean.isfinite().all()
+    nothing = ((z - z) ** 2).sum(-1).sqrt()
+    assert (nothing.factors == 0).all() and (nothing.var == 0).all()

@@ -351,8 +351,8 @@ def _gain(
     """E[f'(x)]: a constant slope, the closed form of the function's rule, else quadrature."""
     x = origin.parent
     mean, var = _spread(x.mean, out_shape), _spread(x.var, out_shape)
-    if not origin.whole_line:  # quadrature would leave its domain
-        return torch.func.jvp(origin.function, (mean,), (torch.ones_like(mean),))[1]
+    if not origin.whole_line:  # quadrature would leave its domain; where nothing varies, an infinite slope says nothing
+        return torch.where(var > 0, torch.func.jvp(origin.function, (mean,), (torch.ones_like(mean),))[1], 0)
     if direct and rule.name in _AFFINE and not (rule.name in ("div", "divide", "true_divide") and not is_same(args[0], x)):
         return torch.func.jvp(origin.function, (mean,), (torch.ones_like(mean),))[1]
     function = getattr(gaussian, _CLOSED_FORMS.get(rule.name, rule.name), None)
@@ -407,7 +407,7 @@ def _of_several(
 
 def _spread(value: Tensor, shape: torch.Size) -> Tensor:
     """``value`` broadcast, with memory of its own for every element, as forward derivatives want."""
-    return value if value.shape == shape else value.expand(shape).contiguous()
+    return value.expand(shape).contiguous()
 
 
 def _shapes_in(*values: Any) -> list[torch.Size]:

@@ -430,7 +430,7 @@ def first_order(func: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -
     inputs = unique(args, kwargs)
     shape = torch.broadcast_shapes(*_shapes(args, kwargs))
     # Memory of its own for every element, as forward derivatives want.
-    means = [x.mean if x.shape == shape else x.mean.expand(shape).contiguous() for x in inputs]
+    means = [x.mean.expand(shape).contiguous() for x in inputs]
 
     def function(*values: torch.Tensor) -> torch.Tensor:
         value = {id(x): each for x, each in zip(inputs, values, strict=True)}

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import rvconvert
 from rvconvert import ConversionError, RandomVariable
@@ -274,11 +273,22 @@ def _gradients(program: Program) -> None:
         loss = sum(x.float().square().mean() for x in outputs if x.requires_grad)
         if not isinstance(loss, Tensor):
             return
+        if not _plain_gradient_is_finite(program, mean.detach()):  # a root of what is 0 in the decoder itself
+            return
         loss.backward()
         named = [("the latent's mean", latent[0]), ("the latent's variance", latent[1]), *model.named_parameters()]
         for name, parameter in named:
             finite = parameter.grad is None or bool(parameter.grad.isfinite().all())
             _expect(finite, f"{engine}: the gradient by {name} is not finite")
+
+
+def _plain_gradient_is_finite(program: Program, mean: Tensor) -> bool:
+    latent = mean.clone().requires_grad_()
+    try:
+        loss = sum(x.float().square().mean() for x in copy.deepcopy(program.model)(latent * 1))
+        return bool(torch.autograd.grad(loss, latent)[0].isfinite().all())
+    except RuntimeError:  # its in-place writes leave it none, which the converted one does not share
+        return True
 
 
 # --- low rank ---------------------------------------------------------------------------------------
@@ -313,17 +323,18 @@ def _delta_method(program: Program, outcome: Outcome) -> None:
         got = dict(zip(program.outputs, small(RandomVariable(mean, var)), strict=True))
     held, rough = _held(program, model, mean, s)
     plain = dict(zip(program.outputs, held(mean), strict=True))
+    step, slopes = 1e-6, []
+    for j in range(mean[0].numel()):
+        direction = torch.zeros_like(mean).flatten(1)
+        direction[:, j] = step
+        ends = (held(mean + sign * direction.reshape(mean.shape)) for sign in (1, -1))
+        slopes.append([(up - down) / (2 * step) for up, down in zip(*ends, strict=True)])
     for index, name in enumerate(program.outputs):
         if name in rough:
             continue
-        rows = []
-        for j in range(mean[0].numel()):
-            tangent = torch.zeros_like(mean[0]).flatten()
-            tangent[j] = 1.0
-            direction = tangent.reshape(mean[0].shape).expand_as(mean).contiguous()
-            rows.append(torch.func.jvp(lambda z, i=index: held(z)[i], (mean,), (direction,))[1])
-        deviation = var.sqrt().flatten(1).T.reshape(-1, len(mean), *(1,) * (rows[0].ndim - 1))
-        linear = (torch.stack(rows) * deviation).square().sum(0)
+        rows = torch.stack([each[index] for each in slopes])
+        deviation = var.sqrt().flatten(1).T.reshape(-1, len(mean), *(1,) * (rows.ndim - 2))
+        linear = (rows * deviation).square().sum(0)
         scale = linear.mean()
         with torch.no_grad():
             allowed = 0.02 * linear + 0.002 * scale + 1e-4 * s * s * s
@@ -393,7 +404,7 @@ def _run_again(model: Any, z: Tensor) -> Any:
     for module in model.modules():
         if isinstance(module, _Constant):
             module.calls = 0
-    with sdpa_kernel(SDPBackend.MATH):  # the one with forward derivatives
+    with torch.no_grad():
         return model(z.clone())
 
 

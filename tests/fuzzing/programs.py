@@ -44,7 +44,7 @@ class Law:
     @property
     def smooth(self) -> bool:
         """True where the delta method is right in the limit of small variance, away from the breaks."""
-        return self.kind not in ("dropout", "alpha_dropout", "sampled", "laws")
+        return self.kind not in ("dropout", "alpha_dropout", "sampled", "laws", "cast")
 
 
 @dataclass(frozen=True)

@@ -49,6 +49,12 @@ class Expected:
     var_error: Tensor
 
 
+def _vectorised(expression: str) -> str:
+    """The same function in words that torch.vmap knows."""
+    expression = expression.replace("memory_format=torch.channels_last", "")
+    return expression.replace("F.rrelu(", "F.leaky_relu(negative_slope=11 / 48, input=")
+
+
 class Reference:
     """Propagates one program. ``moments`` holds what each step is given: the moments of values, by name, in float64."""
 
@@ -63,19 +69,19 @@ class Reference:
     def step(self, step: Step) -> Expected | None:
         """What the step must give; None where the laws alone are asked. Parts within a step go by the reference's own."""
         found: Expected | None = None
+        lost = False
         for part in step.parts:
             if part.law.kind == "laws":
                 return None
             found = self.part(part)
             if part.out != step.out:
                 self.moments[part.out] = (found.mean, found.var)
-                if bool(found.var_error.isinf().any()):
-                    return None  # it grows too fast to be integrated
+                lost |= bool(found.var_error.isinf().any())  # it grows too fast to be integrated
         if found is not None and len(step.parts) > 1:  # what a part is off by goes through the next ones
             relative = [16 * r for r in self.relative]
             found.mean_error = found.mean_error + relative[0] * (found.var.sqrt() + found.mean.abs()) + 1e-5 * relative[0]
             found.var_error = found.var_error + relative[1] * found.var + 1e-5 * relative[1]
-        return found
+        return None if lost else found
 
     def part(self, part: Part) -> Expected:
         law = part.law
@@ -89,8 +95,7 @@ class Reference:
 
     def plain(self, part: Part) -> Callable[..., Tensor]:
         """The part's expression as a plain function in float64 that leaves its arguments alone."""
-        text = part.expression.replace("memory_format=torch.channels_last", "")  # the order in memory changes no value
-        made = call(text, part.inputs, self.model)  # (the inputs of these parts are different values)
+        made = call(_vectorised(part.expression), part.inputs, self.model)  # (the inputs of these parts are different values)
         return lambda *values: made(*(v.clone() for v in values))
 
     def rounded(self, mean: Tensor, var: Tensor, terms: float = 16.0, size: Tensor | None = None) -> Expected:
@@ -172,8 +177,7 @@ class Reference:
             return self.several(part)
         parent = common[0]
         links = [next(c for c in chain if c[0] == parent) for chain in chains]
-        text = part.expression.replace("memory_format=torch.channels_last", "")  # the order in memory changes no value
-        function, model = call(text, names, self.model), self.model
+        function, model = call(_vectorised(part.expression), names, self.model), self.model
 
         def whole(x: Tensor) -> Tensor:
             return function(*(link[1](x).clone() for link in links))
