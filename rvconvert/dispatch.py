@@ -12,13 +12,14 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from rvconvert.errors import NonGaussianError, NoReparameterizationError, UnsupportedOperationError
+from rvconvert.errors import ConversionError, NonGaussianError, NoReparameterizationError, UnsupportedOperationError
 from rvconvert.graph.plan import row_for, short_path
 from rvconvert.graph.program import DIFFERENCES, LOSSES
-from rvconvert.graph.recorder import as_class, intercepted_modules, unchanged, unscripted, user_frame, where
+from rvconvert.graph.recorder import as_class, intercepted_modules, own_copies, unchanged, unscripted, user_frame, where
 from rvconvert.random_variable import RandomVariable, in_settings, is_in_place, propagate, random_variables
 from rvconvert.registry import PLAIN, operation_name
 from rvconvert.report import Row
+from rvconvert.rules.kinds import Shape
 from rvconvert.rules.noise import GAUSSIAN_SOURCES, NON_GAUSSIAN, nth_source
 from rvconvert.structure import flatten
 
@@ -28,21 +29,33 @@ if TYPE_CHECKING:
 __all__ = ["run", "survey"]
 
 
+class _Memory:
+    """What a tensor and its views share: how often it was written, last through which of them, and where."""
+
+    version = 0
+    writer: TensorView | None = None
+    place: Any = None
+
+
 class TensorView(torch.Tensor):
     """A random variable dressed as a tensor for the model's own code.
 
     ``isinstance(x, torch.Tensor)`` holds, ``x.mean(dim)`` is the method that it is on a tensor, and an
     in-place operation changes what every holder of the object sees. It has no storage, so what would read
-    its values behind torch's back fails. What it stands for is ``variable``.
+    its values behind torch's back fails. What it stands for is ``variable``. ``memory`` it shares with its views, of
+    which those at an older ``version`` are stale.
     """
 
     variable: RandomVariable
+    memory: _Memory
+    version: int
 
     @staticmethod
     def __new__(cls, variable: RandomVariable) -> TensorView:
         mean = variable.mean
         made = torch.Tensor._make_wrapper_subclass(cls, mean.shape, dtype=mean.dtype, device=mean.device)
         made.variable = variable
+        made.memory, made.version = _Memory(), 0
         return made  # type: ignore[no-any-return]
 
     def __init__(self, variable: RandomVariable) -> None:
@@ -79,11 +92,63 @@ def _dress(value: Any) -> Any:
 
 
 def _call(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    views = _views(args, kwargs)
+    for view in views:
+        _refuse_stale(view, func, args)
     target = args[0] if args else None
+    before = [(view, view.variable._mean) for view in views]
+    place = _place(before[0][1]) if before and before[0][0] is target else None
     result = propagate(func, _undress(args), _undress(kwargs))
     if type(target) is TensorView and result is target.variable:
+        if is_in_place(func, kwargs):
+            memory = target.memory
+            memory.version, memory.writer, memory.place = memory.version + 1, target, place
+            target.version = memory.version
         return target
-    return _dress(result)
+    dressed = _dress(result)
+    rule = views[0].variable.settings.registry.find(func) if views else None
+    if rule is not None and isinstance(rule.kind, Shape):
+        for made in _views(dressed):
+            for view, mean in before:
+                if made.variable._mean is mean:  # what is there already, in the right shape and type, is itself
+                    return view
+                if _storage(made.variable._mean) == _storage(mean):
+                    made.memory, made.version = view.memory, view.version
+    return dressed
+
+
+def _views(*values: Any) -> list[TensorView]:
+    """The dressed random variables in nested arguments."""
+    found: list[TensorView] = []
+    for value in values:
+        if type(value) is TensorView:
+            found.append(value)
+        elif isinstance(value, (list, tuple)):
+            found += _views(*value)
+        elif type(value) is dict:
+            found += _views(*value.values())
+    return found
+
+
+def _refuse_stale(view: TensorView, func: Any = None, args: tuple[Any, ...] = ()) -> None:
+    """A view sees what is written through another one; a random variable does not, so its use from then on is refused."""
+    memory = view.memory
+    if view.version == memory.version:
+        return
+    last = view.version == memory.version - 1 and func is torch.Tensor.__setitem__ and args[0] is view
+    if last and args[2] is memory.writer and _place(view.variable._mean[args[1]]) == memory.place:
+        return  # x[i] += y: what was written through x[i] is written there once more
+    raise ConversionError(  # (torch would take a TypeError within x += y for the wish to try y's own method)
+        f"{where(user_frame())[0]}: a random variable is used whose memory was written in place through a view of it; "
+        "write out of place (y = torch.relu(y) for y.relu_()), or use the view's result alone"
+    )
+
+
+def _place(mean: torch.Tensor) -> Any:
+    try:
+        return mean.data_ptr(), mean.shape, mean.stride()
+    except (RuntimeError, NotImplementedError):  # no storage of its own
+        return id(mean)
 
 
 class _Run(TorchFunctionMode):
@@ -220,6 +285,8 @@ def survey(conversion: Conversion, method: Callable[..., Any], model: nn.Module,
         NoReparameterizationError, NonGaussianError: nothing Gaussian, or something else, was drawn.
     """
     rows: list[Row] = []
+    leaves, structure = flatten((args, kwargs))
+    args, kwargs = structure.build(iter(own_copies(leaves)))
     mode = _Run(conversion, (args, kwargs), rows)
     with unchanged(model), torch.enable_grad():
         result = _execute(conversion, mode, method, model, args, kwargs)
@@ -274,6 +341,7 @@ def _collapse(mode: _Run, result: Any) -> Any:
     values = []
     for leaf in leaves:
         if type(leaf) is TensorView:
+            _refuse_stale(leaf)
             variable = leaf.variable
             if options.output == "distribution":
                 leaf = variable

@@ -66,12 +66,14 @@ class Origin:
     Two random variables with a common ancestor of this kind form one function of it, so ``x * sigmoid(x)``
     is propagated as SiLU and ``x - x`` as 0. ``kinks`` are points of the parent's axis where the function
     is not smooth; ``whole_line`` is False where the function is not defined on all of it (a logarithm, a root).
+    ``line`` is (slope, shift) where the function is a line of plain numbers, through which kinks are found back.
     """
 
     parent: RandomVariable
     function: Callable[[torch.Tensor], torch.Tensor]
     kinks: tuple[float, ...] = ()
     whole_line: bool = True
+    line: tuple[float, float] | None = None
 
 
 class RandomVariable:
@@ -110,6 +112,7 @@ class RandomVariable:
         self._settings = settings
         self._latent = False
         self._origin: Origin | None = None
+        self._identity: RandomVariable | None = None
 
     @classmethod
     def _make(cls, mean: torch.Tensor, var: torch.Tensor, settings: Settings) -> RandomVariable:
@@ -161,15 +164,22 @@ class RandomVariable:
         self._latent = latent
         return self
 
+    @property
+    def identity(self) -> RandomVariable:
+        """The object that stands for the variable: its snapshots have the same, what is written over it another one."""
+        return self if self._identity is None else self._identity
+
     def snapshot(self) -> RandomVariable:
-        """Another object with the same contents."""
+        """Another object with the same contents: the same variable, whatever is written into this one later."""
         made = type(self).__new__(type(self))
         made.__dict__.update(self.__dict__)
+        made._identity = self.identity
         return made
 
     def _rebind(self, result: RandomVariable) -> RandomVariable:
         """Take another variable's contents, as an in-place operation does to a tensor."""
         self.__dict__.update(result.__dict__)
+        self._identity = result.identity
         return self
 
     # What is asked of the value rather than of its distribution comes from the mean.
@@ -186,8 +196,9 @@ class RandomVariable:
     is_mps = property(lambda self: self._mean.is_mps)
     is_quantized = property(lambda self: False)
     data = property(lambda self: self.detach())
+    real = property(lambda self: self)
     T = property(lambda self: self.permute(tuple(range(self.ndim))[::-1]))
-    mT = property(lambda self: self.transpose(-2, -1))
+    H = mT = mH = property(lambda self: self.transpose(-2, -1))
 
     def __len__(self) -> int:
         return len(self._mean)

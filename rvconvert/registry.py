@@ -111,10 +111,15 @@ _OPERATORS = {
     "eq": ("__eq__",),
     "ne": ("__ne__",),
     "logical_not": ("__invert__",),
-    "logical_and": ("__and__", "__rand__", "__iand__"),
-    "logical_or": ("__or__", "__ror__", "__ior__"),
+    "logical_and": ("__and__", "__rand__", "__iand__", "bitwise_and"),
+    "logical_or": ("__or__", "__ror__", "__ior__", "bitwise_or"),
+    "logical_xor": ("__xor__", "__rxor__", "__ixor__", "bitwise_xor"),
     "floor_divide": ("__floordiv__",),
     "remainder": ("__mod__",),
+    # Other names of torch.special.
+    "sigmoid": ("expit",),
+    "lgamma": ("gammaln",),
+    "digamma": ("psi",),
 }
 
 

@@ -92,6 +92,7 @@ case("threshold", lambda w, x: F.threshold(x, 0.2, -0.5), modules=(lambda: nn.Th
 case("elu", lambda w, x: F.elu(x, 0.5), modules=(lambda: nn.ELU(0.5),), label="alpha")
 case("celu", lambda w, x: F.celu(x, 0.5), modules=(lambda: nn.CELU(0.5),), label="alpha")
 case("gelu", lambda w, x: F.gelu(x, approximate="tanh"), modules=(lambda: nn.GELU("tanh"),), label="tanh")
+case("softplus", lambda w, x: F.softplus(x, 2.0, 10.0), var=2.0, label="low threshold")
 case("softplus", lambda w, x: F.softplus(x, 2.0, 10.0), modules=(lambda: nn.Softplus(2.0, 10.0),), label="beta", kinked=True)
 case("prelu", lambda w, x: F.prelu(x, w(1)), kinked=True, label="one")
 case("prelu", lambda w, x: F.prelu(x, w(4)), (3, 4, 2), kinked=True, label="channels")
@@ -131,11 +132,19 @@ case("add", lambda w, x, y: torch.add(x, y, alpha=0.5), X, X, label="alpha")
 case("sub", lambda w, x, y: torch.sub(x, y, alpha=2), X, X, label="alpha")
 case("add", lambda w, x: x + x, label="twice", scales=(1.0,))
 case("sub", lambda w, x: x - x, label="itself", scales=(1.0,))
+case("mul", lambda w, x: x * x.clone(), label="a copy", scales=(1.0,))
+case("mul", lambda w, x: x * x.contiguous().to(x.dtype), label="itself", scales=(1.0,))
+case("mul", lambda w, x: x * torch.deg2rad(40 * x), label="of its own multiple", scales=(1.0,))
+_BROADCAST = {"offset": 3.0, "var": 0.1, "mean_error": 0.1, "var_error": 0.02, "batch": None, "scales": (1.0,)}
+case("logaddexp", lambda w, x, y: torch.logaddexp(x, y), (3, 4), (4,), label="broadcast", **_BROADCAST)
+case("sigmoid", lambda w, x: torch.special.expit(x), label="expit")
 case("add", lambda w, x: 2.0 + x, label="number")
 case("sub", lambda w, x: 2.0 - x, label="reflected")
 case("mul", lambda w, x: x * x, label="square")
 case("mul", lambda w, x: x * torch.sigmoid(x), label="silu")
 case("mul", lambda w, x: 0.5 * x * (1 + torch.erf(x / 2**0.5)), label="gelu")
+case("mul", lambda w, x: x * F.relu6(x + 3) / 6, label="hardswish by hand", kinked=False)
+case("add", lambda w, x: x + torch.relu(1 - 2 * x), label="kink through a line")
 case("mul", lambda w, x, y: x * y, X, X, var=4.0, label="wide")
 case("rsub", lambda w, x: torch.rsub(x, 1.5))
 case("rsub", lambda w, x, y: torch.rsub(x, y, alpha=2), X, X, label="alpha")
@@ -202,6 +211,7 @@ case("Tensor.where", lambda w, x, y: x.where(w.mask(3, 4), y), X, X, batch=None)
 by_name("maximum minimum fmax fmin", binary, X, X)
 case("maximum", lambda w, x: torch.maximum(x, w(4) / 4), label="constant", kinked=True, scales=(1.0,))
 case("maximum", lambda w, x, y: torch.maximum(x, y), X, X, var=6.0, label="wide")
+case("maximum", lambda w, x: torch.maximum(x, 0.2 * x), label="leaky relu")
 _CLARK = {"mean_error": 0.08, "var_error": 0.36}
 for _name in ("max", "min"):
     case(_name, lambda w, x, f=function(_name): f(x), (5,), batch=None, **_CLARK)
@@ -695,6 +705,7 @@ case("cdist", lambda w, x, y: torch.cdist(x, y), (2, 3, 5), (2, 2, 5), **_ROOTED
 case("cdist", lambda w, x, y: torch.cdist(x, y, 1.0), (2, 3, 5), (2, 2, 5), label="1", **_ROOTED)
 case("dist", lambda w, x, y: torch.dist(x, y), X, X, batch=None, **_ROOTED)
 case("normalize", lambda w, x: F.normalize(x, dim=1), (3, 6), **_ROOTED)
+case("normalize", lambda w, x: F.normalize(x, dim=1), (3, 6), spread=0.0, var=0.0, label="nothing", scales=(1.0,))
 case(
     "normalize", lambda w, x: F.normalize(x, p=1.0, dim=1), (3, 6), label="1", spread=2.0, var=0.2, mean_error=0.05, var_error=0.8
 )
@@ -828,6 +839,12 @@ _SHAPES = {
     "pin_memory": lambda w, x: x.pin_memory() if torch.cuda.is_available() else x,
     "to_dense": lambda w, x: x.to_dense(),
     "retain_grad": lambda w, x: x.requires_grad_().retain_grad(),
+    "T": lambda w, x: x[0].T,
+    "mT": lambda w, x: x.mT,
+    "H": lambda w, x: x[0].H,
+    "mH": lambda w, x: x.mH,
+    "real": lambda w, x: x.real,
+    "data": lambda w, x: x.data,
     "narrow": lambda w, x: torch.narrow(x, 1, 1, 2),
     "narrow_copy": lambda w, x: torch.narrow_copy(x, 1, 1, 2),
     "select": lambda w, x: torch.select(x, 1, 1),
@@ -891,7 +908,7 @@ _SHAPES = {
     "zero_": lambda w, x: x.clone().zero_(),
 }
 _WITHOUT_BATCH = (
-    "ravel t diag flipud roll take masked_select block_diag vsplit vstack gather take_along_dim masked_fill "
+    "ravel t T H diag flipud roll take masked_select block_diag vsplit vstack gather take_along_dim masked_fill "
     "index_put masked_scatter scatter expand_as broadcast_to diag_embed"
 ).split()
 _MIXING = (

@@ -176,6 +176,16 @@ def monte_carlo(case: Case, constants: Constants, moments: list[tuple[torch.Tens
     return [_estimate(x) for x in results]
 
 
+def monte_carlo_of(
+    function: Callable[..., torch.Tensor], moments: list[tuple[torch.Tensor, torch.Tensor]], seed: int = 7
+) -> Estimate:
+    """Moments of one function's result under independent Gaussian inputs, the function vectorised over the draws."""
+    generator = torch.Generator().manual_seed(seed)
+    draws = [m + v.sqrt() * torch.randn(SAMPLES, *m.shape, dtype=m.dtype, generator=generator) for m, v in moments]
+    with torch.no_grad():
+        return _estimate(torch.func.vmap(function)(*draws))
+
+
 def _counts(t: torch.Tensor) -> bool:
     return t.is_floating_point() or t.dtype == torch.bool
 

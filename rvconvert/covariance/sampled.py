@@ -51,6 +51,7 @@ class SampledVariable(RandomVariable):
         made._settings = settings
         made._latent = False
         made._origin = None
+        made._identity = None
         made._paths = paths
         return made
 

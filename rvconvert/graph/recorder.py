@@ -646,12 +646,12 @@ def record(
         buffers = {module: dict(module._buffers) for module in before}
         recorder = _Recorder(root, recording, registry)
         values = []
-        for index, leaf in enumerate(leaves):
+        for index, leaf in enumerate(own_copies(leaves)):
             node = recording.graph.placeholder(f"input_{index}")
             node.meta["where"] = node.meta["source"] = node.meta["module"] = ""
             if isinstance(leaf, RandomVariable):
                 recording.random.add(node)
-                leaf = leaf.mean
+                leaf = leaf.mean.clone()
             values.append(leaf)
             recorder.track(leaf, node)
         args, kwargs = structure.build(iter(values))
@@ -659,6 +659,17 @@ def record(
             result = method(*args, **kwargs)
         _finish(recorder, result, before, buffers, sizes)
     return recording, result
+
+
+def own_copies(leaves: list[Any]) -> list[Any]:
+    """The leaves of a call with tensors that a run on the side may write to; what is one stays one."""
+    made: dict[int, Any] = {}
+    for leaf in leaves:
+        if isinstance(leaf, RandomVariable):
+            made[id(leaf)] = leaf.snapshot()
+        elif type(leaf) is torch.Tensor and not leaf.is_meta:
+            made[id(leaf)] = leaf.detach().clone().requires_grad_(leaf.requires_grad)
+    return [made.get(id(leaf), leaf) for leaf in leaves]
 
 
 def _is_record(name: str, value: Any) -> bool:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,7 +17,6 @@ from rvconvert.rules.extrema import constants
 from rvconvert.rules.kinds import (
     Composite,
     Elementwise,
-    FixedLinear,
     add_rule,
     at_means,
     bind,
@@ -77,16 +78,47 @@ def _quotient(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple
     return mean, spread(var, mean)
 
 
-add_rule("add", Elementwise(_sum, _sum), Exactness.EXACT_IF_INDEPENDENT, _INDEPENDENT, keeps_latent=True)
-add_rule("sub", Elementwise(_sum, _sum), Exactness.EXACT_IF_INDEPENDENT, _INDEPENDENT, keeps_latent=True)
-add_rule("rsub", Elementwise(_sum, _sum), Exactness.EXACT_IF_INDEPENDENT, _INDEPENDENT, keeps_latent=True)
-add_rule("subtract", Elementwise(_sum, _sum), Exactness.EXACT_IF_INDEPENDENT, _INDEPENDENT, keeps_latent=True)
-add_rule("mul", Elementwise(_product, _product), Exactness.EXACT_IF_INDEPENDENT, _INDEPENDENT, keeps_latent=True)
-add_rule("multiply", Elementwise(_product, _product), Exactness.EXACT_IF_INDEPENDENT, _INDEPENDENT, keeps_latent=True)
+def _line(operation: Callable[..., Any]) -> Any:
+    """Slope and shift of ``operation(a, b, alpha)`` where one operand is random and the other a number."""
+
+    def line(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[float, float] | None:
+        (*operands, alpha), _, rest = bind(("input", "other", "alpha"), args, kwargs)
+        if rest.get("rounding_mode") or not all(isinstance(x, (int, float, RandomVariable)) for x in operands):
+            return None
+        shift, end = (
+            operation(*(at if isinstance(x, RandomVariable) else x for x in operands), 1 if alpha is None else alpha)
+            for at in (0.0, 1.0)
+        )
+        return end - shift, shift
+
+    return line
+
+
+_LINES: dict[str, Callable[..., Any]] = {
+    "add": lambda a, b, alpha: a + alpha * b,
+    "sub": lambda a, b, alpha: a - alpha * b,
+    "subtract": lambda a, b, alpha: a - alpha * b,
+    "rsub": lambda a, b, alpha: b - alpha * a,
+}
+for _name, _operation in _LINES.items():
+    _kind = Elementwise(_sum, _sum, line=_line(_operation))
+    add_rule(_name, _kind, Exactness.EXACT_IF_INDEPENDENT, _INDEPENDENT, keeps_latent=True)
+for _name in ("mul", "multiply"):
+    _kind = Elementwise(_product, _product, line=_line(lambda a, b, _: a * b))
+    add_rule(_name, _kind, Exactness.EXACT_IF_INDEPENDENT, _INDEPENDENT, keeps_latent=True)
+
+
+def _over_number(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[float, float] | None:
+    """The slope of x / c."""
+    (_, b), _, rest = bind(("input", "other"), args, kwargs)
+    plain = isinstance(b, (int, float)) and b != 0 and not rest.get("rounding_mode")
+    return (1 / b, 0.0) if plain else None
+
+
 for _name in ("div", "divide", "true_divide", "rdiv", "reciprocal"):
     add_rule(
         _name,
-        Elementwise(_quotient, _quotient),
+        Elementwise(_quotient, _quotient, line=_over_number if _name not in ("rdiv", "reciprocal") else None),
         Exactness.APPROXIMATE,
         "exact for a constant divisor; a random one is taken as lognormal, so it must stay away from 0",
         keeps_latent=True,
@@ -99,7 +131,7 @@ def _negative(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple
 
 
 for _name in ("neg", "negative"):
-    add_rule(_name, Elementwise(_negative), Exactness.EXACT, keeps_latent=True)
+    add_rule(_name, Elementwise(_negative, line=lambda args, kwargs: (-1.0, 0.0)), Exactness.EXACT, keeps_latent=True)
 
 
 def _addcmul(input: Any, tensor1: Any, tensor2: Any, *, value: float = 1) -> Any:
@@ -214,7 +246,7 @@ for _name in ("gt", "ge", "lt", "le", "greater", "less", "greater_equal", "less_
     _above = _name.startswith("g")
     add_rule(
         _name,
-        Elementwise(_comparison(_above), _comparison(_above), kinks=constants),
+        Elementwise(_comparison(_above), _comparison(_above), kinks=constants, meeting=True),
         Exactness.EXACT_IF_INDEPENDENT,
         "Gaussian, independent operands; the result is the indicator's mean and variance",
     )
@@ -287,7 +319,7 @@ def _where_method(self: Any, condition: Any, other: Any) -> Any:
 
 
 _WHERE = "condition and branches are independent, unless all are functions of one variable"
-add_rule("where", Elementwise(_where, _where), Exactness.EXACT_IF_INDEPENDENT, _WHERE, functions=(torch.where,))
+WHERE = add_rule("where", Elementwise(_where, _where), Exactness.EXACT_IF_INDEPENDENT, _WHERE, functions=(torch.where,))
 add_rule(
     "Tensor.where", Composite(_where_method), Exactness.EXACT_IF_INDEPENDENT, _WHERE, functions=(torch.Tensor.where,)
 )
@@ -316,11 +348,15 @@ for _name in ("sign", "sgn"):
 add_rule("heaviside", Composite(_heaviside), Exactness.MOMENT_MATCHED, "a Gaussian input, constant values")
 
 
-def _twice(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    """``square`` of a scaling: the scale once more."""
-    result: Tensor = func(func(*args, **kwargs))
-    return result
+def _scaled_by(factor: float) -> Elementwise:
+    """x times a constant that the operation has by itself."""
+
+    def moments(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        x = args[0] if args else kwargs["input"]
+        return x.mean * factor, x.var * factor**2
+
+    return Elementwise(moments, line=lambda args, kwargs: (factor, 0.0))
 
 
-for _name in ("deg2rad", "rad2deg"):
-    add_rule(_name, FixedLinear(_twice), Exactness.EXACT)
+for _name, _factor in (("deg2rad", math.pi / 180), ("rad2deg", 180 / math.pi)):
+    add_rule(_name, _scaled_by(_factor), Exactness.EXACT)

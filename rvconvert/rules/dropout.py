@@ -28,7 +28,7 @@ def _alpha_dropout(input: Any, p: float = 0.5, training: bool = False, inplace: 
     scale = (keep + alpha**2 * keep * p) ** -0.5
     shift = -scale * alpha * p
     mean = keep * input.mean + p * alpha
-    var = keep * (input.var + input.mean.square()) + p * alpha**2 - mean.square()
+    var = keep * (input.var + p * (input.mean - alpha).square())
     return input.with_moments(scale * mean + shift, scale**2 * var)
 
 

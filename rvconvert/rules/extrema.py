@@ -87,7 +87,7 @@ def constants(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[float, ...
 for _name, _sign in (("maximum", 1), ("minimum", -1), ("fmax", 1), ("fmin", -1)):
     add_rule(
         _name,
-        Elementwise(_maximum(_sign), _maximum(_sign), kinks=constants),
+        Elementwise(_maximum(_sign), _maximum(_sign), kinks=constants, meeting=True),
         Exactness.EXACT_IF_INDEPENDENT,
         "Gaussian, independent operands (Clark 1961)",
     )

@@ -31,6 +31,7 @@ __all__ = [
     "bind",
     "first_order",
     "full_precision",
+    "is_same",
     "moments",
     "out_of_place",
     "own_python",
@@ -98,6 +99,11 @@ def unique(*values: Any) -> list[RandomVariable]:
     return list({id(x): x for x in random_variables(*values)}.values())
 
 
+def is_same(a: Any, b: RandomVariable) -> bool:
+    """True where ``a`` is the variable ``b`` or a snapshot of it."""
+    return isinstance(a, RandomVariable) and a.identity is b.identity
+
+
 def at_means(func: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """``func`` with every random variable at its mean."""
     return func(*substitute(args, lambda x: x.mean), **substitute(kwargs, lambda x: x.mean))
@@ -151,11 +157,13 @@ class Shape:
     """Selects, moves or joins elements without changing them: mean and variance go the same way.
 
     ``data`` names the leading arguments whose values end up in the result; a plain tensor or number among
-    them is a constant, of variance 0.
+    them is a constant, of variance 0. With ``same`` every element stays where it is, so that the result is a function
+    of its input: ``x * x.clone()`` is a square.
     """
 
     names: tuple[str, ...] = ("input",)
     data: tuple[str, ...] = ("input",)
+    same: bool = False
 
     def __call__(self, func: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         func = _MOVES_ANY_LAYOUT.get(func) or out_of_place(func)
@@ -167,13 +175,18 @@ class Shape:
         if not random_variables(*(present.get(name) for name in self.data)):
             return self.call(func, substitute(present, lambda x: x.mean), rest, options)
         mean = self.call(func, {n: substitute(v, lambda x: x.mean) for n, v in present.items()}, rest, options)
+        if mean is like.mean:  # x.float() of what is float already, x.contiguous(): the variable itself
+            return like
         var = self.call(
             func,
             {n: variance_or_zero(v) if n in self.data else substitute(v, lambda x: x.mean) for n, v in present.items()},
             rest,
             options,
         )
-        return join(mean, var, like)
+        made = join(mean, var, like)
+        if self.same and isinstance(made, RandomVariable):
+            made.derived(origin=Origin(like.snapshot(), lambda x: func(x, *rest, **options), line=(1.0, 0.0)))
+        return made
 
     def call(self, func: Function, values: dict[str, Any], rest: tuple[Any, ...], options: dict[str, Any]) -> Any:
         """``func`` with the bound arguments: positional while there is no gap, else by keyword."""
@@ -289,16 +302,28 @@ def not_everywhere(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     return False
 
 
-def _ancestors(x: RandomVariable) -> Iterator[tuple[RandomVariable, Function, tuple[float, ...], bool]]:
-    """Each variable that ``x`` is an elementwise function of, nearest first: function, kinks, defined everywhere."""
+Line = tuple[float, float]
+Ancestor = tuple[RandomVariable, Function, tuple[float, ...], bool, "Line | None"]
+
+
+def _ancestors(x: RandomVariable) -> Iterator[Ancestor]:
+    """Each variable that ``x`` is an elementwise function of, nearest first: function, kinks, defined everywhere, line.
+
+    Kinks of a later function are known on the axis of an earlier variable where lines alone lie between.
+    """
     function: Function = _identity
+    kinks: tuple[float, ...] = ()
     whole_line = True
-    yield x, function, (), whole_line
+    line: Line | None = (1.0, 0.0)
+    yield x, function, kinks, whole_line, line
     origin = x.origin
     while origin is not None:
         function = _chain(origin.function, function)
         whole_line = whole_line and origin.whole_line
-        yield origin.parent, function, origin.kinks, whole_line
+        slope, shift = origin.line or (0.0, 0.0)
+        kinks = (*origin.kinks, *((k - shift) / slope for k in kinks if slope))
+        line = (line[0] * slope, line[0] * shift + line[1]) if line and origin.line else None
+        yield origin.parent, function, kinks, whole_line, line
         origin = origin.parent.origin
 
 
@@ -332,20 +357,24 @@ class Elementwise:
     Of one random variable: closed-form ``moments(func, args, kwargs, x)`` if given, else quadrature. Several
     random variables that are elementwise functions of a common one are one function of that one. Several
     that are not: ``independent(func, args, kwargs)`` if given, else linearised at the means. So is a function of
-    a common one that is not defined on the ``whole_line``, since quadrature would leave its domain.
+    a common one that is not defined on the ``whole_line``, since quadrature would leave its domain. ``kinks`` says where
+    the function of one variable is not smooth, ``line`` gives its slope and shift where it is a line of plain numbers.
+    A function that is ``meeting`` has a kink where two operands are equal, as maxima and comparisons have.
     """
 
     moments: Callable[..., tuple[torch.Tensor, torch.Tensor]] | None = None
     independent: Callable[..., tuple[torch.Tensor, torch.Tensor]] | None = None
     kinks: Callable[[tuple[Any, ...], dict[str, Any]], tuple[float, ...]] | None = None
     whole_line: Callable[[tuple[Any, ...], dict[str, Any]], bool] = everywhere
+    line: Callable[[tuple[Any, ...], dict[str, Any]], tuple[float, float] | None] | None = None
+    meeting: bool = False
 
     def __call__(self, func: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> RandomVariable:
         kwargs = {key: value for key, value in kwargs.items() if key != "inplace"}
         func = out_of_place(func)
         inputs = unique(args, kwargs)
         like = inputs[0]
-        ancestor = self.common_ancestor(inputs)
+        ancestor = self.common_ancestor(inputs, self.meeting)
         with full_precision(like):
             if ancestor is None:
                 return like.with_moments(*(self.independent or first_order)(func, args, kwargs))
@@ -370,28 +399,38 @@ class Elementwise:
                 mean, var = quadrature(
                     lambda value: _as_float(function(value), value), parent.mean.expand(shape), parent.var.expand(shape), kinks
                 )
-        return like.with_moments(mean, var).derived(origin=Origin(parent, function, kinks, whole_line))
+        line = self.line(args, kwargs) if direct and self.line is not None else None
+        return like.with_moments(mean, var).derived(origin=Origin(parent.snapshot(), function, kinks, whole_line, line))
 
     @staticmethod
     def common_ancestor(
-        inputs: Sequence[RandomVariable],
+        inputs: Sequence[RandomVariable], meeting: bool = False
     ) -> tuple[RandomVariable, list[Function], tuple[float, ...], bool] | None:
         """The nearest variable that all of ``inputs`` are functions of: functions, kinks, defined everywhere."""
         if len(inputs) == 1:
             return inputs[0], [_identity], (), True
-        lines = [{id(found[0]): found for found in _ancestors(each)} for each in inputs]
-        for key, (parent, *_) in lines[0].items():
-            if all(key in line for line in lines):
-                kinks = tuple(sorted({k for line in lines for k in line[key][2]}))
-                return parent, [line[key][1] for line in lines], kinks, all(line[key][3] for line in lines)
+        chains = [{id(found[0].identity): found for found in _ancestors(each)} for each in inputs]
+        for key, (parent, *_) in chains[0].items():
+            if all(key in chain for chain in chains):
+                found = [chain[key] for chain in chains]
+                kinks = {k for each in found for k in each[2]}
+                if meeting:
+                    kinks |= _meetings([each[4] for each in found if each[4]])
+                return parent, [each[1] for each in found], tuple(sorted(kinks)), all(each[3] for each in found)
         return None
+
+
+def _meetings(lines: list[Line]) -> set[float]:
+    """Where lines cross."""
+    return {(d - b) / (a - c) for i, (a, b) in enumerate(lines) for c, d in lines[:i] if a != c}
 
 
 def first_order(func: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
     """An elementwise function of independent variables, linearised at the means: var = sum of (df/dx_i)^2 v_i."""
     inputs = unique(args, kwargs)
     shape = torch.broadcast_shapes(*_shapes(args, kwargs))
-    means = [x.mean.expand(shape) for x in inputs]
+    # Memory of its own for every element, as forward derivatives want.
+    means = [x.mean.expand(shape).contiguous() for x in inputs]
 
     def function(*values: torch.Tensor) -> torch.Tensor:
         value = {id(x): each for x, each in zip(inputs, values, strict=True)}

@@ -228,26 +228,25 @@ def standardized(
     second-order terms of the ratio are added (delta method).
     """
     n = math.prod([mean.shape[a] for a in axes])
-    mean_var = var.mean(axes, keepdim=True)
     share = 1 / n if centred else 0.0  # of every element in each c
     centre = mean - mean.mean(axes, keepdim=True) if centred else mean
-    total = centre.square().mean(axes, keepdim=True) + (1 - share) * mean_var + eps
-    own = var * (1 - 2 * share) + share * mean_var
-    out = centre * torch.rsqrt(total)
+    total = centre.square().mean(axes, keepdim=True) + (1 - share) * var.mean(axes, keepdim=True) + eps
+    # In units of the root of S, whose powers would overflow where all but eps is 0.
+    scale = torch.rsqrt(total)
+    c, v = centre * scale, var * scale.square()
     if not 1 < n <= _FEW:
-        return out, own / total
+        return c, v * (1 - 2 * share) + share * v.mean(axes, keepdim=True)
     # s^2 = mean(c^2): Cov(c_i, s^2) = 2 c_i v_i / n and Var(s^2) = mean(4 c^2 v + 2 v^2) / n, to first order.
-    cov = 2 * centre * var / n
-    var_total = (4 * centre.square() * var + 2 * var.square()).mean(axes, keepdim=True) / n
-    out = out - 0.5 * cov * total.pow(-1.5) + 0.375 * centre * var_total * total.pow(-2.5)
-    # Variance through the Jacobian (d_ij - share - c_i c_j / (n S)) / sqrt(S).
-    ratio = centre / (n * total)
+    var_total = (4 * c.square() * v + 2 * v.square()).mean(axes, keepdim=True) / n
+    out = c * (1 - v / n + 0.375 * var_total)
+    # Variance through the Jacobian d_ij - share - c_i c_j / n.
+    ratio = c / n
     all_j = (
-        share * mean_var
-        + 2 * share * ratio * (var * centre).sum(axes, keepdim=True)
-        + ratio.square() * (var * centre.square()).sum(axes, keepdim=True)
+        share * v.mean(axes, keepdim=True)
+        + 2 * share * ratio * (v * c).sum(axes, keepdim=True)
+        + ratio.square() * (v * c.square()).sum(axes, keepdim=True)
     )
-    return out, (var * (1 - 2 * (share + ratio * centre)) + all_j) / total
+    return out, v * (1 - 2 * (share + ratio * c)) + all_j
 
 
 def _scaled(x: RandomVariable, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None) -> RandomVariable:

@@ -44,7 +44,7 @@ _VIEWS = (
     "split_with_sizes chunk tensor_split unsafe_chunk unsafe_split hsplit vsplit dsplit unbind unfold "
     "diagonal diag diag_embed triu tril flip fliplr flipud rot90 roll index_select take gather take_along_dim "
     "masked_select pixel_shuffle pixel_unshuffle channel_shuffle narrow_copy slice_scatter getitem pin_memory "
-    "atleast_1d atleast_2d atleast_3d resolve_conj resolve_neg to_dense positive"
+    "T mT H mH real data atleast_1d atleast_2d atleast_3d resolve_conj resolve_neg to_dense positive"
 ).split()
 _MODULES: dict[str, tuple[type[nn.Module], ...]] = {
     "flatten": (nn.Flatten,),
@@ -54,8 +54,9 @@ _MODULES: dict[str, tuple[type[nn.Module], ...]] = {
     "pixel_unshuffle": (nn.PixelUnshuffle,),
     "channel_shuffle": (nn.ChannelShuffle,),
 }
+_SAME = frozenset("contiguous clone detach positive real data".split())
 for _name in _VIEWS:
-    add_rule(_name, Shape(), Exactness.EXACT, modules=_MODULES.get(_name, ()), keeps_latent=True)
+    add_rule(_name, Shape(same=_name in _SAME), Exactness.EXACT, modules=_MODULES.get(_name, ()), keeps_latent=True)
 
 
 class _Cast(Shape):

@@ -161,9 +161,10 @@ def gelu_tanh(mean: Tensor, var: Tensor) -> Moments:
 @at_least_float32
 def softplus(mean: Tensor, var: Tensor, beta: float = 1.0, threshold: float = 20.0) -> Moments:
     """log(1 + e^(beta x))/beta, by quadrature; torch's linear branch above threshold/beta differs by less than
-    e^-threshold/beta, which is left out for threshold >= 15 and has its own kink below that."""
+    e^-threshold/beta, which is left out for threshold >= 15 and has its own kink below that.
+    Panels also end at 0, where it bends."""
     if threshold < 15:
-        return quadrature(lambda x: F.softplus(x, beta, threshold), mean, var, kinks=(threshold / beta,))
+        return quadrature(lambda x: F.softplus(x, beta, threshold), mean, var, kinks=(0.0, threshold / beta))
     out, out_var = activation_moments(_SOFTPLUS, beta * mean, beta * beta * var)
     return out / beta, out_var / (beta * beta)
 
