@@ -602,3 +602,16 @@ def test_a_cast_to_its_own_type_is_the_variable_itself(engine):
     expected = decoder.linear(z).square()
     assert torch.allclose(y.mean, expected.mean, atol=1e-5)
     assert torch.allclose(y.var, expected.var, rtol=1e-3)
+
+
+FIELDS = [lambda x: torch.sort(x, 1).values, lambda x: x.max(-1).values, lambda x: torch.topk(x, 2).values]
+
+
+@pytest.mark.parametrize("function", FIELDS, ids=("sort", "max", "topk"))
+@pytest.mark.parametrize("engine", ["auto", *ENGINES])
+def test_a_named_field_of_several_results_is_converted_without_example_inputs(function, engine):
+    """Once refused before the first call: the symbolic trace shows ``.values`` as an attribute of a random variable."""
+    decoder = decoder_of(lambda z, linear: function(linear(z)))
+    mean = torch.randn(3, 4)
+    y = rvconvert.convert(decoder, random_inputs=("z",), engine=engine)(RandomVariable(mean, torch.zeros(3, 4)))
+    assert torch.allclose(y, decoder(mean), atol=1e-6)

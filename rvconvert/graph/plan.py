@@ -119,7 +119,9 @@ def _find(node: fx.Node, settings: Settings) -> Rule | None:
     elif getattr(function, "__module__", "") == "_operator":
         function = getattr(torch.Tensor, f"__{function.__name__.strip('_')}__", function)  # type: ignore[union-attr]
     elif getattr(function, "__name__", "") == "getattr":
-        function = getattr(torch.Tensor, str(node.args[1])).__get__
+        attribute = getattr(torch.Tensor, str(node.args[1]), None)
+        named_field = attribute is None or callable(attribute)  # torch.sort(x).values: one of several results
+        function = torch.Tensor.__getitem__ if named_field else attribute.__get__  # type: ignore[union-attr]
     elif "module_type" in node.meta:
         return registry.find_module(node.meta["module_type"])
     elif getattr(function, "__module__", "").startswith("rvconvert"):

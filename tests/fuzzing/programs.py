@@ -746,7 +746,7 @@ class Builder:
                 Part(product, f"{b} * {c}", (b, c), Law("elementwise", several="product")),
                 Part(out, f"{a} + 0.5 * {product}", (a, product), Law("elementwise", several="sum")),
             )
-            text = self.rng.choice([f"torch.addcmul({a}, {b}, {c}, value=0.45)", f"{a} + 0.5 * ({b} * {c})"])
+            text = self.rng.choice([f"torch.addcmul({a}, {b}, {c}, value=0.5)", f"{a} + 0.5 * ({b} * {c})"])
             self.add(f"{out} = {text}", out, parts)
 
     def unreferenced(self) -> None:
