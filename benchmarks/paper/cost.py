@@ -33,7 +33,9 @@ def build(cell: str, mode: str, shrink: int) -> tuple[Callable[[Tensor], Tensor]
     torch.manual_seed(0)
 
     def converted(model: nn.Module, **options: object) -> nn.Module:
-        return model if mode == "plain" else rvconvert.convert(model, covariance=mode, **options)
+        if mode == "plain":
+            return model
+        return rvconvert.convert(model, covariance=mode, rank=4 if mode == "lowrank" else None, **options)
 
     if system in ("vae", "beta_tcvae"):
         if system == "vae":
