@@ -41,13 +41,14 @@ _ERFS = tuple(
 def _pairs(s: Tensor, c: Tensor, t2: Tensor):
     """For each pair of nodes: z, its weight, g, e, b, A = g², B = b², and r = 1 / (c B + 4 t² e) = 1 / (B - t² A)."""
     first_e, first_g = _from_centre(_STEP * s)
+    four_t2 = 4 * t2
     for j, (z, w) in enumerate(_PAIRS):
         if j % _RUN == 0:
             e, g = _from_centre(z * s)
         b = 1 + e
-        square_g, square_b = g * g, b * b
-        yield z, w, g, e, b, square_g, square_b, 1 / (c * square_b + 4 * t2 * e)
-        g, e = g + e * first_g, e * first_e
+        square_b = b * b
+        yield z, w, g, e, b, g * g, square_b, torch.reciprocal(torch.addcmul(c * square_b, four_t2, e))
+        g, e = torch.addcmul(g, e, first_g), e * first_e
 
 
 def _from_centre(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -69,8 +70,9 @@ def _narrow(mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
     s, t, c, t2 = _at(mean, var, 0.0)
     first = second = torch.zeros_like(mean)
     for _, w, _, _, _, a, b2, r in _pairs(s, c, t2):
-        ar = w * a * r
-        first, second = first + ar, second + ar * (b2 + t2 * a) * r
+        ar = a * r
+        first = torch.add(first, ar, alpha=w)
+        second = torch.addcmul(second, ar, torch.addcmul(b2, t2, a) * r, value=w)
     first = -2 * t * c * first
     return first, 2 * c * c * second - first * first
 
@@ -111,12 +113,13 @@ def _partials(mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor
     s, t, c, t2 = _at(mean, var, 1e-6)
     shift = slope = slope_z = cross = cross_z = torch.zeros_like(mean)
     for z, w, g, e, b, a, b2, r in _pairs(s, c, t2):
-        r2 = w * r * r
-        even, odd, r3 = e * r2, (z * e * g * b) * r2, r * r2
-        ta = t2 * a
-        shift = shift + w * a * r
-        slope, slope_z = slope + even * (b2 + ta), slope_z + odd
-        cross, cross_z = cross + (e * a * r3) * (3 * b2 + ta), cross_z + odd * r * (b2 + 3 * ta)
+        er2, ar, ta = e * (r * r), a * r, t2 * a
+        odd = er2 * (g * b)
+        shift = torch.add(shift, ar, alpha=w)
+        slope = torch.addcmul(slope, er2, b2 + ta, value=w)
+        slope_z = torch.add(slope_z, odd, alpha=w * z)
+        cross = torch.addcmul(cross, er2 * ar, torch.add(ta, b2, alpha=3), value=w)
+        cross_z = torch.addcmul(cross_z, odd * r, torch.add(b2, ta, alpha=3), value=w * z)
     shift = -2 * t * c * shift
     slope = c * (_CENTRE + 8 * slope)
     slope_z = -16 * c * t * slope_z / s
