@@ -71,6 +71,7 @@ def main() -> None:
             beside = args.checkpoint.with_suffix(".new")
             torch.save({"epoch": epoch + 1, "model": weights, "optimizer": moments}, beside)
             beside.replace(args.checkpoint)  # all or nothing, whenever the process is killed
+    dist.barrier()  # none leaves while another still needs it
     dist.destroy_process_group()
 
 
