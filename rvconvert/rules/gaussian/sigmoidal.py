@@ -77,35 +77,37 @@ def _narrow(mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
     return first, 2 * c * c * second - first * first
 
 
-def _wide(mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """E[tanh X] and its first three derivatives by the mean."""
+def _erf_terms(mean: Tensor, var: Tensor):
+    """For each a erf(b x) of the sum: a, k = b / sqrt(1 + 2 b² v), k m, and the derivative of its mean by m."""
     var = torch.clamp(var, min=_WIDEST**2)
-    out = slope = curvature = third = torch.zeros_like(mean)
     for a, b in _ERFS:
-        q = torch.rsqrt(1 + (2 * b * b) * var)
-        x = (b * q) * mean
-        x2, rate = x * x, (b * q) * (b * q)
-        peak = (a * b * 2 / math.sqrt(math.pi)) * q * torch.exp(-x2)
+        k = b * torch.rsqrt(1 + (2 * b * b) * var)
+        x = k * mean
+        yield a, k, x, (a * 2 / math.sqrt(math.pi)) * k * torch.exp(-x * x)
+
+
+def _wide(mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
+    """E and Var of tanh X."""
+    out = slope = torch.zeros_like(mean)
+    for a, _, x, peak in _erf_terms(mean, var):
         out, slope = out + a * torch.erf(x), slope + peak
-        curvature, third = curvature - 2 * b * q * x * peak, third + rate * (4 * x2 - 2) * peak
-    return out, slope, curvature, third
+    return out, 1 - slope - out * out
 
 
 def _tanh_kernel(mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
     shift, spread = _narrow(mean, var)
-    out, slope, _, _ = _wide(mean, var)
+    out, out_var = _wide(mean, var)
     wide = var > _WIDEST**2
-    return torch.where(wide, out, torch.tanh(mean) + shift), torch.where(wide, 1 - slope - out * out, spread)
+    return torch.where(wide, out, torch.tanh(mean) + shift), torch.where(wide, out_var, spread)
 
 
 def _sigmoid_kernel(mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
     """sigmoid(x) = (1 + tanh(x/2))/2, from sigmoid(mean), which keeps its relative accuracy below."""
     mean2, var2 = 0.5 * mean, 0.25 * var
     shift, spread = _narrow(mean2, var2)
-    out, slope, _, _ = _wide(mean2, var2)
+    out, out_var = _wide(mean2, var2)
     wide = var2 > _WIDEST**2
-    moments = torch.where(wide, 0.5 + 0.5 * out, torch.sigmoid(mean) + 0.5 * shift)
-    return moments, 0.25 * torch.where(wide, 1 - slope - out * out, spread)
+    return torch.where(wide, 0.5 + 0.5 * out, torch.sigmoid(mean) + 0.5 * shift), 0.25 * torch.where(wide, out_var, spread)
 
 
 def _partials(mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -126,7 +128,10 @@ def _partials(mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor
     mean_by_var = 0.5 * slope_z
     var_by_mean = -16 * c * c * t * cross - 2 * shift * slope
     var_by_var = 8 * c * c * cross_z / s - shift * slope_z
-    out, first, second, third = _wide(mean, var)
+    out = first = second = third = torch.zeros_like(mean)
+    for a, k, x, peak in _erf_terms(mean, var):
+        out, first = out + a * torch.erf(x), first + peak
+        second, third = second - 2 * k * x * peak, third + k * k * (4 * x * x - 2) * peak
     wide = var > _WIDEST**2
     return (
         torch.where(wide, first, slope),
@@ -152,39 +157,27 @@ def _sigmoid_backward(mean: Tensor, var: Tensor, grad_mean: Tensor, grad_var: Te
 _COST = 5  # in processor time, of a ReLU's
 
 
-class _Tanh(torch.autograd.Function):
-    """(mean, var) of tanh X; saves the two inputs only."""
+class _Sigmoidal(torch.autograd.Function):
+    """(mean, var) of tanh X or of the sigmoid, by its two kernels; saves the two inputs only."""
 
     @staticmethod
-    def forward(ctx, mean, var):
+    def forward(ctx, mean, var, kernel, backward_kernel):
         ctx.save_for_backward(mean, var)
-        return fused(_tanh_kernel, mean, var, cost=_COST)
+        ctx.backward_kernel = backward_kernel
+        return fused(kernel, mean, var, cost=_COST)
 
     @staticmethod
     def backward(ctx, grad_mean, grad_var):
-        return fused(_tanh_backward, *ctx.saved_tensors, grad_mean, grad_var, cost=_COST)
-
-
-class _Sigmoid(torch.autograd.Function):
-    """(mean, var) of the sigmoid; saves the two inputs only."""
-
-    @staticmethod
-    def forward(ctx, mean, var):
-        ctx.save_for_backward(mean, var)
-        return fused(_sigmoid_kernel, mean, var, cost=_COST)
-
-    @staticmethod
-    def backward(ctx, grad_mean, grad_var):
-        return fused(_sigmoid_backward, *ctx.saved_tensors, grad_mean, grad_var, cost=_COST)
+        return *fused(ctx.backward_kernel, *ctx.saved_tensors, grad_mean, grad_var, cost=_COST), None, None
 
 
 @at_least_float32
 def tanh(mean: Tensor, var: Tensor) -> Moments:
     """tanh x, by the trapezoid rule or as a sum of erfs."""
-    return _Tanh.apply(mean, var)
+    return _Sigmoidal.apply(mean, var, _tanh_kernel, _tanh_backward)
 
 
 @at_least_float32
 def sigmoid(mean: Tensor, var: Tensor) -> Moments:
     """1/(1 + e^-x), by the trapezoid rule or as a sum of erfs."""
-    return _Sigmoid.apply(mean, var)
+    return _Sigmoidal.apply(mean, var, _sigmoid_kernel, _sigmoid_backward)
