@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 import rvconvert
+from benchmarks.memory import kept_for_backward
 
 VARIED = {"depth": (1, 2, 4, 8), "width": (8, 16, 32, 64), "size": (16, 32, 64, 128), "batch": (4, 8, 16, 32)}
 MEASURES = ("convert, s", "plain step, s", "step, s", "plain memory, MB", "memory, MB")
@@ -60,21 +61,6 @@ def step(model: nn.Module, x: Tensor) -> Tensor:
     return loss
 
 
-def memory(model: nn.Module, x: Tensor) -> float:
-    """Bytes that a step keeps for its backward pass, each storage once."""
-    kept: dict[int, int] = {}
-    held = []
-
-    def pack(t: Tensor) -> Tensor:
-        held.append(t)
-        kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
-        return t
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        step(model, x)
-    return float(sum(kept.values()))
-
-
 def measure(shape: Shape, rounds: int) -> dict[str, float]:
     torch.manual_seed(0)
     plain, x = VAE(shape), torch.rand(shape.batch, 3, shape.size, shape.size)
@@ -94,8 +80,8 @@ def measure(shape: Shape, rounds: int) -> dict[str, float]:
     return {
         "convert, s": statistics.median(conversions),
         **{name: statistics.median(seconds) for name, seconds in times.items()},
-        "plain memory, MB": memory(plain, x) / 1e6,
-        "memory, MB": memory(converted, x) / 1e6,
+        "plain memory, MB": kept_for_backward(lambda: step(plain, x)) / 1e6,
+        "memory, MB": kept_for_backward(lambda: step(converted, x)) / 1e6,
     }
 
 

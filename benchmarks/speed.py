@@ -38,6 +38,7 @@ from beta_tcvae import BetaTCVAE
 from vae import VanillaVAE
 
 import rvconvert
+from benchmarks.memory import kept_for_backward
 from benchmarks.naive import NaiveDecoder
 from rvconvert.compilation import fused
 
@@ -210,19 +211,7 @@ class Meter:
             torch.cuda.reset_peak_memory_stats()
             self.once(run, parameters, True)
             return float(torch.cuda.max_memory_allocated())
-        kept: dict[int, int] = {}
-        held = []
-
-        def pack(t: Tensor) -> Tensor:
-            storage = t.untyped_storage()
-            kept[storage.data_ptr()] = storage.nbytes()
-            held.append(t)
-            return t
-
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-            loss = run()
-        del loss
-        return float(sum(kept.values()))
+        return kept_for_backward(run)
 
 
 def flops(run: Run) -> float:
