@@ -319,7 +319,7 @@ def _where_method(self: Any, condition: Any, other: Any) -> Any:
 
 
 _WHERE = "condition and branches are independent, unless all are functions of one variable"
-WHERE = add_rule("where", Elementwise(_where, _where), Exactness.EXACT_IF_INDEPENDENT, _WHERE, functions=(torch.where,))
+add_rule("where", Elementwise(_where, _where), Exactness.EXACT_IF_INDEPENDENT, _WHERE, functions=(torch.where,))
 add_rule(
     "Tensor.where", Composite(_where_method), Exactness.EXACT_IF_INDEPENDENT, _WHERE, functions=(torch.Tensor.where,)
 )
