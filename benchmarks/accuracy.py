@@ -18,8 +18,8 @@ import numpy as np
 import torch
 from scipy import special
 
-from rvconvert.rules import gaussian
-from rvconvert.rules.gaussian.by_quadrature import SELU_ALPHA, SELU_SCALE
+from rvconvert import moments as gaussian
+from rvconvert.moments.by_quadrature import SELU_ALPHA, SELU_SCALE
 
 EXACT, INTEGRAL, PANELS = "closed form", "positive integral over correlation", "quadrature"
 PAIRS = "trapezoid rule in pairs, or a sum of error functions"

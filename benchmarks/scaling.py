@@ -125,7 +125,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("scaling-results"))
     parser.add_argument("--rounds", type=int, default=5)
     args = parser.parse_args()
-    rvconvert.compilation.disable()  # tensors of one table would run in two ways
+    rvconvert.moments.compilation.disable()  # tensors of one table would run in two ways
     results: dict[str, dict[str, list[float]]] = {}
     for name, values in VARIED.items():
         rows = [measure(dataclasses.replace(Shape(), **{name: value}), args.rounds) for value in values]

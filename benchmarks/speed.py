@@ -40,7 +40,7 @@ from vae import VanillaVAE
 import rvconvert
 from benchmarks.memory import kept_for_backward
 from benchmarks.naive import NaiveDecoder
-from rvconvert.compilation import fused
+from rvconvert.moments.compilation import fused
 
 Run = Callable[[], Tensor]
 RESULTS = Path(__file__).resolve().parent / "results" / "speed.json"
@@ -382,7 +382,7 @@ def main() -> None:
         args.compile = args.variance_bf16 = True
     torch.set_num_threads(args.threads)
     if args.no_kernels:
-        rvconvert.compilation.disable()
+        rvconvert.moments.compilation.disable()
     console = Console(width=None if sys.stdout.isatty() else 150)
     measured = []
     for dtype in args.dtypes or (("tf32", "bf16") if args.device == "cuda" else ("fp32",)):

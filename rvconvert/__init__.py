@@ -1,14 +1,14 @@
 """rvconvert: turn any PyTorch variational autoencoder into an RV-VAE, and the trained result back."""
 
-from rvconvert.checkpoint import load, save
-from rvconvert.convert import convert, plan
+from rvconvert._convert import convert, plan
+from rvconvert.core.random_variable import RandomVariable
+from rvconvert.core.registry import REGISTRY
 from rvconvert.errors import ConversionError
+from rvconvert.files.checkpoint import load, save
 from rvconvert.penalty import variance_penalty
-from rvconvert.random_variable import RandomVariable
-from rvconvert.registry import REGISTRY
+from rvconvert.plain import to_plain, transfer_weights
 from rvconvert.rules.custom import rule
 from rvconvert.verify import verify
-from rvconvert.weights import to_plain, transfer_weights
 
 __all__ = [
     "REGISTRY",

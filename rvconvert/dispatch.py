@@ -12,19 +12,19 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
+from rvconvert.capture.recorder import as_class, intercepted_modules, own_copies, unchanged, unscripted, user_frame, where
+from rvconvert.core.random_variable import RandomVariable, in_settings, is_in_place, propagate, random_variables
+from rvconvert.core.registry import PLAIN, operation_name
+from rvconvert.core.tree import flatten
 from rvconvert.errors import ConversionError, NonGaussianError, NoReparameterizationError, UnsupportedOperationError
-from rvconvert.graph.plan import row_for, short_path
-from rvconvert.graph.program import DIFFERENCES, LOSSES
-from rvconvert.graph.recorder import as_class, intercepted_modules, own_copies, unchanged, unscripted, user_frame, where
-from rvconvert.random_variable import RandomVariable, in_settings, is_in_place, propagate, random_variables
-from rvconvert.registry import PLAIN, operation_name
+from rvconvert.program.plan import row_for, short_path
+from rvconvert.program.rewrite import DIFFERENCES, LOSSES
 from rvconvert.report import Row
 from rvconvert.rules.kinds import Shape
 from rvconvert.rules.noise import GAUSSIAN_SOURCES, NON_GAUSSIAN, nth_source
-from rvconvert.structure import flatten
 
 if TYPE_CHECKING:
-    from rvconvert.conversion import Conversion
+    from rvconvert.converted import Conversion
 
 __all__ = ["run", "survey"]
 

@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 
+from rvconvert.core.random_variable import RandomVariable
 from rvconvert.errors import ConversionError
-from rvconvert.random_variable import RandomVariable
-from rvconvert.rules.quadrature import flushed
+from rvconvert.moments.quadrature import flushed
 
 __all__ = ["attach_penalty", "variance_penalty"]
 

@@ -22,7 +22,7 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
-from rvconvert.registry import Exactness, Rule
+from rvconvert.core.registry import Exactness, Rule
 from rvconvert.report import Report, Row
 
 __all__ = ["progress", "report_table", "rules_table", "show", "show_error", "table", "to_text"]

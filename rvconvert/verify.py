@@ -17,16 +17,16 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from rvconvert.conversion import Conversion
-from rvconvert.convert import convert_copy
+from rvconvert._convert import convert_copy
+from rvconvert.capture.recorder import Recording, unchanged
+from rvconvert.converted import Conversion
+from rvconvert.core.random_variable import RandomVariable, Settings
+from rvconvert.core.tree import flatten
 from rvconvert.errors import ConversionError
-from rvconvert.graph.plan import node_row
-from rvconvert.graph.recorder import Recording, unchanged
-from rvconvert.random_variable import RandomVariable, Settings
+from rvconvert.plain import is_converted, plain_copy
+from rvconvert.program.plan import node_row
 from rvconvert.rules.kinds import Elementwise, substitute, unique
 from rvconvert.rules.noise import GAUSSIAN_SOURCES, all_entering, nth_source
-from rvconvert.structure import flatten
-from rvconvert.weights import is_converted, plain_copy
 
 __all__ = ["Verification", "VerifiedNode", "truth_ratio", "verify"]
 

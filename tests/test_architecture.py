@@ -85,12 +85,12 @@ def importers(target: str) -> set[str]:
 
 
 def test_rules_never_import_the_engines() -> None:
-    for engine in ("rvconvert.graph", "rvconvert.dispatch", "rvconvert.convert", "rvconvert.conversion"):
+    for engine in ("rvconvert.capture", "rvconvert.dispatch", "rvconvert._convert", "rvconvert.converted"):
         assert not {name for name in importers(engine) if name.startswith("rvconvert.rules")}
 
 
 def test_nothing_imports_the_command_line() -> None:
-    assert importers("rvconvert.cli") == set()
+    assert {name for name in importers("rvconvert.cli") if not name.startswith("rvconvert.cli")} == set()
 
 
 def test_only_render_imports_rich() -> None:

@@ -18,10 +18,10 @@ import torch
 from torch import nn
 
 import rvconvert
-from rvconvert import checkpoint
-from rvconvert.checkpoint import fit_keys, load, read, save, write
 from rvconvert.errors import CheckpointError, ConversionError, TransferError
-from rvconvert.recipe import Recipe, class_spec, import_class
+from rvconvert.files import checkpoint
+from rvconvert.files.checkpoint import fit_keys, load, read, save, write
+from rvconvert.files.recipe import Recipe, class_spec, import_class
 
 FORMATS = (".pt", ".pth", ".safetensors")
 
@@ -458,7 +458,7 @@ def test_a_recipe_imports_nothing_unless_trusted(kind: str, tmp_path: Path, monk
     [
         {"model": "os:system", "kwargs": {"command": "touch trace"}},
         {"model": "subprocess:Popen", "kwargs": {"args": ["touch", "trace"]}},
-        {"model": "rvconvert.recipe:import_class", "kwargs": {"spec": "antigravity:x"}},
+        {"model": "rvconvert.files.recipe:import_class", "kwargs": {"spec": "antigravity:x"}},
         {"model": "torch.nn:modules.no.Such"},
         {"model": "rvconvert.no_such_module:VAE"},
         {"model": "../../x:y"},

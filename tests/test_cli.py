@@ -15,10 +15,10 @@ import torch
 from PIL import Image
 
 import rvconvert
-from rvconvert import checkpoint
-from rvconvert.cli import main
-from rvconvert.images import read_images
-from rvconvert.recipe import import_class
+from rvconvert.cli.main import main
+from rvconvert.cli.images import read_images
+from rvconvert.files import checkpoint
+from rvconvert.files.recipe import import_class
 
 MODEL = """
 import torch

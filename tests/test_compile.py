@@ -11,8 +11,9 @@ from torch._dynamo.utils import counters
 from torch.nn import functional as F
 
 import rvconvert
-from rvconvert import RandomVariable, compilation
-from rvconvert.rules import gaussian
+from rvconvert import RandomVariable
+from rvconvert import moments as gaussian
+from rvconvert.moments import compilation
 
 
 class VAE(nn.Module):

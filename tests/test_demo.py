@@ -12,7 +12,8 @@ import torch
 from PIL import Image
 
 import rvconvert
-from rvconvert import cli, demo
+from rvconvert.cli import demo
+from rvconvert.cli import main as cli
 
 
 @pytest.fixture(scope="module")

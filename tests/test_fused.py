@@ -13,9 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import rvconvert
-from rvconvert import ConversionError, RandomVariable, checkpoint
+from rvconvert import ConversionError, RandomVariable
+from rvconvert.core.random_variable import Settings
 from rvconvert.covariance import fused
-from rvconvert.random_variable import Settings
+from rvconvert.files import checkpoint
 from rvconvert.rules.noise import standard_normal
 from tests.models import VanillaVAE
 

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from scipy import special
 
-from rvconvert.rules import gaussian
-from rvconvert.rules.quadrature import quadrature
+from rvconvert import moments as gaussian
+from rvconvert.moments.quadrature import quadrature
 
 _path = Path(__file__).parents[1] / "benchmarks" / "accuracy.py"
 _spec = importlib.util.spec_from_file_location("accuracy", _path)

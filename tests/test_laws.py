@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from rvconvert import REGISTRY, RandomVariable
-from rvconvert.random_variable import is_in_place, propagate
-from rvconvert.registry import operation_name
+from rvconvert.core.random_variable import is_in_place, propagate
+from rvconvert.core.registry import operation_name
 from rvconvert.rules.kinds import Collapse, Metadata
 from tests.cases import CASES
 from tests.oracle import Constants, leaves, tensors
@@ -94,7 +94,7 @@ def test_gradients_are_finite_also_without_variance(case):
 
 def calls_of(case, inputs, monkeypatch):
     """The calls of the case's own rule that a run makes: (func, args, kwargs)."""
-    import rvconvert.random_variable as core
+    import rvconvert.core.random_variable as core
 
     found = []
 

@@ -6,8 +6,8 @@ import torch.nn.functional as F
 
 import rvconvert
 from rvconvert import REGISTRY, RandomVariable
+from rvconvert.core.random_variable import Settings
 from rvconvert.errors import ConversionError, UnsupportedOperationError
-from rvconvert.random_variable import Settings
 from rvconvert.rules.linearize import LINEARIZED, probes
 
 

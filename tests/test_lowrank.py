@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 import rvconvert
 from rvconvert import RandomVariable
+from rvconvert.core.random_variable import Settings
 from rvconvert.covariance.lowrank import LowRankVariable, cubature_normal, whole_frames
-from rvconvert.random_variable import Settings
 from rvconvert.rules.noise import nth_source
 
 LATENT = 5

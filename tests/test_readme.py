@@ -13,9 +13,9 @@ import torch
 from torch import nn
 
 import rvconvert
-from rvconvert import cli
-from rvconvert.demo import DigitVAE, kl_divergence, loss_function
-from rvconvert.registry import Exactness
+from rvconvert.cli import main as cli
+from rvconvert.cli.demo import DigitVAE, kl_divergence, loss_function
+from rvconvert.core.registry import Exactness
 from rvconvert.rules.kinds import Metadata
 
 README = Path(__file__).resolve().parent.parent / "README.md"

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from rvconvert import REGISTRY, RandomVariable
-from rvconvert.registry import Exactness
+from rvconvert.core.registry import Exactness
 from rvconvert.rules.kinds import Collapse, Elementwise, Metadata
 from tests.cases import CASES
 from tests.oracle import Constants, leaves, monte_carlo, tensors

@@ -9,8 +9,8 @@ from torch import nn
 
 import rvconvert
 from rvconvert import ConversionError, RandomVariable
+from rvconvert.core.random_variable import Settings
 from rvconvert.covariance.sampled import SampledVariable, antithetic_normal, orthogonal_normal
-from rvconvert.random_variable import Settings
 
 
 class Decoder(nn.Module):

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree
 
-from rvconvert.random_variable import RandomVariable, Settings, random_variables
+from rvconvert.core.random_variable import RandomVariable, Settings, random_variables
 from rvconvert.rules import shape
 from rvconvert.rules.kinds import (
     Bilinear,
@@ -46,7 +46,7 @@ from rvconvert.rules.noise import CARRIERS
 from rvconvert.rules.normalization import BatchNormalization
 
 if TYPE_CHECKING:
-    from rvconvert.registry import Rule
+    from rvconvert.core.registry import Rule
 
 __all__ = ["MOST_ELEMENTS", "FusedVariable", "History"]
 

@@ -15,8 +15,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from rvconvert.core.random_variable import Settings
 from rvconvert.covariance.sampled import SampledVariable
-from rvconvert.random_variable import Settings
 from rvconvert.rules.noise import SOURCES
 
 __all__ = ["Frame", "LowRankVariable", "cubature_normal"]

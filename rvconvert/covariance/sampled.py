@@ -15,15 +15,15 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree
 
+from rvconvert.core.random_variable import RandomVariable, Settings, is_in_place, random_variables
+from rvconvert.core.registry import Exactness
 from rvconvert.errors import ConversionError
-from rvconvert.random_variable import RandomVariable, Settings, is_in_place, random_variables
-from rvconvert.registry import Exactness
 from rvconvert.rules.kinds import Collapse, Metadata, substitute
 from rvconvert.rules.noise import SOURCES, entering
 from rvconvert.rules.shape import setitem
 
 if TYPE_CHECKING:
-    from rvconvert.registry import Rule
+    from rvconvert.core.registry import Rule
 
 __all__ = ["SampledVariable", "antithetic_normal"]
 

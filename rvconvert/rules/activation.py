@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from rvconvert.random_variable import RandomVariable, random_variables
-from rvconvert.registry import Exactness
-from rvconvert.rules import gaussian
+from rvconvert import moments as gaussian
+from rvconvert.core.random_variable import RandomVariable, random_variables
+from rvconvert.core.registry import Exactness
 from rvconvert.rules.kinds import Composite, Elementwise, Shape, add_rule, bind, everywhere, first_order, not_everywhere
 
 _GAUSSIAN = "a Gaussian input"

@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rvconvert import moments as gaussian
+from rvconvert.core.random_variable import RandomVariable
+from rvconvert.core.registry import Exactness
 from rvconvert.errors import UnsupportedOperationError
-from rvconvert.random_variable import RandomVariable
-from rvconvert.registry import Exactness
-from rvconvert.rules import gaussian
+from rvconvert.moments.quadrature import quadrature
 from rvconvert.rules.extrema import constants
 from rvconvert.rules.kinds import (
     Composite,
@@ -25,7 +26,6 @@ from rvconvert.rules.kinds import (
     spread,
     unique,
 )
-from rvconvert.rules.quadrature import quadrature
 
 _INDEPENDENT = "operands are independent"
 

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rvconvert.random_variable import RandomVariable
-from rvconvert.registry import Exactness
+from rvconvert.core.random_variable import RandomVariable
+from rvconvert.core.registry import Exactness
 from rvconvert.rules.kinds import Composite, add_rule, full_precision, moments, own_python
 
 

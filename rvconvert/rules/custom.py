@@ -7,8 +7,8 @@ from typing import Any, TypeVar
 
 import torch
 
+from rvconvert.core.registry import REGISTRY, Exactness, Registry, Rule, operation_name, spellings
 from rvconvert.errors import ConversionError
-from rvconvert.registry import REGISTRY, Exactness, Registry, Rule, operation_name, spellings
 from rvconvert.rules.kinds import Composite
 
 __all__ = ["rule"]

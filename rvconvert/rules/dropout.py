@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from rvconvert.registry import Exactness
+from rvconvert.core.registry import Exactness
 from rvconvert.rules.kinds import Composite, add_rule
 
 

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rvconvert.random_variable import RandomVariable
-from rvconvert.registry import Exactness
-from rvconvert.rules import gaussian
+from rvconvert import moments as gaussian
+from rvconvert.core.random_variable import RandomVariable
+from rvconvert.core.registry import Exactness
 from rvconvert.rules.kinds import Composite, Elementwise, add_rule, bind, moments
 
 __all__ = ["by_pairs", "clark_maximum", "constants", "maximum_over"]

@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 
-from rvconvert.random_variable import Origin, RandomVariable, random_variables
-from rvconvert.registry import NAMESPACES, REGISTRY, Exactness, FunctionTable, Kind, Rule, spellings
-from rvconvert.rules.quadrature import quadrature
+from rvconvert.core.random_variable import Origin, RandomVariable, random_variables
+from rvconvert.core.registry import NAMESPACES, REGISTRY, Exactness, FunctionTable, Kind, Rule, spellings
+from rvconvert.moments.quadrature import quadrature
 
 __all__ = [
     "Bilinear",

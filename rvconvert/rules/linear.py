@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from rvconvert.random_variable import RandomVariable
-from rvconvert.registry import Exactness
+from rvconvert.core.random_variable import RandomVariable
+from rvconvert.core.registry import Exactness
 from rvconvert.rules.kinds import Bilinear, Composite, FixedLinear, add_rule, moments, same_map
 
 _INDEPENDENT = "inputs are independent"

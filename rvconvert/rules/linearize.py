@@ -11,9 +11,9 @@ import torch
 import torch.overrides
 from torch import Tensor
 
+from rvconvert.core.random_variable import RandomVariable
+from rvconvert.core.registry import REGISTRY, Exactness, Rule, as_constant, operation_name
 from rvconvert.errors import UnsupportedOperationError
-from rvconvert.random_variable import RandomVariable
-from rvconvert.registry import REGISTRY, Exactness, Rule, as_constant, operation_name
 from rvconvert.rules.kinds import full_precision, join, out_of_place, substitute, unique
 from rvconvert.rules.noise import GAUSSIAN_SOURCES, NON_GAUSSIAN
 

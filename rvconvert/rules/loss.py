@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from rvconvert.registry import Exactness
+from rvconvert.core.registry import Exactness
 from rvconvert.rules.kinds import Collapse, add_rule
 
 _LOSSES: dict[str, tuple[type[nn.Module], ...]] = {

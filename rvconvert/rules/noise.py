@@ -9,8 +9,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from rvconvert.core.random_variable import RandomVariable, Settings
 from rvconvert.errors import ConversionError
-from rvconvert.random_variable import RandomVariable, Settings
 
 __all__ = ["CARRIERS", "GAUSSIAN_SOURCES", "NON_GAUSSIAN", "SOURCES", "all_entering", "entering", "nth_source", "standard_normal"]
 

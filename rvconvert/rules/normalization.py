@@ -11,8 +11,8 @@ import torch.distributed
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rvconvert.random_variable import RandomVariable
-from rvconvert.registry import REGISTRY, Exactness, Rule
+from rvconvert.core.random_variable import RandomVariable
+from rvconvert.core.registry import REGISTRY, Exactness, Rule
 from rvconvert.rules.kinds import Composite, add_rule, bind, full_precision, own_python
 
 

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rvconvert.registry import Exactness
+from rvconvert.core.registry import Exactness
 from rvconvert.rules.extrema import by_pairs, clark_maximum, maximum_over
 from rvconvert.rules.kinds import Composite, FixedLinear, Shape, add_rule, bind
 

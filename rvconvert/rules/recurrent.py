@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from rvconvert.registry import Exactness
+from rvconvert.core.registry import Exactness
 from rvconvert.rules.kinds import Composite, Shape, add_rule
 
 State = tuple[Any, ...]

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rvconvert.random_variable import RandomVariable
-from rvconvert.registry import Exactness
+from rvconvert.core.random_variable import RandomVariable
+from rvconvert.core.registry import Exactness
 from rvconvert.rules.extrema import by_pairs
 from rvconvert.rules.kinds import Composite, FixedLinear, add_rule, same_map
 from rvconvert.rules.normalization import standardized

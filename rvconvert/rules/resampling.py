@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rvconvert.random_variable import RandomVariable
-from rvconvert.registry import Exactness
+from rvconvert.core.random_variable import RandomVariable
+from rvconvert.core.registry import Exactness
 from rvconvert.rules.kinds import Composite, FixedLinear, add_rule, bind, same_map
 from rvconvert.rules.linearize import LINEARIZED
 from rvconvert.rules.pooling import adaptive_average_square

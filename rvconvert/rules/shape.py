@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from rvconvert.core.random_variable import RandomVariable, random_variables
+from rvconvert.core.registry import Exactness, operation_name
 from rvconvert.errors import UnsupportedOperationError
-from rvconvert.random_variable import RandomVariable, random_variables
-from rvconvert.registry import Exactness, operation_name
 from rvconvert.rules.kinds import Composite, Metadata, Shape, add_rule
 
 _QUESTIONS = (

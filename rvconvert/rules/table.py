@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from rvconvert.registry import REGISTRY, Exactness, Registry
+from rvconvert.core.registry import REGISTRY, Exactness, Registry
 from rvconvert.rules.kinds import Metadata
 
 __all__ = ["Supported", "as_markdown", "supported_operations"]

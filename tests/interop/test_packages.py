@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import rvconvert
-from rvconvert.structure import flatten
+from rvconvert.core.tree import flatten
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

@@ -10,7 +10,7 @@ import functools
 import torch
 from torch import Tensor
 
-from rvconvert.rules.quadrature import density
+from rvconvert.moments.quadrature import density
 
 Moments = tuple[Tensor, Tensor]
 

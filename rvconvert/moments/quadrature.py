@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from rvconvert.compilation import fused
+from rvconvert.moments.compilation import fused
 
 INV_SQRT_2PI = 0.3989422804014327
 SMOOTH_NODES = 14  # per panel, two panels: functions as smooth as the sigmoid

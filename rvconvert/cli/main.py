@@ -14,15 +14,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from rvconvert import checkpoint, render
-from rvconvert.convert import convert, plan
+from rvconvert import render
+from rvconvert._convert import convert, plan
+from rvconvert.cli.images import read_images
+from rvconvert.core.random_variable import RandomVariable
+from rvconvert.core.registry import REGISTRY
 from rvconvert.errors import ConversionError, TransferError
-from rvconvert.images import read_images
-from rvconvert.random_variable import RandomVariable
-from rvconvert.recipe import Recipe, construct, import_class, library_version
-from rvconvert.registry import REGISTRY
+from rvconvert.files import checkpoint
+from rvconvert.files.recipe import Recipe, construct, import_class, library_version
+from rvconvert.plain import transfer_weights
 from rvconvert.verify import verify
-from rvconvert.weights import transfer_weights
 
 __all__ = ["main"]
 
@@ -61,7 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def run_demo(args: argparse.Namespace) -> Result:
     try:
-        from rvconvert.demo import run
+        from rvconvert.cli.demo import run
     except ImportError as error:
         raise ConversionError(f"the demo needs {error.name}: pip install 'rvconvert[demo]'") from None
     options = {name: getattr(args, name) for name in ("epochs", "quick", "seed", "force", "truth")}

@@ -12,12 +12,12 @@ from torch import nn
 
 import rvconvert.covariance
 import rvconvert.rules  # noqa: F401 - fills the rule table
-from rvconvert.conversion import Conversion, Options, each_mode
+from rvconvert.converted import Conversion, Options, each_mode
+from rvconvert.core.random_variable import RandomVariable, Settings
+from rvconvert.core.registry import REGISTRY, Registry
 from rvconvert.errors import ConversionError, UnsupportedOperationError
-from rvconvert.random_variable import RandomVariable, Settings
-from rvconvert.registry import REGISTRY, Registry
+from rvconvert.plain import detached, is_converted, plain_copy
 from rvconvert.report import Report, merge
-from rvconvert.weights import detached, is_converted, plain_copy
 
 __all__ = ["convert", "plan"]
 

@@ -18,9 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rvconvert.compilation import fused
-from rvconvert.rules.gaussian.normal import Moments, at_least_float32
-from rvconvert.rules.quadrature import flushed
+from rvconvert.moments.compilation import fused
+from rvconvert.moments.normal import Moments, at_least_float32
+from rvconvert.moments.quadrature import flushed
 
 _STEP = 0.32
 _WEIGHTS = [math.exp(-0.5 * (j * _STEP) ** 2) for j in range(1, 23)]

@@ -8,9 +8,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rvconvert.compilation import fused
-from rvconvert.rules.gaussian.normal import Moments, at_least_float32, standardize, tail
-from rvconvert.rules.quadrature import density, flushed
+from rvconvert.moments.compilation import fused
+from rvconvert.moments.normal import Moments, at_least_float32, standardize, tail
+from rvconvert.moments.quadrature import density, flushed
 
 
 def _sides(mean: Tensor, var: Tensor):

@@ -12,10 +12,10 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from rvconvert.conversion import Conversion
+from rvconvert.converted import Conversion
+from rvconvert.core.tree import flatten
 from rvconvert.errors import ConversionError, TransferError
 from rvconvert.rules.noise import GAUSSIAN_SOURCES
-from rvconvert.structure import flatten
 
 __all__ = ["is_converted", "to_plain", "transfer_weights"]
 

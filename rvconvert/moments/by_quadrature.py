@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rvconvert.rules.gaussian.normal import Moments, at_least_float32
-from rvconvert.rules.quadrature import KINKED_NODES, STEEP_NODES, Activation, activation_moments, quadrature
+from rvconvert.moments.normal import Moments, at_least_float32
+from rvconvert.moments.quadrature import KINKED_NODES, STEEP_NODES, Activation, activation_moments, quadrature
 
 
 def _expm1(x: Tensor) -> Tensor:

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from rvconvert.core.registry import NAMESPACES, PLAIN, REGISTRY, FunctionTable, Registry, operation_name
 from rvconvert.errors import ConversionError, UnsupportedOperationError
-from rvconvert.registry import NAMESPACES, PLAIN, REGISTRY, FunctionTable, Registry, operation_name
 
 if TYPE_CHECKING:
-    from rvconvert.registry import Rule
+    from rvconvert.core.registry import Rule
 
 __all__ = ["Origin", "RandomVariable", "Settings", "is_in_place", "propagate", "random_variables"]
 

@@ -20,10 +20,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from rvconvert.conversion import Options
+from rvconvert.converted import Options
+from rvconvert.core.random_variable import Settings
+from rvconvert.core.registry import REGISTRY
 from rvconvert.errors import CheckpointError, ConversionError
-from rvconvert.random_variable import Settings
-from rvconvert.registry import REGISTRY
 from rvconvert.rules.noise import SOURCES
 
 __all__ = ["Recipe", "class_spec", "construct", "import_class", "imported_class", "library_version"]
@@ -298,7 +298,7 @@ def _one_line(error: BaseException) -> str:
 
 def _place(error: BaseException) -> str:
     """The last line of the user's own code that an error passed through."""
-    own = str(Path(__file__).resolve().parent)
+    own = str(Path(__file__).resolve().parent.parent)
     libraries = (own, str(Path(torch.__file__).parent), "<frozen", importlib.__file__ or "")
     for frame in reversed(traceback.extract_tb(error.__traceback__)):
         if not frame.filename.startswith(libraries):

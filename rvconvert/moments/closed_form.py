@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rvconvert.rules.gaussian.normal import Moments, at_least_float32
+from rvconvert.moments.normal import Moments, at_least_float32
 
 
 @at_least_float32

@@ -23,11 +23,11 @@ import numpy as np
 import torch
 from torch import nn
 
-from rvconvert.convert import convert
+from rvconvert._convert import convert
+from rvconvert.core.registry import Registry
 from rvconvert.errors import CheckpointError, ConversionError, TransferError
-from rvconvert.recipe import Recipe, construct, import_class, imported_class
-from rvconvert.registry import Registry
-from rvconvert.weights import is_converted, to_plain, transfer_weights
+from rvconvert.files.recipe import Recipe, construct, import_class, imported_class
+from rvconvert.plain import is_converted, to_plain, transfer_weights
 
 __all__ = [
     "Checkpoint",

@@ -9,10 +9,10 @@ import torch
 from torch import fx, nn
 from torch.overrides import TorchFunctionMode
 
-from rvconvert.graph.recorder import Recording, non_gaussian_ancestors, unchanged, unscripted, user_frame, where
-from rvconvert.registry import Registry
+from rvconvert.capture.recorder import Recording, non_gaussian_ancestors, unchanged, unscripted, user_frame, where
+from rvconvert.core.registry import Registry
+from rvconvert.core.tree import Structure
 from rvconvert.rules.noise import GAUSSIAN_SOURCES, NON_GAUSSIAN
-from rvconvert.structure import Structure
 
 __all__ = ["trace_symbolically"]
 

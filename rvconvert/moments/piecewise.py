@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rvconvert.rules.gaussian.normal import Moments, at_least_float32, ndtr, standardize, tail
-from rvconvert.rules.gaussian.two_slopes import relu
-from rvconvert.rules.quadrature import SMOOTH_NODES, WeightedMoments, density, floored, panel, smallest_deviation
+from rvconvert.moments.normal import Moments, at_least_float32, ndtr, standardize, tail
+from rvconvert.moments.quadrature import SMOOTH_NODES, WeightedMoments, density, floored, panel, smallest_deviation
+from rvconvert.moments.two_slopes import relu
 
 
 @at_least_float32

@@ -19,13 +19,13 @@ import torch
 from torch import fx, nn
 from torch.overrides import TorchFunctionMode
 
-from rvconvert.graph.traced_number import TracedFloat, TracedInt, ignored, traced_size, untraced
-from rvconvert.random_variable import RandomVariable, Settings, in_settings, random_variables
-from rvconvert.registry import Registry
+from rvconvert.capture.traced_number import TracedFloat, TracedInt, ignored, traced_size, untraced
+from rvconvert.core.random_variable import RandomVariable, Settings, in_settings, random_variables
+from rvconvert.core.registry import Registry
+from rvconvert.core.tree import Structure, flatten
 from rvconvert.rules.kinds import Metadata
 from rvconvert.rules.noise import GAUSSIAN_SOURCES, NON_GAUSSIAN
 from rvconvert.rules.shape import setitem
-from rvconvert.structure import Structure, flatten
 
 __all__ = ["Recording", "as_class", "intercepted_modules", "record", "unchanged", "unscripted", "user_frame", "where"]
 

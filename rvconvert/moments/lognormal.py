@@ -12,7 +12,7 @@ import math
 import torch
 from torch import Tensor
 
-from rvconvert.rules.gaussian.normal import Moments, at_least_float32
+from rvconvert.moments.normal import Moments, at_least_float32
 
 
 def _relative(mean: Tensor, var: Tensor) -> Tensor:

@@ -7,9 +7,9 @@ import math
 import torch
 from torch import Tensor
 
-from rvconvert.rules.gaussian.by_quadrature import gelu_tanh
-from rvconvert.rules.gaussian.normal import Moments, at_least_float32, ndtr
-from rvconvert.rules.quadrature import density, legendre
+from rvconvert.moments.by_quadrature import gelu_tanh
+from rvconvert.moments.normal import Moments, at_least_float32, ndtr
+from rvconvert.moments.quadrature import density, legendre
 
 _RHO_NODES = [(0.5 + 0.5 * x, 0.5 * w) for x, w in legendre(12)]
 

@@ -9,10 +9,10 @@ from typing import Any
 
 from torch import fx
 
+from rvconvert.capture.recorder import IGNORED_INSIDE, Recording
+from rvconvert.core.random_variable import Settings
+from rvconvert.core.registry import PLAIN, Exactness, Rule, operation_name
 from rvconvert.errors import UnsupportedOperationError
-from rvconvert.graph.recorder import IGNORED_INSIDE, Recording
-from rvconvert.random_variable import Settings
-from rvconvert.registry import PLAIN, Exactness, Rule, operation_name
 from rvconvert.report import Report, Row
 
 __all__ = ["dispatch_report", "node_row", "refuse_unsupported", "report_graph", "row_for"]

@@ -12,21 +12,21 @@ import torch
 from torch import nn
 
 from rvconvert import dispatch
+from rvconvert.capture.recorder import Recording, as_class, record, unchanged
+from rvconvert.capture.symbolic import trace_symbolically
+from rvconvert.core.random_variable import RandomVariable, Settings, random_variables
+from rvconvert.core.tree import Structure, flatten
 from rvconvert.errors import (
     ConversionError,
     NonGaussianError,
     NoReparameterizationError,
     TracingError,
 )
-from rvconvert.graph.plan import dispatch_report, refuse_unsupported, report_graph
-from rvconvert.graph.program import compile_graph, to_random_variables
-from rvconvert.graph.recorder import Recording, as_class, record, unchanged
-from rvconvert.graph.symbolic import trace_symbolically
 from rvconvert.penalty import KINDS, attach_penalty, variance_penalty
-from rvconvert.random_variable import RandomVariable, Settings, random_variables
+from rvconvert.program.plan import dispatch_report, refuse_unsupported, report_graph
+from rvconvert.program.rewrite import compile_graph, to_random_variables
 from rvconvert.report import Report
 from rvconvert.rules.noise import SOURCES, all_entering
-from rvconvert.structure import Structure, flatten
 
 __all__ = ["Conversion", "Options"]
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from rvconvert.random_variable import RandomVariable
+from rvconvert.core.random_variable import RandomVariable
 
 __all__ = ["Structure", "flatten"]
 

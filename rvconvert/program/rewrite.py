@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 
-from rvconvert.graph.recorder import Recording
+from rvconvert.capture.recorder import Recording
 from rvconvert.rules.noise import GAUSSIAN_SOURCES, nth_source
 
 __all__ = ["DIFFERENCES", "LOSSES", "compile_graph", "reconstructions", "to_random_variables"]

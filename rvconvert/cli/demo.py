@@ -21,12 +21,14 @@ from sklearn.datasets import load_digits
 from torch import nn
 from torch.nn import functional as F
 
-from rvconvert import checkpoint, compilation, render
-from rvconvert.convert import convert
+from rvconvert import render
+from rvconvert._convert import convert
+from rvconvert.cli.images import heat, labelled_rows
 from rvconvert.errors import CheckpointError
-from rvconvert.images import heat, labelled_rows
+from rvconvert.files import checkpoint
+from rvconvert.moments import compilation
+from rvconvert.plain import to_plain
 from rvconvert.verify import truth_ratio
-from rvconvert.weights import to_plain
 
 __all__ = ["Demo", "DigitVAE", "run"]
 
@@ -320,9 +322,9 @@ def _picture_rows(views: dict[str, torch.Tensor], labels: torch.Tensor) -> list[
 def _commands(out: Path) -> tuple[str, ...]:
     folder = shlex.quote(str(out))
     return (
-        "rvconvert plan rvconvert.demo:DigitVAE --example-shape 4,1,8,8",
+        "rvconvert plan rvconvert.cli.demo:DigitVAE --example-shape 4,1,8,8",
         f"rvconvert verify {folder}/rv_vae.pt --images {folder}/digits.npy",
-        f"rvconvert transfer {folder}/rv_vae.pt {folder}/transferred.pt --model rvconvert.demo:DigitVAE",
-        f"rvconvert convert rvconvert.demo:DigitVAE {folder}/vae.pt {folder}/lowrank.pt --covariance lowrank "
+        f"rvconvert transfer {folder}/rv_vae.pt {folder}/transferred.pt --model rvconvert.cli.demo:DigitVAE",
+        f"rvconvert convert rvconvert.cli.demo:DigitVAE {folder}/vae.pt {folder}/lowrank.pt --covariance lowrank "
         "--example-shape 4,1,8,8",
     )

@@ -1,0 +1,1 @@
+"""Capture: one real run of a method becomes an fx.Graph that any later run replays."""

@@ -1,0 +1,1 @@
+"""A recorded graph: its plan, and its rewriting to random variables."""
