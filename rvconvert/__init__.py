@@ -5,6 +5,7 @@ from rvconvert.core.random_variable import RandomVariable
 from rvconvert.core.registry import REGISTRY
 from rvconvert.errors import ConversionError
 from rvconvert.files.checkpoint import load, save
+from rvconvert.options import Options
 from rvconvert.penalty import variance_penalty
 from rvconvert.plain import to_plain, transfer_weights
 from rvconvert.rules.custom import rule
@@ -13,6 +14,7 @@ from rvconvert.verify import verify
 __all__ = [
     "REGISTRY",
     "ConversionError",
+    "Options",
     "RandomVariable",
     "convert",
     "load",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import difflib
 from collections import defaultdict
 from collections.abc import Mapping
@@ -12,40 +11,11 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from rvconvert.converted import Conversion
-from rvconvert.core.tree import flatten
+from rvconvert.converted import conversion_of, is_converted, plain_copy
 from rvconvert.errors import ConversionError, TransferError
 from rvconvert.rules.noise import GAUSSIAN_SOURCES
 
-__all__ = ["is_converted", "to_plain", "transfer_weights"]
-
-
-def is_converted(model: nn.Module) -> bool:
-    """True for a model that ``convert`` returned."""
-    return isinstance(model.__dict__.get("_rvconvert"), Conversion)
-
-
-def plain_copy(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
-    """A copy of a converted model as its original class, sharing nothing (but what ``memo`` holds)."""
-    conversion: Conversion = model.__dict__["_rvconvert"]
-    made = conversion.plain_class.__new__(conversion.plain_class)
-    memo = {} if memo is None else memo
-    memo[id(model)] = made
-    memo[id(conversion)] = None
-    state = {key: value for key, value in model.__dict__.items() if key != "_rvconvert"}
-    made.__dict__.update(copy.deepcopy(state, detached(model, memo)))
-    return made
-
-
-def detached(model: nn.Module, memo: dict[int, Any]) -> dict[int, Any]:
-    """``memo`` for a deepcopy of ``model``, with the results of past calls that it keeps taken off their graph."""
-    for module in model.modules():
-        for name, value in vars(module).items():
-            if name not in ("_parameters", "_modules"):
-                for tensor in flatten(value)[0]:
-                    if isinstance(tensor, torch.Tensor) and not tensor.is_leaf:
-                        memo[id(tensor)] = tensor.detach().clone()
-    return memo
+__all__ = ["to_plain", "transfer_weights"]
 
 
 def to_plain(rv_model: nn.Module, latent: str = "sample") -> nn.Module:
@@ -64,9 +34,17 @@ def to_plain(rv_model: nn.Module, latent: str = "sample") -> nn.Module:
     if latent not in ("sample", "mean"):
         raise ConversionError(f"latent={latent!r} is not one of 'sample', 'mean'")
     plain = plain_copy(rv_model)
+    conversion = conversion_of(rv_model)
+    methods = conversion.options.methods
+    if not conversion.calls and any(p.grad is not None for p in rv_model.parameters()):
+        conversion.warn(
+            "never called",
+            f"this model has gradients, but its converted {' and '.join(methods)} was never called, so it was trained as the "
+            "plain model, without L_c. A loop that encodes, samples and decodes by itself needs the method that does all "
+            "three, methods=(...), or a converted decoder: convert(model.decoder, random_inputs=(...))",
+        )
     if latent == "mean":
-        conversion: Conversion = rv_model.__dict__["_rvconvert"]
-        make_deterministic(plain, conversion.options.methods)
+        make_deterministic(plain, methods)
     return plain
 
 

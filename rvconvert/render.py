@@ -117,7 +117,7 @@ def _summary(report: Report) -> str:
         parts.append(f"{counts['noise']} noise source{'s' if counts['noise'] > 1 else ''}")
     if counts.get("unsupported"):
         parts.append(f"{counts['unsupported']} without a rule")
-    return f"{'; '.join(parts)}. Engine: {report.engine} ({report.reason})."
+    return f"{'; '.join(parts)}. Recording: {report.lifetime} ({report.reason})."
 
 
 def _assumptions(report: Report) -> list[str]:

@@ -29,7 +29,6 @@ class Settings:
         seed: fixes the directions of sampled paths and of nodes; None draws them afresh.
         strict: refuse an operation with no rule instead of linearising it at the mean.
         variance_dtype: dtype of the variance's matrix work; None keeps the mean's own.
-        fuse: adjacent linear maps propagate variance as one (``"independent"`` only).
         source: which noise source of its model a variable starts from; random inputs count down from -1.
     """
 
@@ -40,7 +39,6 @@ class Settings:
     seed: int | None = None
     strict: bool = False
     variance_dtype: torch.dtype | None = None
-    fuse: bool = False
     source: int = 0
 
     @property
@@ -207,7 +205,7 @@ class RandomVariable:
         return iter(self.unbind())
 
     def __bool__(self) -> bool:
-        raise _value_error("bool()")
+        return propagate(torch.Tensor.__bool__, (self,), {})  # type: ignore[no-any-return]
 
     def __hash__(self) -> int:
         return id(self)
@@ -262,19 +260,6 @@ _ARITHMETIC = frozenset(
     for name in ("add", "sub", "mul", "truediv", "div", "pow", "matmul", "floordiv", "mod", "and", "or", "xor")
     for prefix in ("", "r", "i")
 ) | {f"__{name}__" for name in ("neg", "abs", "invert", "getitem", "setitem", "gt", "lt", "ge", "le", "eq", "ne")}
-
-_READ_VALUES = frozenset(
-    "item tolist numpy __bool__ __int__ __float__ __index__ __array__ __len__ equal allclose is_nonzero "
-    "nonzero unique argmax argmin argsort topk_indices __contains__".split()
-)
-
-
-def _value_error(what: str) -> ConversionError:
-    return ConversionError(
-        f"{what} asks for the value of a random variable, which has none: the result would depend on a draw. "
-        "Take x.mean for its expected value, or leave that part of the model out of the conversion (methods=...)."
-    )
-
 
 def random_variables(*values: Any) -> list[RandomVariable]:
     """The random variables in nested lists, tuples and mappings, in order."""
@@ -333,8 +318,6 @@ def propagate(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str,
     rule = settings.rule_for(func)
     if rule is None:
         name = getattr(func, "__name__", "")
-        if name in _READ_VALUES:
-            raise _value_error(operation_name(func))
         raise UnsupportedOperationError(
             f"{operation_name(func)} has no rule for a random variable; register one:\n\n"
             f"    @rvconvert.rule({operation_name(func)})\n    def {name or 'my_rule'}(x, ...): "

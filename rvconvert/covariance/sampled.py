@@ -18,7 +18,7 @@ from torch.utils import _pytree
 from rvconvert.core.random_variable import RandomVariable, Settings, is_in_place, random_variables
 from rvconvert.core.registry import Exactness
 from rvconvert.errors import ConversionError
-from rvconvert.rules.kinds import Collapse, Metadata, substitute
+from rvconvert.rules.kinds import Collapse, Metadata, Read, substitute
 from rvconvert.rules.noise import SOURCES, entering
 from rvconvert.rules.shape import setitem
 
@@ -92,7 +92,7 @@ class SampledVariable(RandomVariable):
     def apply(self, rule: Rule, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The plain function on every path."""
         name = getattr(func, "__name__", "")
-        if name in _READ_VALUES:
+        if isinstance(rule.kind, Read) or name in _READ_VALUES:
             raise ConversionError(
                 f"{name} asks for the value of a random variable, which differs between its paths; take x.mean for "
                 "its expected value, or leave that part of the model out of the conversion (methods=...)"

@@ -15,7 +15,8 @@ from typing import Any
 import torch
 
 from rvconvert.core.random_variable import Origin, RandomVariable, random_variables
-from rvconvert.core.registry import NAMESPACES, REGISTRY, Exactness, FunctionTable, Kind, Rule, spellings
+from rvconvert.core.registry import NAMESPACES, REGISTRY, Exactness, FunctionTable, Kind, Rule, operation_name, spellings
+from rvconvert.errors import ConversionError
 from rvconvert.moments.quadrature import quadrature
 
 __all__ = [
@@ -25,6 +26,7 @@ __all__ = [
     "Elementwise",
     "FixedLinear",
     "Metadata",
+    "Read",
     "Shape",
     "add_rule",
     "at_means",
@@ -39,6 +41,7 @@ __all__ = [
     "spread",
     "substitute",
     "unique",
+    "value_error",
 ]
 
 Function = Callable[..., Any]
@@ -142,6 +145,22 @@ class Metadata:
 
     def __call__(self, func: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return at_means(func, args, kwargs)
+
+
+@dataclass(frozen=True)
+class Read(Metadata):
+    """Asks for values, in Python or in the shape of its result: a random variable has none to give."""
+
+    def __call__(self, func: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        raise value_error(operation_name(func))
+
+
+def value_error(what: str) -> ConversionError:
+    """The refusal of a question for the value of a random variable."""
+    return ConversionError(
+        f"{what} asks for the value of a random variable, which has none: the result would depend on a draw. "
+        "Take x.mean for its expected value, or leave that part of the model out of the conversion (methods=...)."
+    )
 
 
 @dataclass(frozen=True)

@@ -12,16 +12,14 @@ import torch.nn.functional as F
 from rvconvert.core.random_variable import RandomVariable, Settings
 from rvconvert.errors import ConversionError
 
-__all__ = ["CARRIERS", "GAUSSIAN_SOURCES", "NON_GAUSSIAN", "SOURCES", "all_entering", "entering", "nth_source", "standard_normal"]
+__all__ = ["GAUSSIAN_SOURCES", "NON_GAUSSIAN", "SOURCES", "all_entering", "entering", "nth_source", "standard_normal"]
 
 # How a standard normal variable of a given shape starts in each covariance mode: source(zeros, settings).
 SOURCES: dict[str, Callable[[torch.Tensor, Settings], RandomVariable]] = {}
-# The class of variables in "independent" mode, without and with fuse.
-CARRIERS: dict[bool, type[RandomVariable]] = {False: RandomVariable}
 
 
 def _independent(zeros: torch.Tensor, settings: Settings) -> RandomVariable:
-    return CARRIERS[settings.fuse]._make(zeros, torch.ones_like(zeros), settings)
+    return RandomVariable._make(zeros, torch.ones_like(zeros), settings)
 
 
 SOURCES["independent"] = _independent
@@ -39,7 +37,7 @@ def entering(x: RandomVariable, settings: Settings) -> RandomVariable:
     if type(x) is not RandomVariable:
         return x
     if settings.covariance == "independent":
-        return CARRIERS[settings.fuse]._make(x.mean, x.var, settings).derived(latent=True)
+        return RandomVariable._make(x.mean, x.var, settings).derived(latent=True)
     random = x.var > 0
     std = torch.where(random, torch.where(random, x.var, 1).sqrt(), 0)  # a finite gradient where var = 0
     noise: Any = standard_normal(torch.zeros_like(x.mean), settings)
