@@ -20,8 +20,9 @@ from rvconvert.errors import ConversionError, NonGaussianError, NoReparameteriza
 from rvconvert.program.plan import row_for, short_path
 from rvconvert.program.rewrite import DIFFERENCES, LOSSES
 from rvconvert.report import Row
+from rvconvert.rules.draws import GAUSSIAN_SOURCES, NON_GAUSSIAN
 from rvconvert.rules.kinds import Shape
-from rvconvert.rules.noise import GAUSSIAN_SOURCES, NON_GAUSSIAN, nth_source
+from rvconvert.rules.noise import nth_source
 
 if TYPE_CHECKING:
     from rvconvert.converted import Conversion

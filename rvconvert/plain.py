@@ -15,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 from rvconvert.converted import Conversion
 from rvconvert.core.tree import flatten
 from rvconvert.errors import ConversionError, TransferError
-from rvconvert.rules.noise import GAUSSIAN_SOURCES
+from rvconvert.rules.draws import DRAWS
 
 __all__ = ["is_converted", "to_plain", "transfer_weights"]
 
@@ -75,22 +75,10 @@ class _MeanOfNoise(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
-        if func not in GAUSSIAN_SOURCES:
+        draw = DRAWS.get(func)
+        if draw is None or not draw.is_gaussian:
             return func(*args, **kwargs)
-        kwargs.pop("generator", None)
-        if func is torch.randn:
-            return torch.zeros(*args, **kwargs)
-        if func is torch.randn_like:
-            return torch.zeros_like(*args, **kwargs)
-        if func is torch.Tensor.normal_:
-            mean = args[1] if len(args) > 1 else kwargs.get("mean", 0.0)
-            return args[0].fill_(mean)
-        mean = args[0] if args else kwargs.get("mean", 0.0)
-        std = args[1] if len(args) > 1 else kwargs.get("std", 1.0)
-        size = args[2] if len(args) > 2 else kwargs.get("size")
-        if size is not None:
-            return torch.full(size, float(mean))
-        return mean + torch.zeros_like(std) if isinstance(std, torch.Tensor) else mean.clone()
+        return draw.at_mean(func, args, kwargs)
 
 
 def make_deterministic(model: nn.Module, methods: tuple[str, ...]) -> None:

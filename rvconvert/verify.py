@@ -25,8 +25,9 @@ from rvconvert.core.tree import flatten
 from rvconvert.errors import ConversionError
 from rvconvert.plain import is_converted, plain_copy
 from rvconvert.program.plan import node_row
+from rvconvert.rules.draws import GAUSSIAN_SOURCES
 from rvconvert.rules.kinds import Elementwise, substitute, unique
-from rvconvert.rules.noise import GAUSSIAN_SOURCES, all_entering, nth_source
+from rvconvert.rules.noise import all_entering, nth_source
 
 __all__ = ["Verification", "VerifiedNode", "truth_ratio", "verify"]
 

@@ -23,8 +23,8 @@ from rvconvert.capture.traced_number import TracedFloat, TracedInt, ignored, tra
 from rvconvert.core.random_variable import RandomVariable, Settings, in_settings, random_variables
 from rvconvert.core.registry import Registry
 from rvconvert.core.tree import Structure, flatten
+from rvconvert.rules.draws import GAUSSIAN_SOURCES, NON_GAUSSIAN
 from rvconvert.rules.kinds import Metadata
-from rvconvert.rules.noise import GAUSSIAN_SOURCES, NON_GAUSSIAN
 from rvconvert.rules.shape import setitem
 
 __all__ = ["Recording", "as_class", "intercepted_modules", "record", "unchanged", "unscripted", "user_frame", "where"]

@@ -12,7 +12,7 @@ from torch.overrides import TorchFunctionMode
 from rvconvert.capture.recorder import Recording, non_gaussian_ancestors, unchanged, unscripted, user_frame, where
 from rvconvert.core.registry import Registry
 from rvconvert.core.tree import Structure
-from rvconvert.rules.noise import GAUSSIAN_SOURCES, NON_GAUSSIAN
+from rvconvert.rules.draws import GAUSSIAN_SOURCES, NON_GAUSSIAN
 
 __all__ = ["trace_symbolically"]
 

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from rvconvert.core.random_variable import Settings
-from rvconvert.covariance.sampled import SampledVariable
-from rvconvert.rules.noise import SOURCES
+from rvconvert.covariance.sampled import SampledVariable, drawn_paths
+from rvconvert.rules.noise import DRAWN, SOURCES, Sampler
 
 __all__ = ["Frame", "LowRankVariable", "cubature_normal"]
 
@@ -218,4 +218,13 @@ def _orthonormal(normal: Tensor) -> Tensor:
     return directions * signs
 
 
+def drawn_nodes(sampler: Sampler, zeros: Tensor, settings: Settings) -> LowRankVariable:
+    """A variable on nodes that are drawn one by one, for a law without a quantile function; as many as a Gaussian's."""
+    elements = math.prod(zeros.shape[1:] if zeros.ndim > 1 else zeros.shape)
+    pairs = settings.rank or min(elements * math.ceil(_LEAST / elements), _MOST)
+    seed = None if settings.seed is None else settings.seed + settings.source
+    return LowRankVariable.of_frames(drawn_paths(sampler, 2 * pairs, zeros, seed), (Frame(None),), settings)
+
+
 SOURCES["lowrank"] = cubature_normal
+DRAWN["lowrank"] = drawn_nodes

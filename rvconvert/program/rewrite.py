@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch import fx
 
 from rvconvert.capture.recorder import Recording
-from rvconvert.rules.noise import GAUSSIAN_SOURCES, nth_source
+from rvconvert.rules.draws import GAUSSIAN_SOURCES
+from rvconvert.rules.noise import nth_source
 
 __all__ = ["DIFFERENCES", "LOSSES", "compile_graph", "reconstructions", "to_random_variables"]
 
