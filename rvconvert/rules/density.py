@@ -19,15 +19,15 @@ __all__ = ["UNIFORM", "Bernoulli", "Beta", "Gamma", "Uniform", "moments_under", 
 Nodes = tuple[Tensor, Tensor]
 _UNIFORM_NODES = 48
 _PANEL_NODES = 14
-_JOINT_NODES = 128
-_MOST_JOINT = 1 << 24  # numbers in the joint nodes of one root: 64 MiB of float32
+_JOINT_NODES = 512
+_MOST_JOINT = 1 << 22  # numbers in the joint nodes of one root: 16 MiB of float32
 _TAIL = -18.4  # log of the probability that a tail may hold
 
 
-def open_interval(u: Any) -> Any:
-    """``u``, a tensor or a random variable, kept off 0 and 1, where logarithms end; as close as its dtype has numbers."""
-    limits = torch.finfo(u.dtype)
-    return torch.clamp(u, limits.tiny, 1 - limits.eps / 2)
+def open_interval(u: Any, margin: float = 0.5) -> Any:
+    """``u``, a tensor or a random variable, kept off 0 and 1, where logarithms end, by ``margin`` of its dtype's steps at 1."""
+    step = margin * torch.finfo(u.dtype).eps
+    return torch.clamp(u, step, 1 - step)
 
 
 def moments_under(function: Callable[[Tensor], Tensor], root: RandomVariable, joint: bool) -> tuple[Tensor, Tensor]:
@@ -72,7 +72,8 @@ class Uniform:
         """Gauss-Legendre in v with u = v^3 (10 - 15 v + 6 v^2), which flattens a logarithm at either end."""
         mean = root.mean
         u, weights = (torch.tensor(x, dtype=mean.dtype, device=mean.device) for x in _uniform_rule())
-        return open_interval(u).reshape(-1, *(1,) * mean.ndim).expand(-1, *mean.shape), weights
+        # Eight steps, so that 1 - u and u - 1/2 keep digits, and the roots and logarithms of these finite slopes.
+        return open_interval(u, 8).reshape(-1, *(1,) * mean.ndim).expand(-1, *mean.shape), weights
 
     def joint_nodes(self, root: RandomVariable) -> Nodes | None:
         """A Latin hypercube: on each of n equal parts of (0, 1) every element has one node, in an order of its own."""

@@ -16,6 +16,7 @@ __all__ = [
     "CARRIERS",
     "DRAWN",
     "SOURCES",
+    "UNIFORMS",
     "all_entering",
     "entering",
     "known_moments",
@@ -28,6 +29,8 @@ Sampler = Callable[[int, "torch.Generator | None"], torch.Tensor]
 
 # How a standard normal variable of a given shape starts in each covariance mode: source(zeros, settings).
 SOURCES: dict[str, Callable[[torch.Tensor, Settings], RandomVariable]] = {}
+# How a variable uniform on (0, 1) starts where that is not by the normal law of a standard normal one's paths.
+UNIFORMS: dict[str, Callable[[torch.Tensor, Settings], RandomVariable]] = {}
 # How a variable starts whose paths can only be drawn one by one: drawn(sampler, zeros, settings).
 DRAWN: dict[str, Callable[[Sampler, torch.Tensor, Settings], RandomVariable]] = {}
 # The class of variables in "independent" mode, without and with fuse.
@@ -86,6 +89,8 @@ def standard_uniform(zeros: torch.Tensor, settings: Settings) -> RandomVariable:
         half = torch.full_like(zeros, 0.5)
         made = CARRIERS[settings.fuse]._make(half, torch.full_like(zeros, 1 / 12), settings)
         return made.derived(latent=True).distributed(UNIFORM)
+    if settings.covariance in UNIFORMS:
+        return UNIFORMS[settings.covariance](zeros, settings).derived(latent=True)
     noise: Any = standard_normal(zeros, settings)
     u: RandomVariable = open_interval(torch.special.ndtr(noise))
     return u.derived(latent=True)
