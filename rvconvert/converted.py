@@ -27,7 +27,7 @@ from rvconvert.program.plan import refuse_unsupported, report_graph
 from rvconvert.program.rewrite import compile_graph, to_random_variables
 from rvconvert.program.roles import Roles, assign
 from rvconvert.report import Report
-from rvconvert.rules.noise import GAUSSIAN_SOURCES, NON_GAUSSIAN, all_entering
+from rvconvert.rules.noise import all_entering
 
 __all__ = ["Conversion", "ConvertedModel", "conversion_of", "convert_copy", "is_converted", "plain_copy"]
 
@@ -79,18 +79,24 @@ class Conversion:
 
     # --- the two ways a random variable leaves --------------------------------------------------
 
-    def take_reconstruction(self, value: Any) -> Any:
-        """The mean of the reconstruction; L_c (paper eq. 14) is noted, and attached if the options say so."""
+    def take_reconstruction(self, value: Any, *beside: Any) -> Any:
+        """The mean of the reconstruction; L_c (paper eq. 14) is noted, and attached if the options say so.
+
+        With values ``beside`` it, the means of all: L_c joins whichever a loss is made of.
+        """
         if not isinstance(value, RandomVariable):
-            return value
+            return (value, *beside) if beside else value
         options = self.options
         with torch.no_grad():
             penalty = variance_penalty(value, options.penalty, options.penalty_kind)
             self._penalty = penalty if self._penalty is None else self._penalty + penalty
             self.last_penalty = self._penalty
+        means = [self.take_mean(each) for each in beside]
         if not options.attach or options.penalty == 0:
-            return value.mean.contiguous()
-        return attach_penalty(value.contiguous(), options.penalty, options.penalty_kind, self.penalty_scale)
+            return (self.take_mean(value), *means) if means else self.take_mean(value)
+        return attach_penalty(
+            value.contiguous(), options.penalty, options.penalty_kind, self.penalty_scale, beside=means
+        )
 
     def take_mean(self, value: Any) -> Any:
         """The mean of a random variable that is not a reconstruction: a latent, a loss."""
@@ -322,14 +328,10 @@ class Conversion:
                     f"{label}: in-place write through a view, then its base is used: {place}; write out of place "
                     "(y = torch.relu(y) for y.relu_()), or use the view's result alone"
                 )
-        others = [n for n in roles.latents if n.meta["draw"] not in GAUSSIAN_SOURCES]
+        others = [n for n in roles.latents if not n.meta["draw"].can_be_latent]
         if others:
-            found = "\n".join(f"  {NON_GAUSSIAN[n.meta['draw']]}: {n.meta['where']}: {n.meta['source']}" for n in others)
-            return NonGaussianError(
-                f"{label} draws from a distribution other than a Gaussian, which mean and variance cannot stand for:\n"
-                f"{found}\nConvert only a part of the model that does not: "
-                "rvconvert.convert(model.decoder, random_inputs=('z',))"
-            )
+            found = [f"  {n.meta['where']}: {n.meta['source']}\n    {n.meta['draw'].law.refusal}" for n in others]
+            return NonGaussianError("\n".join([f"{label}: a latent is drawn from a law that has no random variable:", *found]))
         given = bool(recording.random_inputs or self.options.random_inputs)
         if given or any(n in roles.random for n in recording.output.all_input_nodes):
             return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -44,21 +45,19 @@ class _Attach(torch.autograd.Function):
     """Identity on the mean; the first backward pass that accumulates gradients adds the penalty's to the variance."""
 
     @staticmethod
-    def forward(
-        ctx: Any, mean: torch.Tensor, var: torch.Tensor, factor: float, kind: str, joined: _Joined | None
-    ) -> torch.Tensor:
+    def forward(ctx: Any, var: torch.Tensor, factor: float, kind: str, joined: _Joined | None, *means: torch.Tensor) -> Any:
         ctx.save_for_backward(var)
         ctx.factor, ctx.kind, ctx.joined = factor, kind, joined
-        return mean.view_as(mean)
+        return tuple(mean.view_as(mean) for mean in means)
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[Any, ...]:
         if ctx.joined is not None and not ctx.joined.joins_now():
-            return grad, None, None, None, None
+            return None, None, None, None, *grads
         (var,) = ctx.saved_tensors
         wide = var.to(torch.promote_types(var.dtype, torch.float32))  # what is small in float32 may be 0 or infinite in half
         slope = 2 * wide if ctx.kind == "squared" else torch.ones_like(wide)
-        return grad, flushed(slope * (ctx.factor / var.numel())).to(var.dtype), None, None, None
+        return flushed(slope * (ctx.factor / var.numel())).to(var.dtype), None, None, None, *grads
 
 
 class _Joined:
@@ -100,8 +99,12 @@ def _accumulation_nodes(var: torch.Tensor, most: int = 8) -> list[Any]:
     return found
 
 
-def attach_penalty(y: RandomVariable, weight: float = 50.0, kind: str = "squared", scale: float = 1.0) -> torch.Tensor:
+def attach_penalty(
+    y: RandomVariable, weight: float = 50.0, kind: str = "squared", scale: float = 1.0, beside: Sequence[torch.Tensor] = ()
+) -> Any:
     """The mean of ``y``, with L_c joining whatever loss is computed from it, at backward.
+
+    With tensors ``beside`` it (logits, a view) it returns the mean and these, and L_c joins a loss of any of them.
 
     Forward is the identity on the mean, so a reported loss does not change; the first backward pass that accumulates
     gradients hands scale * weight * 2 var / n to the variance (eq. 14 differentiated). A second pass through the same
@@ -109,4 +112,5 @@ def attach_penalty(y: RandomVariable, weight: float = 50.0, kind: str = "squared
     """
     var = y.var
     joined = None if torch.compiler.is_compiling() else _Joined(_accumulation_nodes(var))
-    return _Attach.apply(y.mean, var, float(weight) * float(scale), kind, joined)  # type: ignore[no-any-return]
+    taken = _Attach.apply(var, float(weight) * float(scale), kind, joined, y.mean, *beside)
+    return taken if beside else taken[0]

@@ -13,7 +13,7 @@ from torch.overrides import TorchFunctionMode
 
 from rvconvert.converted import conversion_of, is_converted, plain_copy
 from rvconvert.errors import ConversionError, TransferError
-from rvconvert.rules.noise import GAUSSIAN_SOURCES
+from rvconvert.rules.draws import DRAWS
 
 __all__ = ["to_plain", "transfer_weights"]
 
@@ -53,22 +53,10 @@ class _MeanOfNoise(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
-        if func not in GAUSSIAN_SOURCES:
+        draw = DRAWS.get(func)
+        if draw is None or not draw.is_gaussian:
             return func(*args, **kwargs)
-        kwargs.pop("generator", None)
-        if func is torch.randn:
-            return torch.zeros(*args, **kwargs)
-        if func is torch.randn_like:
-            return torch.zeros_like(*args, **kwargs)
-        if func is torch.Tensor.normal_:
-            mean = args[1] if len(args) > 1 else kwargs.get("mean", 0.0)
-            return args[0].fill_(mean)
-        mean = args[0] if args else kwargs.get("mean", 0.0)
-        std = args[1] if len(args) > 1 else kwargs.get("std", 1.0)
-        size = args[2] if len(args) > 2 else kwargs.get("size")
-        if size is not None:
-            return torch.full(size, float(mean))
-        return mean + torch.zeros_like(std) if isinstance(std, torch.Tensor) else mean.clone()
+        return draw.at_mean(func, args, kwargs)
 
 
 def make_deterministic(model: nn.Module, methods: tuple[str, ...]) -> None:

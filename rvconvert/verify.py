@@ -25,7 +25,7 @@ from rvconvert.errors import ConversionError
 from rvconvert.options import Options
 from rvconvert.program.plan import node_row
 from rvconvert.rules.kinds import Elementwise, substitute, unique
-from rvconvert.rules.noise import GAUSSIAN_SOURCES, all_entering, nth_source
+from rvconvert.rules.noise import all_entering, nth_source
 
 __all__ = ["Verification", "VerifiedNode", "truth_ratio", "verify"]
 
@@ -230,7 +230,7 @@ def _walk(
         elif node.op == "get_attr":
             value = _attribute(node.target, recording, model, settings)
         elif node in noise and settings is not None:
-            value = GAUSSIAN_SOURCES[node.meta["draw"]](*args, **kwargs, settings=nth_source(settings, noise[node]))
+            value = node.meta["draw"].random_variable(*args, **kwargs, settings=nth_source(settings, noise[node]))
         elif node.op == "call_module":
             value = model.get_submodule(node.target)(*args, **kwargs)
         elif node.op == "call_method":

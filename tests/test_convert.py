@@ -217,7 +217,7 @@ class Unsupported(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         z = self.layer(x) + torch.randn_like(x)
         a = torch.linalg.svdvals(z)
-        return torch.linalg.qr(z)[0].sum() + a.sum()
+        return torch.linalg.qr(z)[0] + a.sum()
 
 
 @pytest.mark.parametrize("examples", [True, False])
@@ -227,30 +227,30 @@ def test_one_error_lists_every_unsupported_operation(examples: bool) -> None:
         rv(torch.randn(8, 8))
     text = str(error.value)
     assert len(error.value.rows) == 2
-    for expected in ("svdvals", "qr", "test_convert.py:", "torch.linalg.qr(z)[0].sum()", "@rvconvert.rule(torch.linalg."):
+    for expected in ("svdvals", "qr", "test_convert.py:", "torch.linalg.qr(z)[0]", "@rvconvert.rule(torch.linalg."):
         assert expected in text
 
 
-class Gumbel(nn.Module):
+class Cauchy(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.layer = nn.Linear(8, 8)
 
     def forward(self, x: Tensor) -> Tensor:
-        noise = -torch.log(-torch.log(torch.rand_like(x)))
-        return self.layer(F.softmax(self.layer(x) + noise, -1) + torch.randn_like(x))
+        return self.layer(self.layer(x) + torch.empty_like(x).cauchy_())
 
 
 @pytest.mark.parametrize("examples", [True, False])
-def test_other_distributions_are_refused_by_name_and_line(examples: bool) -> None:
-    with pytest.raises(NonGaussianError, match=r"uniform: .*test_convert.py:\d+"):
-        rvconvert.convert(Gumbel(), example_inputs=torch.randn(4, 8) if examples else None)(torch.randn(4, 8))
+def test_a_law_without_moments_is_refused_by_name_and_line(examples: bool) -> None:
+    with pytest.raises(NonGaussianError, match=r"test_convert.py:\d+.*\n.*Cauchy"):
+        rvconvert.convert(Cauchy(), example_inputs=torch.randn(4, 8) if examples else None)(torch.randn(4, 8))
 
 
 @pytest.mark.parametrize("examples", [True, False])
 def test_a_model_without_noise_is_refused(examples: bool) -> None:
     with pytest.raises(NoReparameterizationError, match="random_inputs"):
-        rvconvert.convert(nn.Sequential(nn.Linear(8, 8)), example_inputs=torch.randn(4, 8) if examples else None)(torch.randn(4, 8))
+        x = torch.randn(4, 8)
+        rvconvert.convert(nn.Sequential(nn.Linear(8, 8)), example_inputs=x if examples else None)(x)
 
 
 def test_plan_is_read_only_and_names_the_users_lines(images: Tensor) -> None:

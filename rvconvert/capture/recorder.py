@@ -23,8 +23,8 @@ from rvconvert.capture.traced_number import TracedFloat, TracedInt, ignored, tra
 from rvconvert.core.random_variable import RandomVariable, Settings, in_settings, propagate, random_variables
 from rvconvert.core.registry import Registry, Rule
 from rvconvert.core.tree import Structure, flatten
+from rvconvert.rules.draws import DRAWS
 from rvconvert.rules.kinds import Metadata, Read, out_of_place
-from rvconvert.rules.noise import GAUSSIAN_SOURCES, NON_GAUSSIAN
 from rvconvert.rules.shape import setitem
 
 __all__ = ["Kept", "Recording", "record", "unchanged", "user_frame", "where"]
@@ -338,11 +338,12 @@ class _Recorder(TorchFunctionMode, Handler):
         if func is torch.Tensor.new and len(args) == 2 and isinstance(args[1], torch.Size):
             # new(Size) makes that size, new(tuple) a tensor of those values
             node_args = (node_args[0], self.add("call_function", torch.Size, (list(node_args[1]),), {}))
-        node = self.node_for(func, node_args, node_kwargs, bool(mutated))
+        draw = DRAWS.get(func)
+        node = self.node_for(func, node_args, node_kwargs, bool(mutated and draw is None))
         node.meta["rule"], node.meta["function"] = rule, func
         node.meta["mutates"] = bool(mutated)
-        if func in GAUSSIAN_SOURCES or func in NON_GAUSSIAN:
-            node.meta["draw"] = func
+        if draw is not None:
+            node.meta["draw"] = draw
             self.recording.draws.append(node)
             self.recording.depends.add(node)
         self.finish(node, result, mutated)
@@ -360,8 +361,7 @@ class _Recorder(TorchFunctionMode, Handler):
         """The node of a call; an in-place call on what may be random becomes its functional twin."""
         found: list[fx.Node] = []
         fx.node.map_arg((args, kwargs), found.append)
-        draws = func in GAUSSIAN_SOURCES or func in NON_GAUSSIAN
-        if mutates and not draws and any(n in self.recording.depends for n in found):
+        if mutates and any(n in self.recording.depends for n in found):
             if func is torch.Tensor.__setitem__:
                 return self.add("call_function", setitem, args, kwargs)
             func = out_of_place(func)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
@@ -14,7 +14,7 @@ from rvconvert.errors import ConversionError, UnsupportedOperationError
 if TYPE_CHECKING:
     from rvconvert.core.registry import Rule
 
-__all__ = ["Origin", "RandomVariable", "Settings", "is_in_place", "propagate", "random_variables"]
+__all__ = ["Density", "Origin", "RandomVariable", "Settings", "is_in_place", "propagate", "random_variables"]
 
 
 @dataclass(frozen=True)
@@ -65,6 +65,7 @@ class Origin:
     is propagated as SiLU and ``x - x`` as 0. ``kinks`` are points of the parent's axis where the function
     is not smooth; ``whole_line`` is False where the function is not defined on all of it (a logarithm, a root).
     ``line`` is (slope, shift) where the function is a line of plain numbers, through which kinks are found back.
+    ``joint`` marks a function that joins elements (a softmax), which is known of the root of a law alone.
     """
 
     parent: RandomVariable
@@ -72,6 +73,25 @@ class Origin:
     kinks: tuple[float, ...] = ()
     whole_line: bool = True
     line: tuple[float, float] | None = None
+    joint: bool = False
+
+
+class Density(Protocol):
+    """The law of a variable that is not Gaussian, as nodes and weights to integrate its functions over."""
+
+    name: str
+
+    def nodes(self, root: RandomVariable) -> tuple[torch.Tensor, torch.Tensor]:
+        """(n, *shape) values and (n,) or (n, *shape) weights: each element by itself."""
+
+    def joint_nodes(self, root: RandomVariable) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """(n, *shape) values on which the elements vary independently, and (n,) weights; None where there are none."""
+
+    def moved(self, move: Callable[[torch.Tensor], torch.Tensor]) -> Density:
+        """The density of the elements that ``move`` selects or moves."""
+
+    def below(self, value: torch.Tensor) -> torch.Tensor | None:
+        """P(X < value), or None where there is no closed form."""
 
 
 class RandomVariable:
@@ -88,6 +108,8 @@ class RandomVariable:
     Raises:
         ConversionError: shapes, dtypes or devices differ, or a variance is negative or NaN.
     """
+
+    _density: Density | None = None
 
     def __init__(self, mean: torch.Tensor, var: torch.Tensor) -> None:
         if not (isinstance(mean, torch.Tensor) and isinstance(var, torch.Tensor)):
@@ -146,6 +168,16 @@ class RandomVariable:
     def origin(self) -> Origin | None:
         """The elementwise function of another random variable that this one is, if it is one."""
         return self._origin
+
+    @property
+    def density(self) -> Density | None:
+        """The law that the variable is known to have, if it is a draw that is not Gaussian."""
+        return self._density
+
+    def distributed(self, density: Density | None) -> RandomVariable:
+        """This variable, newly made, marked with its law."""
+        self._density = density
+        return self
 
     @property
     def latent(self) -> bool:

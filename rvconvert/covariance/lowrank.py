@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from rvconvert.core.random_variable import Settings
-from rvconvert.covariance.sampled import SampledVariable
-from rvconvert.rules.noise import SOURCES
+from rvconvert.covariance.sampled import SampledVariable, drawn_paths
+from rvconvert.rules.noise import DRAWN, SOURCES, UNIFORMS, Sampler
 
 __all__ = ["Frame", "LowRankVariable", "cubature_normal"]
 
@@ -218,4 +218,25 @@ def _orthonormal(normal: Tensor) -> Tensor:
     return directions * signs
 
 
+def stratified_uniform(zeros: Tensor, settings: Settings) -> LowRankVariable:
+    """Variables uniform on (0, 1) on cubature nodes: on 2n nodes an element takes the middles of 2n equal parts, in their order.
+
+    So each element's own law is right however few nodes there are, a pair holds u and 1 - u, and the nodes stay near
+    orthogonal (the ranks of a design keep its correlations: Iman & Conover 1982).
+    """
+    noise = cubature_normal(zeros, settings)
+    rank = noise.paths.argsort(0).argsort(0).to(zeros.dtype)
+    return LowRankVariable.of_frames((rank + 0.5) / len(rank), (Frame(None),), settings)
+
+
+def drawn_nodes(sampler: Sampler, zeros: Tensor, settings: Settings) -> LowRankVariable:
+    """A variable on nodes that are drawn one by one, for a law without a quantile function; as many as a Gaussian's."""
+    elements = math.prod(zeros.shape[1:] if zeros.ndim > 1 else zeros.shape)
+    pairs = settings.rank or min(elements * math.ceil(_LEAST / elements), _MOST)
+    seed = None if settings.seed is None else settings.seed + settings.source
+    return LowRankVariable.of_frames(drawn_paths(sampler, 2 * pairs, zeros, seed), (Frame(None),), settings)
+
+
 SOURCES["lowrank"] = cubature_normal
+UNIFORMS["lowrank"] = stratified_uniform
+DRAWN["lowrank"] = drawn_nodes

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import heapq
 import linecache
+import operator
 from collections.abc import Callable
 from itertools import count
 from typing import Any
@@ -11,7 +13,7 @@ from torch import fx
 
 from rvconvert.capture.recorder import Recording
 from rvconvert.program.roles import Roles
-from rvconvert.rules.noise import GAUSSIAN_SOURCES, nth_source
+from rvconvert.rules.noise import nth_source
 
 __all__ = ["compile_graph", "to_random_variables"]
 
@@ -39,16 +41,28 @@ def to_random_variables(recording: Recording, roles: Roles, *, output: str) -> f
     nodes: dict[fx.Node, fx.Node] = {}
     for node in recording.graph.nodes:
         nodes[node] = graph.node_copy(node, lambda n: nodes[n])
+    order = {node: index for index, node in enumerate(recording.graph.nodes)}
     for index, node in enumerate(roles.latents):
         copied = nodes[node]
         with graph.inserting_before(copied):
             settings = graph.get_attr("_rvconvert.settings")
             if index:
                 settings = graph.call_function(nth_source, (settings, index))
-        copied.op, copied.target = "call_function", GAUSSIAN_SOURCES[node.meta["draw"]]
+        copied.op, copied.target = "call_function", node.meta["draw"].random_variable
         copied.kwargs = {**copied.kwargs, "settings": settings}
 
     collapsed: dict[fx.Node, fx.Node] = {}
+    for main in roles.reconstructions if output == "mean" else ():
+        together = [value for value, of in roles.beside if of is main]
+        if together:
+            last = max([main, *together], key=order.__getitem__)
+            with graph.inserting_after(nodes[last]):
+                state = graph.get_attr("_rvconvert")
+            with graph.inserting_after(state):
+                taken = graph.call_function(take_together, (state, nodes[main], *(nodes[value] for value in together)))
+            for index, node in reversed(list(enumerate((main, *together)))):
+                with graph.inserting_after(taken):
+                    collapsed[node] = graph.call_function(operator.getitem, (taken, index))
 
     def collapse(node: fx.Node) -> fx.Node:
         """The mean of a random node, the penalty attached if it is a reconstruction."""
@@ -62,8 +76,6 @@ def to_random_variables(recording: Recording, roles: Roles, *, output: str) -> f
 
     for value, user in roles.at_mean:
         nodes[user].replace_input_with(nodes[value], collapse(value))
-    for node in roles.reconstructions:
-        collapse(node)
     for node in recording.graph.nodes:
         if node.op == "call_method" and node.target == "item" and node.args[0] in roles.random:
             nodes[node].replace_input_with(nodes[node.args[0]], collapse(node.args[0]))
@@ -79,10 +91,37 @@ def to_random_variables(recording: Recording, roles: Roles, *, output: str) -> f
             values.append(collapse(leaf))
     nodes[recording.output].args = (tuple(values),)
     unused = {nodes[n] for n in roles.unused}
+    _sort(graph)
     for node in reversed(graph.nodes):
         if node in unused and not node.users:
             graph.erase_node(node)
     return graph
+
+
+def _sort(graph: fx.Graph) -> None:
+    """Put nodes behind their inputs, in the order that they have where that allows it."""
+    place = {node: index for index, node in enumerate(graph.nodes)}
+    missing = {node: len(node.all_input_nodes) for node in graph.nodes}
+    ready = [place[node] for node, count in missing.items() if not count]
+    heapq.heapify(ready)
+    listed = list(graph.nodes)
+    if all(place[n] < place[node] for node in listed for n in node.all_input_nodes):
+        return
+    last: fx.Node | None = None
+    while ready:
+        node = listed[heapq.heappop(ready)]
+        if last is not None:
+            last.append(node)
+        last = node
+        for user in node.users:
+            missing[user] -= 1
+            if not missing[user]:
+                heapq.heappush(ready, place[user])
+
+
+def take_together(state: Any, value: Any, *beside: Any) -> Any:
+    """The mean of the reconstruction and of values that are the same but for a view or a function of each element."""
+    return state.take_reconstruction(value, *beside)
 
 
 def take_reconstruction(state: Any, value: Any) -> Any:

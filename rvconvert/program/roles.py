@@ -29,6 +29,8 @@ class Roles:
         latents: the draws that become random variables, in order.
         random: the nodes that depend on a latent or a random input.
         reconstructions: where L_c is attached.
+        beside: (value, reconstruction) pairs: values that leave or enter a loss and are the same but for a view or an
+            elementwise function, so that L_c joins whichever is trained on.
         at_mean: (value, user) pairs: what a loss inside the method takes at its mean.
         losses: outputs that are a loss or a term of one.
         unused: random nodes whose value nothing uses, such as a check of a distribution's arguments.
@@ -37,6 +39,7 @@ class Roles:
     latents: tuple[fx.Node, ...]
     random: frozenset[fx.Node]
     reconstructions: tuple[fx.Node, ...]
+    beside: tuple[tuple[fx.Node, fx.Node], ...]
     at_mean: frozenset[tuple[fx.Node, fx.Node]]
     losses: frozenset[fx.Node]
     unused: frozenset[fx.Node]
@@ -188,7 +191,6 @@ class _Graph:
                 continue
             others = [n for n in sources if not noise.get(n)]
             reached = any(n in self.learned or posterior.get(n) for n in others)
-            reached |= self._name(node) in _PRODUCTS and any(n in self.raw for n in others)
             if plain and reached and not self._gates(node, noise):
                 placed, plain = placed | plain, none
             if any(n in self.raw for n in others):
@@ -207,14 +209,16 @@ class _Graph:
 
     def _gates(self, node: fx.Node, noise: dict[fx.Node, frozenset[fx.Node]]) -> bool:
         """A product with a draw of zeros and ones: a mask, not a scale."""
-        drawn = {str(getattr(d.meta["draw"], "__name__", "")).strip("_") for n in node.all_input_nodes for d in noise.get(n, ())}
-        return self._name(node) in _PRODUCTS and bool(drawn) and drawn <= {"bernoulli"}
+        drawn = {d.meta["draw"].law.name for n in node.all_input_nodes for d in noise.get(n, ())}
+        return self._name(node) in _PRODUCTS and bool(drawn) and drawn <= {"Bernoulli"}
 
     # --- roles -------------------------------------------------------------------------------------
 
     def roles(self, latents: list[fx.Node]) -> Roles:
         """Reconstructions and losses, given the latents."""
-        random = self.forward_of([*latents, *self.given])
+        self.nuisance = self.forward_of(n for n in self.recording.draws if n not in latents)
+        self.samples = {n for n in self.recording.draws if n not in latents}
+        random = self.forward_of([*latents, *self.given], stop=self.samples_likelihood)
         decoded = self.closure(random, lambda n: self.decodes(n, random))
         if not decoded and self.given:  # a bare decoder of functions alone
             decoded = {n for n in random if n not in self.given}
@@ -231,10 +235,36 @@ class _Graph:
             if not any(self.same(source, n, random) or self.same(n, source, random) or self.behind(n, source) for n in chosen):
                 chosen.append(source)
         at_mean = set(edges)
-        for node in self.nodes:  # a loss function takes what it compares at the mean
+        drawn_from: list[fx.Node] = []
+        for node in self.nodes:  # a loss function takes what it compares at the mean, a draw of the likelihood its parameters
+            sources = [n for n in node.all_input_nodes if n in random]
             if node in random and self.is_loss(node):
-                at_mean |= {(n, node) for n in node.all_input_nodes if n in decoded}
-        return Roles(tuple(latents), frozenset(random), tuple(chosen), frozenset(at_mean), losses, self.unused(random))
+                at_mean |= {(n, node) for n in sources if n in decoded}
+            elif node not in random and sources and node.op != "output" and self.samples_likelihood(node):
+                at_mean |= {(n, node) for n in sources}
+                drawn_from += [n for n in sources if n in decoded and not ("draw" in node.meta and _asks_of(node, n))]
+        chosen = chosen or list(dict.fromkeys(drawn_from))
+        related = [*leaving, *(source for source, _ in edges)]
+        beside = [
+            (value, main)
+            for main in chosen
+            for value in dict.fromkeys(related)
+            if value is not main and value in decoded and value not in losses
+            if self.same(value, main, random) or self.same(main, value, random)
+        ]
+        return Roles(
+            tuple(latents),
+            frozenset(random),
+            tuple(chosen),
+            tuple(dict(reversed(beside)).items()),
+            frozenset(at_mean),
+            losses,
+            self.unused(random),
+        )
+
+    def samples_likelihood(self, node: fx.Node) -> bool:
+        """A draw that is no latent, or a comparison with one: what it makes of a random value is a draw at its mean."""
+        return node in self.samples or (self._compares(node) and any(n in self.nuisance for n in node.all_input_nodes))
 
     def unused(self, random: set[fx.Node]) -> frozenset[fx.Node]:
         """Random nodes that reach neither an output nor an effect."""
@@ -245,11 +275,13 @@ class _Graph:
                 found.add(node)
         return frozenset(found)
 
-    def forward_of(self, starts: Iterable[fx.Node]) -> set[fx.Node]:
-        """The nodes that depend on ``starts``."""
+    def forward_of(self, starts: Iterable[fx.Node], stop: Callable[[fx.Node], bool] = lambda node: False) -> set[fx.Node]:
+        """The nodes that depend on ``starts``, not through one where ``stop`` holds."""
         found = set(starts)
         for node in self.nodes:
-            if node.op != "output" and node not in found and not _asks(node) and any(n in found for n in node.all_input_nodes):
+            if node.op == "output" or node in found or _asks(node):
+                continue
+            if any(n in found for n in node.all_input_nodes) and not stop(node):
                 found.add(node)
         return found
 
@@ -390,17 +422,20 @@ class _Graph:
                     todo.append(source)
                 elif source in decoded:
                     edges.append((source, node))
-        return list(dict.fromkeys(self.extended(source, user, inside, random) for source, user in edges))
+        return list(dict.fromkeys(e for source, user in edges for e in self.extended(source, user, inside, random)))
 
-    def extended(self, source: fx.Node, user: fx.Node, inside: set[fx.Node], random: set[fx.Node]) -> tuple[fx.Node, fx.Node]:
-        """The edge behind the activations of the last layer, which belong to the reconstruction."""
+    def extended(
+        self, source: fx.Node, user: fx.Node, inside: set[fx.Node], random: set[fx.Node]
+    ) -> list[tuple[fx.Node, fx.Node]]:
+        """The edges behind the activations of the last layer, which belong to the reconstruction."""
         while user in inside and user not in self.outputs and self.is_activation(user):
-            users = [n for n in source.users if n in random]
-            following = [n for n in user.users if n in inside]
-            if len(users) != 1 or len(following) != 1:
+            if len([n for n in source.users if n in random]) != 1:
                 break
+            following = [n for n in user.users if n in random]
+            if len(following) != 1:
+                return [(user, each) for each in following]
             source, user = user, following[0]
-        return source, user
+        return [(source, user)]
 
     def is_activation(self, node: fx.Node) -> bool:
         """A function of one value and constants that ends a decoder."""
@@ -434,7 +469,7 @@ def _asks(node: fx.Node) -> bool:
 
 def _asks_of(draw: fx.Node, source: fx.Node) -> bool:
     """A draw asks ``source`` for its shape alone, as ``randn_like(source)`` and ``source.normal_()`` do."""
-    name = str(getattr(draw.meta["draw"], "__name__", ""))
+    name = str(getattr(draw.meta["draw"].func, "__name__", ""))
     return name.endswith(("_like", "_")) and bool(draw.args) and draw.args[0] is source
 
 
