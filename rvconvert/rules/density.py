@@ -78,7 +78,7 @@ class Uniform:
     def joint_nodes(self, root: RandomVariable) -> Nodes | None:
         """A Latin hypercube: on each of n equal parts of (0, 1) every element has one node, in an order of its own."""
         mean = root.mean
-        count = min(_JOINT_NODES, _MOST_JOINT // max(mean.numel(), 1))
+        count = min(_JOINT_NODES, _MOST_JOINT // max(mean.numel(), 1)) // 2 * 2
         if count < 32:
             return None
         u = (_orders(count, mean.numel()).to(mean) + 0.5) / count
@@ -106,14 +106,19 @@ def _uniform_rule() -> tuple[list[float], list[float]]:
 
 
 @torch.compiler.assume_constant_result
-@lru_cache(maxsize=4)
 def _orders(count: int, elements: int) -> Tensor:
     """(count, elements): each column a fixed random order of 0 .. count - 1; second half mirrors the first."""
-    generator = torch.Generator().manual_seed(0)
-    half = torch.rand(count // 2, elements, generator=generator).argsort(0)
-    mirrored = torch.rand(count // 2, elements, generator=generator) < 0.5
-    low = torch.where(mirrored, count - 1 - half, half)
-    return torch.cat((low, count - 1 - low))
+    return _kept_orders(count, elements)
+
+
+@lru_cache(maxsize=4)
+def _kept_orders(count: int, elements: int) -> Tensor:
+    with torch.inference_mode(False):  # what is kept must serve everywhere
+        generator = torch.Generator().manual_seed(0)
+        half = torch.rand(count // 2, elements, generator=generator).argsort(0)
+        mirrored = torch.rand(count // 2, elements, generator=generator) < 0.5
+        low = torch.where(mirrored, count - 1 - half, half)
+        return torch.cat((low, count - 1 - low))
 
 
 class _Parametric:

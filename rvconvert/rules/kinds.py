@@ -21,6 +21,7 @@ from rvconvert.moments.quadrature import quadrature
 from rvconvert.rules.density import moments_under
 
 __all__ = [
+    "MOVES_ANY_LAYOUT",
     "Bilinear",
     "Collapse",
     "Composite",
@@ -187,7 +188,7 @@ class Shape:
     same: bool = False
 
     def __call__(self, func: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        func = _MOVES_ANY_LAYOUT.get(func) or out_of_place(func)
+        func = MOVES_ANY_LAYOUT.get(func) or out_of_place(func)
         like = random_variables(args, kwargs)[0]
         values, rest, options = bind(self.names, args, kwargs)
         present = {name: value for name, value in zip(self.names, values, strict=True) if value is not None}
@@ -223,7 +224,7 @@ class Shape:
 
 
 # The variance may lie in memory in another order than the mean (an expanded one, say), where a view is refused.
-_MOVES_ANY_LAYOUT = FunctionTable(
+MOVES_ANY_LAYOUT = FunctionTable(
     {
         torch.Tensor.view: torch.Tensor.reshape,
         torch.Tensor.view_as: torch.Tensor.reshape_as,
