@@ -15,6 +15,7 @@ import rvconvert.rules  # noqa: F401 - fills the rule table
 from rvconvert.converted import Conversion, Options, each_mode
 from rvconvert.core.random_variable import RandomVariable, Settings
 from rvconvert.core.registry import REGISTRY, Registry
+from rvconvert.covariance.calibrated import Gains
 from rvconvert.errors import ConversionError, UnsupportedOperationError
 from rvconvert.plain import detached, is_converted, plain_copy
 from rvconvert.report import Report, merge
@@ -39,6 +40,7 @@ def convert(
     seed: int | None = None,
     fuse: bool = False,
     engine: str = "auto",
+    recalibrate: int = 20,
     strict: bool = False,
     variance_dtype: torch.dtype | None = None,
     rules: Registry | None = None,
@@ -56,12 +58,13 @@ def convert(
         output: ``"mean"``, outputs keep their type; ``"distribution"``, random outputs are RandomVariables.
         penalty: the weight of L_c (paper eq. 14, lambda). penalty_kind: ``"squared"`` (the paper's) or ``"expected"``.
         attach: let L_c join the loss at backward; else use ``variance_penalty`` on a distribution.
-        covariance: ``"independent"`` (the paper), ``"lowrank"`` or ``"sampled"``.
+        covariance: ``"independent"`` (the paper), ``"calibrated"``, ``"lowrank"`` or ``"sampled"``.
         rank: pairs of nodes in low-rank mode. pairs: antithetic pairs in sampled mode.
         seed: fixes their draws.
         fuse: adjacent linear maps with no activation between propagate variance as one map (``"independent"`` only;
             the paper's equations take each by itself).
         engine: ``"graph"``, ``"dispatch"``, or ``"auto"``: the first that can.
+        recalibrate: in calibrated mode, gains are renewed every so many training steps; 0: never by themselves.
         strict: refuse an operation without a rule of its own, which else is linearised at the mean.
         variance_dtype: dtype of the variance's matrix work, for instance ``torch.bfloat16``.
         rules: a registry (``rvconvert.REGISTRY.overlay()``) with rules for this model alone.
@@ -78,7 +81,7 @@ def convert(
     options = _options(
         methods=methods, random_inputs=random_inputs, output=output, penalty=penalty, penalty_kind=penalty_kind, attach=attach,
         covariance=covariance, rank=rank, pairs=pairs, seed=seed, fuse=fuse, engine=engine, strict=strict,
-        variance_dtype=variance_dtype, rules=rules,
+        recalibrate=recalibrate, variance_dtype=variance_dtype, rules=rules,
     )  # fmt: skip
     _check_methods(module, options)
     memo: dict[int, Any] = {}
@@ -226,7 +229,7 @@ def _generated_class(cls: type[nn.Module], methods: tuple[str, ...]) -> type[nn.
         "__module__": cls.__module__,
         "__qualname__": cls.__qualname__,
         "__doc__": cls.__doc__,
-        "__reduce_ex__": lambda self, protocol: (_rebuild, (plain_copy(self), self.__dict__["_rvconvert"].options)),
+        "__reduce_ex__": lambda self, protocol: (_rebuild, _to_rebuild(self)),
         "__deepcopy__": _deepcopy,
         "last_penalty": property(lambda self: self.__dict__["_rvconvert"].last_penalty),
         "penalty_scale": property(
@@ -243,9 +246,17 @@ def _deepcopy(self: nn.Module, memo: dict[int, Any]) -> nn.Module:
     copied: Conversion = made.__dict__["_rvconvert"]
     copied.programs, copied.constants = dict(conversion.programs), conversion.constants
     copied.penalty_scale = conversion.penalty_scale
+    copied.gains = Gains.from_tensors(conversion.gains.to_tensors())
     memo[id(self)] = made
     return made
 
 
-def _rebuild(plain: nn.Module, options: Options) -> nn.Module:
-    return convert_copy(plain, options)
+def _to_rebuild(model: nn.Module) -> tuple[nn.Module, Options, dict[str, torch.Tensor]]:
+    conversion: Conversion = model.__dict__["_rvconvert"]
+    return plain_copy(model), conversion.options, conversion.gains.to_tensors()
+
+
+def _rebuild(plain: nn.Module, options: Options, gains: dict[str, torch.Tensor] | None = None) -> nn.Module:
+    model = convert_copy(plain, options)
+    model.__dict__["_rvconvert"].gains = Gains.from_tensors(gains or {})
+    return model

@@ -12,10 +12,12 @@ import torch
 from torch import nn
 
 from rvconvert import dispatch
+from rvconvert.calibration import renew
 from rvconvert.capture.recorder import Recording, as_class, record, unchanged
 from rvconvert.capture.symbolic import trace_symbolically
 from rvconvert.core.random_variable import RandomVariable, Settings, random_variables
 from rvconvert.core.tree import Structure, flatten
+from rvconvert.covariance.calibrated import Gains
 from rvconvert.errors import (
     ConversionError,
     NonGaussianError,
@@ -23,6 +25,7 @@ from rvconvert.errors import (
     TracingError,
 )
 from rvconvert.penalty import KINDS, attach_penalty, variance_penalty
+from rvconvert.program.gains import gain_keys
 from rvconvert.program.plan import dispatch_report, refuse_unsupported, report_graph
 from rvconvert.program.rewrite import compile_graph, to_random_variables
 from rvconvert.report import Report
@@ -42,6 +45,7 @@ class Options:
     penalty_kind: str = "squared"
     attach: bool = True
     engine: str = "auto"
+    recalibrate: int = 20
     settings: Settings = dataclasses.field(default_factory=Settings)
 
     def __post_init__(self) -> None:
@@ -53,6 +57,8 @@ class Options:
         ):
             if value not in allowed:
                 raise ConversionError(f"{name}={value!r} is not one of {', '.join(map(repr, allowed))}")
+        if self.recalibrate < 0:
+            raise ConversionError(f"recalibrate={self.recalibrate!r} is no number of steps; 0: only rvconvert.calibrate renews")
         if self.settings.fuse and self.settings.covariance != "independent":
             raise ConversionError(
                 f"fuse=True belongs to covariance='independent'; {self.settings.covariance!r} carries what linear maps "
@@ -85,6 +91,7 @@ class Conversion:
         self._penalty: torch.Tensor | None = None  # of the call under way
         self.penalty_scale: float = 1.0
         self.warned_of_truth = False
+        self.gains = Gains()  # of covariance="calibrated"
 
     # --- the two ways a random variable leaves --------------------------------------------------
 
@@ -110,6 +117,8 @@ class Conversion:
     def run(self, name: str, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Call the converted method ``name``."""
         args, kwargs = self.normalized(name, args, kwargs)
+        if self.settings.covariance == "calibrated":
+            renew(self, name, model, args, kwargs)
         leaves, structure = flatten((args, kwargs))
         if random_variables(leaves):
             leaves = list(all_entering(leaves, self.settings))
@@ -127,6 +136,12 @@ class Conversion:
         # Rules may have changed the order in memory; a caller's view() asks for the plain one.
         leaving = (x.contiguous() if isinstance(x, RandomVariable) else x for x in results[:count])
         return program.outputs.build(leaving)
+
+    def ready(self, name: str, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Capture the method for this kind of call unless it is captured already."""
+        leaves, structure = flatten(self.normalized(name, args, kwargs))
+        if self.find(name, model, leaves, structure) is None:
+            self.prepare(name, model, args, kwargs)
 
     def method(self, name: str) -> Callable[..., Any]:
         """The plain class's own method, unbound."""
@@ -173,10 +188,14 @@ class Conversion:
             raise examined.refusal
         refuse_unsupported(examined.report)
         recording = examined.recording
+        if recording is None and self.settings.covariance == "calibrated":
+            raise TracingError(f"covariance='calibrated' needs a graph, and there is none ({examined.report.reason})")
         if recording is None:
             program = Program(None, Structure("constant"), (), examined.report, False)
         else:
-            graph, notes = to_random_variables(recording, output=self.options.output, penalised=True)
+            calibrated = self.options.settings.covariance == "calibrated"
+            gains = gain_keys(recording, name, self.options.settings) if calibrated else None
+            graph, notes = to_random_variables(recording, output=self.options.output, penalised=True, gains=gains)
             report = dataclasses.replace(examined.report, notes=(*examined.report.notes, *notes))
             program = Program(compile_graph(graph), recording.outputs, tuple(recording.attributes), report, bool(recording.fixed))
         self.programs[self.key(name, model, leaves, structure, batch=program.fixed_batch)] = program

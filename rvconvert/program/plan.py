@@ -15,7 +15,7 @@ from rvconvert.core.registry import PLAIN, Exactness, Rule, operation_name
 from rvconvert.errors import UnsupportedOperationError
 from rvconvert.report import Report, Row
 
-__all__ = ["dispatch_report", "node_row", "refuse_unsupported", "report_graph", "row_for"]
+__all__ = ["dispatch_report", "find_rule", "node_row", "refuse_unsupported", "report_graph", "row_for"]
 
 
 def row_for(operation: str, rule: Rule | None, place: dict[str, Any]) -> Row:
@@ -72,7 +72,7 @@ def _rows(node: fx.Node, recording: Recording, settings: Settings) -> Iterable[R
     elif _takes_one_of_several_results(node):
         return
     else:
-        yield row_for(operation, _find(node, settings), place)
+        yield row_for(operation, find_rule(node, settings), place)
 
 
 def _takes_one_of_several_results(node: fx.Node) -> bool:
@@ -109,7 +109,8 @@ def _operation(node: fx.Node) -> str:
     return name if module.startswith(("_operator", "builtins", "rvconvert")) else operation_name(node.target)  # type: ignore[arg-type]
 
 
-def _find(node: fx.Node, settings: Settings) -> Rule | None:
+def find_rule(node: fx.Node, settings: Settings) -> Rule | None:
+    """The rule that serves a node that is no module, if there is one."""
     import torch
 
     registry = settings.registry

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import linecache
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from itertools import count
 from typing import Any
 
@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import fx
 
 from rvconvert.capture.recorder import Recording
+from rvconvert.program.gains import insert_gains
 from rvconvert.rules.noise import GAUSSIAN_SOURCES, nth_source
 
 __all__ = ["DIFFERENCES", "LOSSES", "compile_graph", "reconstructions", "to_random_variables"]
@@ -171,8 +172,12 @@ def _is_parameter(node: fx.Node) -> bool:
     return bool(made) and all(n.op == "get_attr" for n in made)
 
 
-def to_random_variables(recording: Recording, *, output: str, penalised: bool) -> tuple[fx.Graph, list[str]]:
+def to_random_variables(
+    recording: Recording, *, output: str, penalised: bool, gains: Mapping[fx.Node, str] | None = None
+) -> tuple[fx.Graph, list[str]]:
     """The recording's graph with its noise sources as random variables and its outputs collapsed.
+
+    ``gains``: the nodes whose variance is multiplied by a gain, with the keys of these.
 
     Returns the graph and notes on what was attached where.
     """
@@ -186,6 +191,9 @@ def to_random_variables(recording: Recording, *, output: str, penalised: bool) -
                 settings = graph.call_function(nth_source, (settings, index))
         copied.op, copied.target = "call_function", GAUSSIAN_SOURCES[node.meta["noise"]]
         copied.kwargs = {**copied.kwargs, "settings": settings}
+
+    if gains:
+        insert_gains(graph, nodes, gains)
 
     collapsed: dict[fx.Node, fx.Node] = {}
 
