@@ -1,10 +1,12 @@
 """rvconvert: turn any PyTorch variational autoencoder into an RV-VAE, and the trained result back."""
 
 from rvconvert._convert import convert, plan
+from rvconvert.calibration import calibrate
 from rvconvert.core.random_variable import RandomVariable
 from rvconvert.core.registry import REGISTRY
 from rvconvert.errors import ConversionError
 from rvconvert.files.checkpoint import load, save
+from rvconvert.losses import expected_squared_error, optimal_sigma_nll
 from rvconvert.options import Options
 from rvconvert.penalty import variance_penalty
 from rvconvert.plain import to_plain, transfer_weights
@@ -16,8 +18,11 @@ __all__ = [
     "ConversionError",
     "Options",
     "RandomVariable",
+    "calibrate",
     "convert",
+    "expected_squared_error",
     "load",
+    "optimal_sigma_nll",
     "plan",
     "rule",
     "save",
