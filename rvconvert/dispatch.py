@@ -17,7 +17,8 @@ from rvconvert.core.random_variable import RandomVariable, in_settings, is_in_pl
 from rvconvert.core.registry import PLAIN, operation_name
 from rvconvert.core.tree import flatten
 from rvconvert.errors import ConversionError, NonGaussianError, NoReparameterizationError, UnsupportedOperationError
-from rvconvert.program.plan import row_for, short_path
+from rvconvert.places import short_place
+from rvconvert.program.plan import row_for
 from rvconvert.program.rewrite import DIFFERENCES, LOSSES
 from rvconvert.report import Row
 from rvconvert.rules.kinds import Shape
@@ -258,7 +259,7 @@ class _Run(TorchFunctionMode):
         if self.rows is None:
             return
         place, source = where(user_frame())
-        info = {"module": self.stack[-1] if self.stack else "", "where": short_path(place), "source": source}
+        info = {"module": self.stack[-1] if self.stack else "", "where": short_place(place), "source": source}
         if status == "deterministic":
             self.rows.append(Row(operation, status, **info))
         elif status == "noise":

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import operator
-import os
 from collections.abc import Iterable
 from typing import Any
 
+import torch
 from torch import fx
 
 from rvconvert.capture.recorder import IGNORED_INSIDE, Recording
 from rvconvert.core.random_variable import Settings
 from rvconvert.core.registry import PLAIN, Exactness, Rule, operation_name
 from rvconvert.errors import UnsupportedOperationError
+from rvconvert.places import short_place
 from rvconvert.report import Report, Row
 
 __all__ = ["dispatch_report", "node_row", "refuse_unsupported", "report_graph", "row_for"]
@@ -38,7 +39,8 @@ def row_for(operation: str, rule: Rule | None, place: dict[str, Any]) -> Row:
 
 def report_graph(recording: Recording, model: str, method: str, settings: Settings) -> Report:
     """One row a node that computes something."""
-    rows = [row for node in recording.graph.nodes for row in _rows(node, recording, settings)]
+    sizes = _sizes(recording.graph)
+    rows = [row for node in recording.graph.nodes if node not in sizes for row in _rows(node, recording, settings)]
     notes = []
     if recording.fixed:
         notes.append("the batch size is part of the graph, which is recorded anew for another: " + recording.fixed[0])
@@ -49,14 +51,14 @@ def node_row(node: fx.Node, recording: Recording, settings: Settings) -> Row:
     """One row for a node that computes something, the first where a module holds several operations."""
     for row in _rows(node, recording, settings):
         return row
-    return Row(_operation(node), "random", module=node.meta.get("module", ""), where=short_path(node.meta.get("where", "")))
+    return Row(_operation(node), "random", module=node.meta.get("module", ""), where=short_place(node.meta.get("where", "")))
 
 
 def _rows(node: fx.Node, recording: Recording, settings: Settings) -> Iterable[Row]:
     if node.op in ("placeholder", "get_attr", "output"):
         return
     place = {name: node.meta.get(name, "") for name in ("module", "where", "source")}
-    place["where"] = short_path(place["where"])
+    place["where"] = short_place(place["where"])
     operation = _operation(node)
     if node.meta.get("noise") is not None:
         yield Row(operation, "noise", **place, rule="standard_normal", exactness="exact")
@@ -73,6 +75,17 @@ def _rows(node: fx.Node, recording: Recording, settings: Settings) -> Iterable[R
         return
     else:
         yield row_for(operation, _find(node, settings), place)
+
+
+def _sizes(graph: fx.Graph) -> set[fx.Node]:
+    """Sizes of tensors and the arithmetic on them, which say nothing of moments."""
+    found: set[fx.Node] = set()
+    for node in graph.nodes:
+        inputs = node.all_input_nodes
+        arithmetic = getattr(node.target, "__module__", "") == "_operator" or node.target in (int, float, torch.Size)
+        if node.target == "size" or (arithmetic and inputs and all(each in found for each in inputs)):
+            found.add(node)
+    return found
 
 
 def _takes_one_of_several_results(node: fx.Node) -> bool:
@@ -110,8 +123,6 @@ def _operation(node: fx.Node) -> str:
 
 
 def _find(node: fx.Node, settings: Settings) -> Rule | None:
-    import torch
-
     registry = settings.registry
     function = node.target
     if node.op == "call_method":
@@ -130,15 +141,6 @@ def _find(node: fx.Node, settings: Settings) -> Rule | None:
     if rule is None and not settings.strict:
         rule = registry.fallback(function)  # type: ignore[arg-type]
     return rule
-
-
-def short_path(where: str) -> str:
-    """``file:line`` relative to the working directory where it lies below it."""
-    path, _, line = where.rpartition(":")
-    if not path:
-        return where
-    relative = os.path.relpath(path)
-    return f"{path if relative.startswith('..') else relative}:{line}"
 
 
 def dispatch_report(rows: Iterable[Row], model: str, method: str, reason: str) -> Report:
