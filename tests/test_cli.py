@@ -15,8 +15,8 @@ import torch
 from PIL import Image
 
 import rvconvert
-from rvconvert.cli.main import main
 from rvconvert.cli.images import read_images
+from rvconvert.cli.main import main
 from rvconvert.files import checkpoint
 from rvconvert.files.recipe import import_class
 
