@@ -4,7 +4,8 @@ from rvconvert._convert import convert, plan
 from rvconvert.core.random_variable import RandomVariable
 from rvconvert.core.registry import REGISTRY
 from rvconvert.errors import ConversionError
-from rvconvert.files.checkpoint import load, save
+from rvconvert.files.checkpoint import load, load_weights, save
+from rvconvert.files.export import export
 from rvconvert.penalty import variance_penalty
 from rvconvert.plain import to_plain, transfer_weights
 from rvconvert.rules.custom import rule
@@ -15,7 +16,9 @@ __all__ = [
     "ConversionError",
     "RandomVariable",
     "convert",
+    "export",
     "load",
+    "load_weights",
     "plan",
     "rule",
     "save",
