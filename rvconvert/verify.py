@@ -28,7 +28,7 @@ from rvconvert.program.plan import node_row
 from rvconvert.rules.kinds import Elementwise, substitute, unique
 from rvconvert.rules.noise import GAUSSIAN_SOURCES, all_entering, nth_source
 
-__all__ = ["Verification", "VerifiedNode", "truth_ratio", "verify"]
+__all__ = ["OutputVariances", "Verification", "VerifiedNode", "output_variances", "truth_ratio", "verify"]
 
 # How far a local ratio of variances may be from 1, beyond four standard errors.
 _TOLERANCE = {"exact": 0.01, "exact_if_independent": 0.01, "moment_matched": 0.02, "approximate": 0.25}
@@ -499,12 +499,9 @@ def truth_ratio(rv_model: nn.Module, *inputs: Any, pairs: int = 32, method: str 
         ConversionError: the model was not converted, or has no reconstruction.
     """
     conversion = _conversion_of(rv_model)
-    name = method or conversion.options.methods[0]
+    found = output_variances(rv_model, *inputs, pairs=pairs, method=method, **kwargs)
     settings = conversion.settings
-    with torch.no_grad(), unchanged(rv_model):
-        own = _reconstruction_var(conversion, rv_model, settings, name, inputs, kwargs)
-        sampled = dataclasses.replace(settings, covariance="sampled", pairs=pairs)
-        ratio = _reconstruction_var(conversion, rv_model, sampled, name, inputs, kwargs) / own
+    ratio = found.true / found.propagated
     if ratio >= 10 and not conversion.warned_of_truth:
         conversion.warned_of_truth = True
         warnings.warn(
@@ -516,20 +513,55 @@ def truth_ratio(rv_model: nn.Module, *inputs: Any, pairs: int = 32, method: str 
     return ratio
 
 
-def _reconstruction_var(conversion: Conversion, model: nn.Module, settings: Settings, name: str, args: Any, kwargs: Any) -> float:
+@dataclasses.dataclass(frozen=True)
+class OutputVariances:
+    """Variances of the reconstruction, each the mean over its elements.
+
+    Attributes:
+        propagated: what the model's own mode reports; ``true``: estimated from antithetic pairs of paths.
+        between: of the reconstruction's mean, between the inputs of the batch; near zero where the posterior collapsed.
+    """
+
+    propagated: float
+    true: float
+    between: float
+
+
+def output_variances(
+    rv_model: nn.Module, *inputs: Any, pairs: int = 32, method: str | None = None, **kwargs: Any
+) -> OutputVariances:
+    """The variance of the reconstruction as it is propagated and as it is, in eval mode; arguments as of ``truth_ratio``."""
+    conversion = _conversion_of(rv_model)
+    name = method or conversion.options.methods[0]
+    sampled = dataclasses.replace(conversion.settings, covariance="sampled", pairs=pairs)
+    with torch.no_grad(), unchanged(rv_model):
+        own = _reconstructions(conversion, rv_model, conversion.settings, name, inputs, kwargs)
+        true = _reconstructions(conversion, rv_model, sampled, name, inputs, kwargs)
+    elements = sum(y.mean.numel() for y in own)
+    between = sum(float(y.mean.double().var(0, correction=0).sum()) * len(y.mean) for y in own)
+    return OutputVariances(_total(own) / elements, _total(true) / elements, between / elements)
+
+
+def _total(variables: Sequence[RandomVariable]) -> float:
+    return sum(float(y.var.double().sum()) for y in variables)
+
+
+def _reconstructions(
+    conversion: Conversion, model: nn.Module, settings: Settings, name: str, args: Any, kwargs: Any
+) -> list[RandomVariable]:
     options = dataclasses.replace(conversion.options, settings=settings, output="mean")
     copy = convert_copy(plain_copy(model), options).eval()
     own: Conversion = copy.__dict__["_rvconvert"]
-    seen: list[float] = []
+    seen: list[RandomVariable] = []
 
     def take(value: Any) -> Any:
         if not isinstance(value, RandomVariable):
             return value
-        seen.append(float(value.var.double().sum()))
+        seen.append(value)
         return value.mean
 
     own.take_reconstruction = take  # type: ignore[method-assign]
     getattr(copy, name)(*args, **kwargs)
     if not seen:
         raise ConversionError(f"{conversion.plain_class.__name__}.{name} returns no reconstruction that depends on the noise")
-    return sum(seen)
+    return seen

@@ -143,27 +143,43 @@ class _Flat(nn.Module):
 def _exported(flat: _Flat, method: str, args: Any, kwargs: Any) -> tuple[Any, tuple[list[str], list[str]]]:
     """The program of ``torch.export``, with the names of its inputs and outputs."""
     tensors, input_names = flat.take(args, kwargs)
-    # AUTO: free where the model lets it, fixed where it does not; a size of one would be taken as a constant
-    free = tuple({0: torch.export.Dim.AUTO} if x.ndim and len(x) > 1 else None for x in tensors)
     name = f"{type(flat.model).__name__}.{method}"
     with torch.no_grad(), _quiet():
         outputs = flat(*tensors)  # in no export yet: the model's own errors are its own, and a recording is made
-        try:
-            program = torch.export.export(flat, tuple(tensors), dynamic_shapes=(free,), strict=False)
-        except Exception as error:
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise ConversionError(f"{name} cannot be exported: torch.export says: {reason}") from error
-    draws = sorted({str(node.target) for node in program.graph.nodes if _draws(node)})
-    if draws:
-        raise ConversionError(
-            f"{name} draws random numbers other than the Gaussian noise that is put at its mean ({', '.join(draws)}), so its "
-            "file would not be deterministic; export the method that decodes: method='decode'"
-        )
+        program = _program(flat, tuple(tensors), name)
+        draws = sorted({str(node.target) for node in program.graph.nodes if _may_draw(node)})
+        if draws and not _repeats(program, tensors):
+            raise ConversionError(
+                f"{name} draws random numbers other than the Gaussian noise that is put at its mean ({', '.join(draws)}), so "
+                "its file would not be deterministic; export the method that decodes: method='decode'"
+            )
     return program, (input_names, flat.output_names[: len(outputs)])
 
 
-def _draws(node: torch.fx.Node) -> bool:
+def _program(flat: _Flat, tensors: tuple[torch.Tensor, ...], name: str) -> Any:
+    """What ``torch.export`` makes of it, the first dimension free if it can be."""
+    # AUTO is free where the model lets it; a size of one would be taken as a constant all the same
+    free = tuple({0: torch.export.Dim.AUTO} if x.ndim and len(x) > 1 else None for x in tensors)
+    for shapes in ((free,), None):
+        try:
+            fresh = tuple(x.clone() for x in tensors)  # the attempt leaves marks on them
+            return torch.export.export(flat, fresh, dynamic_shapes=shapes, strict=False)
+        except Exception as error:
+            failure = error
+    reason = (str(failure).strip().splitlines() or [type(failure).__name__])[0]
+    raise ConversionError(f"{name} cannot be exported: torch.export says: {reason}") from failure
+
+
+def _may_draw(node: torch.fx.Node) -> bool:
     return torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
+
+
+def _repeats(program: Any, tensors: list[torch.Tensor]) -> bool:
+    """Whether two runs give the same: attention and dropout may draw, and do not in eval mode."""
+    run = program.module()
+    with torch.random.fork_rng():
+        first, second = (run(*tensors) for _ in range(2))
+    return all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
 @contextlib.contextmanager
