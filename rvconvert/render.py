@@ -45,7 +45,8 @@ def to_text(renderable: RenderableType, width: int | None = None) -> str:
     """Plain text without colours, ``width`` characters wide (default: the terminal's, 120 where there is none)."""
     file = io.StringIO()
     width = width or shutil.get_terminal_size((120, 24)).columns
-    console = Console(file=file, width=width, color_system=None, force_terminal=False, legacy_windows=False)
+    plain = {"color_system": None, "force_terminal": False, "force_jupyter": False, "legacy_windows": False}
+    console = Console(file=file, width=width, **plain)  # type: ignore[arg-type]
     console.print(renderable, crop=False)
     return "\n".join(line.rstrip() for line in file.getvalue().splitlines())
 
