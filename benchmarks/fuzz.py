@@ -3,8 +3,8 @@
     python -m benchmarks.fuzz --graphs 2000 [--seed 0] [--mode independent|lowrank|sampled|all]
 
 Random decoders (branches, skips, norms, reuse of modules and values, in-place writes, views, dtypes, train and eval) are
-converted by both engines and compared line by line with a slow reference in float64, with the plain decoder, with
-Monte Carlo and, at small variance, with the Jacobian. A mismatch is printed with its seed and its program, and the exit
+converted with a recording of each lifetime and compared line by line with a slow reference in float64, with the plain
+decoder, with Monte Carlo and, at small variance, with the Jacobian. A mismatch is printed with its seed and its program, and the exit
 code is 1. A refusal is no mismatch; refusals are counted by reason.
 """
 
@@ -46,7 +46,7 @@ def report(outcomes: list[Outcome], seconds: float) -> None:
     refusals = Counter((mode, re.sub(r"Decoder\.forward:? ?", "", reason)) for o in outcomes for mode, reason in o.refusals)
     console = Console(width=150)
     if refusals:
-        table = Table("refused", "mode, engine", "why", title="refusals")
+        table = Table("refused", "mode, lifetime", "why", title="refusals")
         for (mode, reason), count in refusals.most_common():
             table.add_row(str(count), mode, reason)
         console.print(table)

@@ -6,6 +6,7 @@ from rvconvert.core.registry import REGISTRY
 from rvconvert.errors import ConversionError
 from rvconvert.files.checkpoint import load, load_weights, save
 from rvconvert.files.export import export
+from rvconvert.options import Options
 from rvconvert.penalty import variance_penalty
 from rvconvert.plain import to_plain, transfer_weights
 from rvconvert.rules.custom import rule
@@ -14,6 +15,7 @@ from rvconvert.verify import verify
 __all__ = [
     "REGISTRY",
     "ConversionError",
+    "Options",
     "RandomVariable",
     "convert",
     "export",

@@ -19,9 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rvconvert.converted import is_converted
 from rvconvert.core.tree import flatten
 from rvconvert.errors import ConversionError
-from rvconvert.plain import is_converted
 from rvconvert.verify import output_variances
 
 __all__ = ["Monitor", "for_lightning", "for_transformers"]

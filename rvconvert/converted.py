@@ -1,108 +1,105 @@
-"""What a converted model carries: its options, its programs, and the last penalty."""
+"""What a converted model is: its class's mixin, and the conversion that runs its methods."""
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import inspect
 import types
-from collections.abc import Callable, Iterator
+import warnings
+from collections import OrderedDict
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import fx, nn
 
-from rvconvert import dispatch
-from rvconvert.capture.recorder import Recording, as_class, record, unchanged
-from rvconvert.capture.symbolic import trace_symbolically
-from rvconvert.core.random_variable import RandomVariable, Settings, random_variables
+from rvconvert.capture import intercept
+from rvconvert.capture.recorder import Kept, Recording, record, unchanged
+from rvconvert.capture.replay import each_mode, replay_differs
+from rvconvert.core.random_variable import RandomVariable, random_variables
 from rvconvert.core.tree import Structure, flatten
-from rvconvert.errors import (
-    ConversionError,
-    NonGaussianError,
-    NoReparameterizationError,
-    TracingError,
-)
-from rvconvert.penalty import KINDS, attach_penalty, variance_penalty
-from rvconvert.program.plan import dispatch_report, refuse_unsupported, report_graph
+from rvconvert.errors import ConversionError, NonGaussianError, NoReparameterizationError, TracingError
+from rvconvert.options import Options, described
+from rvconvert.penalty import attach_penalty, variance_penalty
+from rvconvert.places import short_place
+from rvconvert.program.plan import refuse_unsupported, report_graph
 from rvconvert.program.rewrite import compile_graph, to_random_variables
+from rvconvert.program.roles import Roles, assign
 from rvconvert.report import Report
-from rvconvert.rules.noise import SOURCES, all_entering
+from rvconvert.rules.noise import all_entering
 
-__all__ = ["Conversion", "Options"]
+__all__ = ["Conversion", "ConvertedModel", "conversion_of", "convert_copy", "is_converted", "plain_copy"]
 
-
-@dataclasses.dataclass(frozen=True)
-class Options:
-    """The options of ``convert``, as given; they and the original model are all that a file or a copy needs."""
-
-    methods: tuple[str, ...] = ("forward",)
-    random_inputs: tuple[str, ...] = ()
-    output: str = "mean"
-    penalty: float = 50.0
-    penalty_kind: str = "squared"
-    attach: bool = True
-    engine: str = "auto"
-    settings: Settings = dataclasses.field(default_factory=Settings)
-
-    def __post_init__(self) -> None:
-        for name, value, allowed in (
-            ("output", self.output, ("mean", "distribution")),
-            ("engine", self.engine, ("auto", "graph", "dispatch")),
-            ("penalty_kind", self.penalty_kind, KINDS),
-            ("covariance", self.settings.covariance, tuple(SOURCES)),
-        ):
-            if value not in allowed:
-                raise ConversionError(f"{name}={value!r} is not one of {', '.join(map(repr, allowed))}")
-        if self.settings.fuse and self.settings.covariance != "independent":
-            raise ConversionError(
-                f"fuse=True belongs to covariance='independent'; {self.settings.covariance!r} carries what linear maps "
-                "correlate already: leave fuse out"
-            )
+MOST_PROGRAMS = 64  # kept for each model; the one used longest ago goes
 
 
 @dataclasses.dataclass
 class Program:
-    """One method, captured for one kind of call: run it with the tensor leaves of the inputs."""
+    """One method for one kind of call: run it with the tensor leaves of the inputs."""
 
-    run: Callable[..., tuple[Any, ...]] | None  # None: the dispatch engine runs the model's own code
+    run: Callable[..., tuple[Any, ...]]
     outputs: Structure
-    attributes: tuple[tuple[str, str], ...]
-    report: Report
+    kept: list[Kept]
     fixed_batch: bool
+    penalised: bool
+    report: Report | None  # None for a recording that is run and forgotten
+
+
+@dataclasses.dataclass(frozen=True)
+class Examined:
+    """A method's recording with its roles and report; why it is refused, if it is; whether the next call is recorded too."""
+
+    recording: Recording
+    roles: Roles
+    report: Any
+    refusal: ConversionError | None = None
+    again: bool = False
 
 
 class Conversion:
     """Runs the converted methods of one model. Holds no module and no parameter, so it copies freely."""
 
-    def __init__(self, options: Options, plain_class: type[nn.Module]) -> None:
+    def __init__(self, options: Options, plain_class: type[nn.Module], own: dict[str, Callable[..., Any]] | None = None) -> None:
         self.options = options
         self.settings = options.settings
         self.plain_class = plain_class
-        self.programs: dict[Any, Program] = {}
+        self.own = own or {}  # methods that sat on the instance
+        self.programs: OrderedDict[Any, Program] = OrderedDict()
+        self.once: set[Any] = set()  # kinds of call that are recorded each time
         self.constants = types.SimpleNamespace()
         self.checked: dict[tuple[str, str], list[str]] = {}  # graphs that replayed equal to eager
+        self.signatures: dict[str, inspect.Signature] = {}
         self.last_penalty: torch.Tensor | None = None
         self._penalty: torch.Tensor | None = None  # of the call under way
+        self._places = ""
         self.penalty_scale: float = 1.0
-        self.warned_of_truth = False
+        self.calls = 0
+        self.warned: set[str] = set()
 
     # --- the two ways a random variable leaves --------------------------------------------------
 
-    def take_reconstruction(self, value: Any) -> Any:
-        """The mean of the reconstruction; L_c (paper eq. 14) is noted, and attached if the options say so."""
+    def take_reconstruction(self, value: Any, *beside: Any) -> Any:
+        """The mean of the reconstruction; L_c (paper eq. 14) is noted, and attached if the options say so.
+
+        With values ``beside`` it, the means of all: L_c joins whichever a loss is made of.
+        """
         if not isinstance(value, RandomVariable):
-            return value
+            return (value, *beside) if beside else value
         options = self.options
         with torch.no_grad():
             penalty = variance_penalty(value, options.penalty, options.penalty_kind)
             self._penalty = penalty if self._penalty is None else self._penalty + penalty
             self.last_penalty = self._penalty
+        means = [self.take_mean(each) for each in beside]
         if not options.attach or options.penalty == 0:
-            return value.mean.contiguous()
-        return attach_penalty(value.contiguous(), options.penalty, options.penalty_kind, self.penalty_scale)
+            return (self.take_mean(value), *means) if means else self.take_mean(value)
+        return attach_penalty(
+            value.contiguous(), options.penalty, options.penalty_kind, self.penalty_scale, beside=means
+        )
 
     def take_mean(self, value: Any) -> Any:
-        """The mean of a random variable that is not a reconstruction: a latent, a scalar loss."""
+        """The mean of a random variable that is not a reconstruction: a latent, a loss."""
         return value.mean.contiguous() if isinstance(value, RandomVariable) else value
 
     # --- running --------------------------------------------------------------------------------
@@ -114,79 +111,157 @@ class Conversion:
         if random_variables(leaves):
             leaves = list(all_entering(leaves, self.settings))
             args, kwargs = structure.build(iter(leaves))
-        program = self.find(name, model, leaves, structure)
-        if program is None:
-            program = self.prepare(name, model, args, kwargs)
+        program = self.find(name, model, leaves, structure) or self.prepare(name, model, args, kwargs, to_run=True)
         self._penalty = None
-        if program.run is None:
-            return dispatch.run(self, self.method(name), model, args, kwargs)
+        self.calls += 1
         results = program.run(model, *leaves)
-        count = len(results) - len(program.attributes)
-        for (path, attribute), value in zip(program.attributes, results[count:], strict=True):
-            setattr(model.get_submodule(path), attribute, value)
+        self.keep(program, model, results)
+        if not program.penalised and model.training and torch.is_grad_enabled():
+            self.warn_without_penalty(name)
         # Rules may have changed the order in memory; a caller's view() asks for the plain one.
-        leaving = (x.contiguous() if isinstance(x, RandomVariable) else x for x in results[:count])
+        leaving = (x.contiguous() if isinstance(x, RandomVariable) else x for x in results)
         return program.outputs.build(leaving)
 
-    def method(self, name: str) -> Callable[..., Any]:
-        """The plain class's own method, unbound."""
-        return getattr(self.plain_class, name)  # type: ignore[no-any-return]
+    @staticmethod
+    def keep(program: Program, model: nn.Module, results: tuple[Any, ...]) -> None:
+        """Leave on the modules what the method leaves there."""
+        rest = iter(results[len(results) - sum(each.leaves for each in program.kept) :])
+        for each in program.kept:
+            module = model.get_submodule(each.path)
+            value = each.structure.build(rest)
+            if not each.grown:
+                setattr(module, each.name, value)
+            elif isinstance(value, list):
+                getattr(module, each.name)[:] = value
+            else:
+                getattr(module, each.name).update(value)
+
+    def warn_without_penalty(self, name: str) -> None:
+        """Say once that a call in training attaches no L_c."""
+        if self.options.attach and self.options.penalty and self.options.output == "mean":
+            self.warn(
+                "no penalty",
+                f"{self.plain_class.__name__}.{name} attaches no variance penalty L_c: nothing that it returns, and nothing that "
+                "meets an input in it, is a random value with a decoder behind it. rvconvert.plan(model, example_inputs=x) "
+                "prints the roles; latent=('file.py:line',) names a draw",
+            )
+
+    def warn(self, key: str, message: str) -> None:
+        """Warn once a model."""
+        if key not in self.warned:
+            self.warned.add(key)
+            warnings.warn(message, stacklevel=4)
+
+    def forget_calls(self) -> None:
+        """A model that was tried out has not been called yet."""
+        self.last_penalty = self._penalty = None
+
+    def method(self, name: str, model: nn.Module) -> Callable[..., Any]:
+        """The model's plain method, bound."""
+        return types.MethodType(self.own.get(name) or getattr(self.plain_class, name), model)
 
     def normalized(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The same call spelled one way, positional first, so that equal calls share a program."""
+        if name not in self.signatures:
+            self.signatures[name] = inspect.signature(self.own.get(name) or getattr(self.plain_class, name))
         try:
-            bound = inspect.signature(self.method(name)).bind(None, *args, **kwargs)
+            bound = self.signatures[name].bind(None, *args, **kwargs)
         except (TypeError, ValueError):
             return args, kwargs  # the model itself says what is wrong with the call
         return bound.args[1:], bound.kwargs
 
     def key(self, name: str, model: nn.Module, leaves: list[Any], structure: Structure, *, batch: bool) -> Any:
-        """What a recording depends on: modes, structure, shapes (the batch size only if it is fixed), dtypes."""
+        """What a recording depends on: modes, hooks, structure, shapes (the batch size only if it is fixed), dtypes."""
         first = next(model.parameters(), None)
+        modules = list(model.modules())
+        training = tuple([m.training for m in modules])
+        hooked = tuple([i for i, m in enumerate(modules) if m._forward_hooks or m._forward_pre_hooks])
         first_dim = 0 if batch else 1
-        kinds = tuple((isinstance(x, RandomVariable), tuple(x.shape)[first_dim:], x.ndim, x.dtype, x.device) for x in leaves)
-        training = tuple((m.training, bool(m._forward_hooks), bool(m._forward_pre_hooks)) for m in model.modules())
+        kinds = tuple([(isinstance(x, RandomVariable), tuple(x.shape)[first_dim:], x.ndim, x.dtype, x.device) for x in leaves])
         weights = None if first is None else (first.dtype, first.device)
-        return (name, batch, structure.signature(), kinds, training, weights)
+        return (name, batch, structure.signature(), kinds, training, hooked, weights)
 
     def find(self, name: str, model: nn.Module, leaves: list[Any], structure: Structure) -> Program | None:
         """The program that serves this call, if there is one already."""
+        if not self.programs:
+            return None
         for batch in (False, True):
-            program = self.programs.get(self.key(name, model, leaves, structure, batch=batch))
+            key = self.key(name, model, leaves, structure, batch=batch)
+            program = self.programs.get(key)
             if program is not None:
+                if len(self.programs) >= MOST_PROGRAMS:
+                    self.programs.move_to_end(key)
                 return program
         return None
 
     # --- preparing ------------------------------------------------------------------------------
 
-    def prepare(self, name: str, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Program:
-        """Capture the method for this kind of call, by the engine that can; refuse what neither can.
+    def prepare(self, name: str, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, to_run: bool) -> Program:
+        """Record the method for this kind of call; refuse what cannot be converted.
+
+        Args:
+            name, model, args, kwargs: the call.
+            to_run: the program is run right after, so that a recording which serves one call leaves on the model what that
+                call leaves; else the model is left as it was.
 
         Raises:
             UnsupportedOperationError: one or more operations have no rule (all are listed).
             NoReparameterizationError, NonGaussianError, TracingError: see each.
         """
-        args, kwargs = self.normalized(name, args, kwargs)
-        leaves, structure = flatten((args, kwargs))
-        examined = self.examine(name, model, args, kwargs)
-        if examined.refusal is not None and not self.samples_in_other_mode(examined.refusal, name, model, args, kwargs):
-            raise examined.refusal
-        refuse_unsupported(examined.report)
-        recording = examined.recording
-        if recording is None:
-            program = Program(None, Structure("constant"), (), examined.report, False)
-        else:
-            graph, notes = to_random_variables(recording, output=self.options.output, penalised=True)
-            report = dataclasses.replace(examined.report, notes=(*examined.report.notes, *notes))
-            program = Program(compile_graph(graph), recording.outputs, tuple(recording.attributes), report, bool(recording.fixed))
-        self.programs[self.key(name, model, leaves, structure, batch=program.fixed_batch)] = program
+        intercept.refuse_inside_transforms(f"{self.plain_class.__name__}.{name}")
+        with intercept.lock, intercept.plainly():
+            args, kwargs = self.normalized(name, args, kwargs)
+            leaves, structure = flatten((args, kwargs))
+            key = self.key(name, model, leaves, structure, batch=False)
+            if key in self.once and to_run:
+                return self.recorded_once(name, model, args, kwargs)
+            examined = self.examine(name, model, args, kwargs)
+            if examined.refusal is not None and not self.samples_in_other_mode(examined, name, model, args, kwargs):
+                raise examined.refusal
+            refuse_unsupported(examined.report)
+            if examined.recording.once:
+                if examined.again:
+                    self.once.add(key)
+                return self.recorded_once(name, model, args, kwargs) if to_run else self.program(examined)
+            program = self.program(examined)
+            self.programs[self.key(name, model, leaves, structure, batch=program.fixed_batch)] = program
+            if len(self.programs) > MOST_PROGRAMS:
+                self.programs.popitem(last=False)
+            return program
+
+    def program(self, examined: Examined) -> Program:
+        """The runnable form of a recording."""
+        recording, roles = examined.recording, examined.roles
+        graph = to_random_variables(recording, roles, output=self.options.output)
+        run = _interpreter(graph) if recording.once else compile_graph(graph)
+        fixed = bool(recording.fixed)
+        return Program(run, recording.outputs, recording.kept, fixed, bool(roles.reconstructions), examined.report)
+
+    def recorded_once(self, name: str, model: nn.Module, args: Any, kwargs: Any) -> Program:
+        """Record a call that is then run and forgotten: what Python does beside the graph stays done."""
+        buffers = {b: b.detach().clone() for b in model.buffers() if not b.is_meta}
+        devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
+        with torch.random.fork_rng(devices=devices):  # the run draws again what the recording drew
+            recording, _ = record(model, self.method(name, model), args, kwargs, self.settings.registry)
+        with torch.no_grad():
+            for buffer, value in buffers.items():
+                if buffer._version and not torch.equal(buffer, value):
+                    buffer.copy_(value)  # the run changes it again
+        vars(self.constants).update(recording.constants)
+        recording.once = ["as asked"]
+        roles = assign(recording, self.options.latent)
+        refusal = self.refusal(recording, roles, name)
+        if refusal is not None and not isinstance(refusal, NoReparameterizationError):
+            raise refusal
+        program = self.program(Examined(recording, roles, None))
+        program.run = _forgetting(program.run, self.constants, tuple(recording.constants))
         return program
 
-    def samples_in_other_mode(self, refusal: ConversionError, name: str, model: nn.Module, args: Any, kwargs: Any) -> bool:
+    def samples_in_other_mode(self, examined: Examined, name: str, model: nn.Module, args: Any, kwargs: Any) -> bool:
         """True where the method draws nothing in this mode but does in the other (``if self.training: ...``)."""
-        if not isinstance(refusal, NoReparameterizationError):
+        if not isinstance(examined.refusal, NoReparameterizationError):
             return False
-        if any(key[0] == name for key in self.programs):
+        if any(key[0] == name for key in (*self.programs, *self.once)):
             return True
         for other in each_mode(model):
             if other:
@@ -197,222 +272,248 @@ class Conversion:
         return False
 
     def examine(self, name: str, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Examined:
-        """Choose the engine and plan the method; refuses nothing, but says what must be refused."""
-        model_name, engine = self.plain_class.__name__, self.options.engine
-        reason = "asked for"
-        if engine != "dispatch":
-            recording, obstacles = self.recorded(name, model, args, kwargs)
-            if recording is not None:
-                report = report_graph(recording, model_name, name, self.settings)
-                random_call = any(isinstance(x, RandomVariable) for x in flatten((args, kwargs))[0])
-                return Examined(recording, report).refused(self.noise_refusal(recording, name, random_call))
-            reason = "; ".join(dict.fromkeys(obstacles))
-            if engine == "graph":
-                refusal = TracingError(
-                    f"{model_name}.{name} cannot stand as a graph: {reason}. "
-                    "Use engine='auto' or engine='dispatch', which runs the model's own Python."
-                )
-                return Examined(None, dispatch_report((), model_name, name, reason)).refused(refusal)
-            reason = f"no graph: {reason}"
-        try:
-            rows = dispatch.survey(self, self.method(name), model, args, kwargs)
-        except ConversionError as refusal:
-            return Examined(None, dispatch_report((), model_name, name, reason)).refused(refusal)
-        return Examined(None, dispatch_report(rows, model_name, name, reason))
-
-    def examine_symbolically(self, name: str, model: nn.Module) -> Report:
-        """The plan of a method without example inputs, as far as proxies carry."""
-        with as_class(model, self.plain_class):
-            recording = trace_symbolically(model, name, self.settings.registry, self.options.random_inputs)
-        if recording is None:
-            note = "its Python needs real values: pass example_inputs=(x,) for a plan"
-            return Report(self.plain_class.__name__, name, "not chosen yet", "chosen at the first call", (), (note,))
-        report = report_graph(recording, self.plain_class.__name__, name, self.settings)
-        report = dataclasses.replace(report, reason="traced symbolically; recorded at the first call")
-        return Examined(recording, report).refused(self.noise_refusal(recording, name, False)).report
-
-    def refuse_early(self, name: str, model: nn.Module) -> None:
-        """Refuse now what a symbolic trace shows to be impossible; the rest is decided at the first call."""
-        refusals = []
-        for _ in each_mode(model):
-            with as_class(model, self.plain_class):
-                recording = trace_symbolically(model, name, self.settings.registry, self.options.random_inputs)
-            if recording is None:
-                return
-            refusals.append(self.noise_refusal(recording, name, False))
-            refuse_unsupported(report_graph(recording, self.plain_class.__name__, name, self.settings))
-        for refusal in refusals:  # one mode that samples is enough
-            if refusal is not None and (all(refusals) or not isinstance(refusal, NoReparameterizationError)):
-                raise refusal
-
-    def recorded(self, name: str, model: nn.Module, args: Any, kwargs: Any) -> tuple[Recording | None, list[str]]:
-        """A recording that replays equal to eager, or the obstacles to one."""
-        method = self.method(name)
-        with as_class(model, self.plain_class):
-            recording, _ = record(model, lambda *a, **k: method(model, *a, **k), args, kwargs, self.settings.registry)
-            if recording.obstacles:
-                return None, recording.obstacles
-            if recording.asks_grad_mode and not self.same_without_gradients(recording, model, method, args, kwargs):
-                return None, ["Python decides by torch.is_grad_enabled()"]
-            if recording.changed and state_matters(model, method, args, kwargs):
-                return None, [f"the method changes {', '.join(dict.fromkeys(recording.changed))}, which the next call reads"]
-            vars(self.constants).update(recording.constants)
-            written = str(recording.graph)
-            if not recording.constants and self.checked.get((name, written)) is not None:
-                recording.fixed += self.checked[name, written]  # as in the other mode, where it was compared
-                return recording, []
-            obstacle = replay_differs(recording, model, method, args, kwargs)
-            if obstacle is None:
-                self.checked[name, written] = recording.fixed
-        return (None, [obstacle]) if obstacle else (recording, [])
-
-    def same_without_gradients(self, recording: Recording, model: nn.Module, method: Any, args: Any, kwargs: Any) -> bool:
-        """True if the method does the same where it is told that gradients are off."""
+        """Record and check the method, the model left as it was; refuses nothing, but says what must be refused."""
+        method = self.method(name, model)
+        grad = torch.is_grad_enabled()
         registry = self.settings.registry
-        told, _ = record(model, lambda *a, **k: method(model, *a, **k), args, kwargs, registry, grad_mode=False)
-        return not recording.constants and not told.obstacles and str(told.graph) == str(recording.graph)
+        again: list[str] = []
+        with unchanged(model), torch.enable_grad():
+            recording, _ = record(model, method, args, kwargs, registry, told=grad)
+            if recording.once:  # as the next call would find the model
+                second, _ = record(model, method, args, kwargs, registry, told=grad)
+                again = second.once
+                settled = not second.constants and str(second.graph) == str(recording.graph)
+                recording.once = again or ([] if settled else recording.once)
+                recording.restore(second)
+        recording.restore(recording)
+        if recording.asks_grad_mode:
+            with unchanged(model), torch.enable_grad():
+                other, _ = record(model, method, args, kwargs, registry, told=not grad)
+            if recording.constants or str(other.graph) != str(recording.graph):
+                again.append("Python decides by torch.is_grad_enabled()")
+        vars(self.constants).update(recording.constants)
+        roles = assign(recording, self.options.latent)
+        refusal = self.refusal(recording, roles, name)
+        if refusal is None:
+            again += [f"Python decides by the value of a tensor: {place}" for _, place in recording.reads]
+            if not recording.once and not again:
+                again += self.check(recording, name, model, method, args, kwargs)
+            recording.once += again
+        report = report_graph(recording, roles, self.plain_class.__name__, name, self.settings)
+        if refusal is not None:
+            report = dataclasses.replace(report, refusal=str(refusal))
+        return Examined(recording, roles, report, refusal, bool(again))
 
-    def noise_refusal(self, recording: Recording, name: str, random_call: bool) -> ConversionError | None:
-        """Why a model is refused whose output depends on no Gaussian noise, or on noise of another distribution."""
+    def check(self, recording: Recording, name: str, model: nn.Module, method: Any, args: Any, kwargs: Any) -> list[str]:
+        """What keeps the recording from standing for other calls."""
+        written = str(recording.graph)
+        if not recording.constants and self.checked.get((name, written)) is not None:
+            recording.fixed += self.checked[name, written]  # as in the other mode, where it was compared
+            return []
+        difference = replay_differs(compile_graph(recording.graph), recording, model, method, args, kwargs)
+        if difference is not None:
+            return [difference]
+        self.checked[name, written] = recording.fixed
+        return []
+
+    def refusal(self, recording: Recording, roles: Roles, name: str) -> ConversionError | None:
+        """Why the method cannot be converted, whatever rules there are."""
         label = f"{self.plain_class.__name__}.{name}"
-        if recording.non_gaussian:
-            found = "\n".join(f"  {distribution}: {where}" for distribution, where in recording.non_gaussian)
-            return NonGaussianError(
-                f"{label} draws from a distribution other than a Gaussian, which mean and variance cannot stand for:\n"
-                f"{found}\nConvert only a part of the model that does not: "
-                "rvconvert.convert(model.decoder, random_inputs=('z',))"
-            )
-        output = next(n for n in recording.graph.nodes if n.op == "output")
-        if random_call or self.options.random_inputs or any(n in recording.random for n in output.all_input_nodes):
+        for node, place in recording.reads:
+            if node in roles.random:
+                return _read_refusal(label, place)
+        for writer, place in recording.stale:
+            if writer in roles.random:
+                return TracingError(
+                    f"{label}: in-place write through a view, then its base is used: {place}; write out of place "
+                    "(y = torch.relu(y) for y.relu_()), or use the view's result alone"
+                )
+        others = [n for n in roles.latents if not n.meta["draw"].can_be_latent]
+        if others:
+            found = [f"  {n.meta['where']}: {n.meta['source']}\n    {n.meta['draw'].law.refusal}" for n in others]
+            return NonGaussianError("\n".join([f"{label}: a latent is drawn from a law that has no random variable:", *found]))
+        given = bool(recording.random_inputs or self.options.random_inputs)
+        if given or any(n in roles.random for n in recording.output.all_input_nodes):
             return None
+        return self.nothing_to_convert(recording, label, name)
+
+    def nothing_to_convert(self, recording: Recording, label: str, name: str) -> NoReparameterizationError:
+        """The refusal of a method whose result depends on no latent."""
         reason = "no draw from a Gaussian was found in it"
-        if recording.noise:
-            places = ", ".join(str(n.meta["where"]) for n in recording.noise)
-            reason = f"the draw at {places} does not reach its result"
-        elif discrete := [str(n.meta["where"]) for n in recording.graph.nodes if n.target in _CHOICES]:
+        drawn = [short_place(str(n.meta["where"])) for n in recording.draws]
+        if drawn:
+            places = ", ".join(dict.fromkeys(drawn))
+            reason = f"the draw at {places} is no latent: no decoder's value depends on it, or no input places it"
+        elif discrete := [str(n.meta["where"]) for n in recording.graph.nodes if _chooses(n)]:
             reason += f"; it picks by argmin or argmax, as vector quantization does, at {discrete[0]}"
         functions = [m for m in vars(self.plain_class) if inspect.isfunction(getattr(self.plain_class, m))]
         others = [m for m in functions if m[0] != "_" and m != name]
+        advice = f"Name the method that encodes, samples and decodes, methods=(...), of {', '.join(others) or 'this one alone'}"
+        if drawn:
+            advice += f"; or name the draw: latent=({drawn[0].rpartition('/')[2]!r},)"
         return NoReparameterizationError(
-            f"{label}: nothing to convert, {reason}. Name the method that encodes, samples and decodes, methods=(...), "
-            f"of {', '.join(others) or 'none but this one'}; or, for a bare decoder, its latent argument: random_inputs=('z',)"
+            f"{label}: nothing to convert, {reason}. {advice}; or, for a bare decoder, its latent argument: random_inputs=('z',)"
         )
 
 
-_CHOICES = ("argmin", "argmax", torch.argmin, torch.argmax)
+def _read_refusal(label: str, place: str) -> ConversionError:
+    return ConversionError(
+        f"{label}: {place} asks for the value of a random variable, which has none: the result would depend on a draw. "
+        "Take x.mean for its expected value, or leave that part of the model out of the conversion (methods=...)."
+    )
 
 
-@dataclasses.dataclass(frozen=True)
-class Examined:
-    """A method's recording (None: the dispatch engine serves it), its report, and why it is refused, if it is."""
-
-    recording: Recording | None
-    report: Report
-    refusal: ConversionError | None = None
-
-    def refused(self, refusal: ConversionError | None) -> Examined:
-        """The same with a refusal, in the report too."""
-        if refusal is None:
-            return self
-        return Examined(self.recording, dataclasses.replace(self.report, refusal=str(refusal)), refusal)
+def _chooses(node: fx.Node) -> bool:
+    rule = node.meta.get("rule")
+    return rule is not None and rule.name in ("argmin", "argmax")
 
 
-def each_mode(model: nn.Module) -> Iterator[bool]:
-    """The model's present mode (False), then train for eval or eval for train (True); in the end it is as it was."""
-    modes = {module: module.training for module in model.modules()}
-    yield False
-    try:
-        nn.Module.train(model, not model.training)  # not the model's own train(), which may be something else
-        yield True
-    finally:
-        for module, training in modes.items():
-            module.training = training
+def _interpreter(graph: fx.Graph) -> Callable[..., tuple[Any, ...]]:
+    """A function that runs a graph node by node, for a graph that is run once."""
+
+    def run(model: nn.Module, *leaves: Any) -> tuple[Any, ...]:
+        return fx.Interpreter(model, graph=graph).run(*leaves, enable_io_processing=False)  # type: ignore[no-any-return]
+
+    return run
 
 
-def plain_leaves(args: Any, kwargs: Any) -> tuple[list[torch.Tensor], Structure]:
-    """The tensors of a call, the mean in the place of a random variable."""
-    leaves, structure = flatten((args, kwargs))
-    return [x.mean if isinstance(x, RandomVariable) else x for x in leaves], structure
+def _forgetting(run: Callable[..., tuple[Any, ...]], constants: Any, names: tuple[str, ...]) -> Callable[..., tuple[Any, ...]]:
+    """``run``, after which the constants of its graph are dropped."""
 
-
-def other_values(leaves: list[torch.Tensor]) -> list[torch.Tensor]:
-    """Other inputs like these, still between 0 and 1 if these are."""
-    return [x * 0.9 + 0.05 if x.is_floating_point() and x.layout == torch.strided else x for x in leaves]
-
-
-def state_matters(model: nn.Module, method: Any, args: Any, kwargs: Any) -> bool:
-    """True if a call before this one changes what this one gives: what the method keeps is read again."""
-    leaves, structure = plain_leaves(args, kwargs)
-
-    def call(inputs: list[torch.Tensor]) -> list[Any]:
-        torch.manual_seed(3)
-        a, k = structure.build(iter(x.clone() for x in inputs))
-        return flatten(method(model, *a, **k), lambda x: isinstance(x, torch.Tensor))[0]
-
-    results = []
-    for before in (False, True):
-        with unchanged(model):
-            if before:
-                call(leaves)
-            try:
-                results.append(call(other_values(leaves)))
-            except Exception:
-                return True
-    return not all(torch.equal(a, b) for a, b in zip(*results, strict=True))
-
-
-def replay_differs(recording: Recording, model: nn.Module, method: Any, args: Any, kwargs: Any) -> str | None:
-    """Run the plain graph beside the model on other inputs, another seed and another batch size.
-
-    Returns what is different, or None. Where only the other batch size is at fault, it is marked as fixed.
-    """
-    run = compile_graph(recording.graph)
-    leaves, structure = plain_leaves(args, kwargs)
-    other = other_values(leaves)
-
-    def results(call: Callable[..., Any], inputs: list[torch.Tensor]) -> list[Any]:
-        with unchanged(model), torch.enable_grad():
-            torch.manual_seed(1)
-            return [x for x in call(*(x.clone() for x in inputs)) if isinstance(x, torch.Tensor)]
-
-    def eager(*inputs: torch.Tensor) -> list[Any]:
-        a, k = structure.build(iter(inputs))
-        return flatten(method(model, *a, **k), lambda x: isinstance(x, torch.Tensor))[0]
-
-    def replayed(*inputs: torch.Tensor) -> tuple[Any, ...]:
-        outputs = run(model, *inputs)
-        return outputs[: len(outputs) - len(recording.attributes)]
-
-    def compare(inputs: list[torch.Tensor]) -> str | None:
-        expected = results(eager, inputs)
+    def once(model: nn.Module, *leaves: Any) -> tuple[Any, ...]:
         try:
-            found = results(replayed, inputs)
-        except Exception as error:
-            return f"{type(error).__name__}: {error}"
-        for a, b in zip(expected, found, strict=False):
-            if a.shape != b.shape:
-                return f"an output of shape {tuple(b.shape)} instead of {tuple(a.shape)}"
-            if not a.is_meta and not torch.allclose(a, b, rtol=1e-4, atol=1e-5, equal_nan=True):
-                return f"an output differs by {(a - b).abs().max().item():.2g}"
-        return None
+            return run(model, *leaves)
+        finally:
+            for name in names:
+                vars(constants).pop(name, None)
 
-    smaller = None
-    batch = {x.shape[0] for x in leaves if x.ndim}
-    if batch == {1}:
-        recording.fixed.append("the example is a batch of one")
-    elif not recording.fixed and len(batch) == 1:
-        try:  # other values and another batch size at once
-            smaller = compare([x[: (x.shape[0] + 1) // 2] if x.ndim else x for x in other])
-        except Exception as error:  # the model itself takes no such batch
-            smaller = f"{type(error).__name__}: {error}"
-        if smaller is None:
-            return None
-    try:
-        difference = compare(other)
-    except Exception:
-        difference = compare(leaves)
-    if difference is not None:
-        return f"the recorded graph does not replay equal to the model ({difference})"
-    if smaller is not None:
-        recording.fixed.append(f"another batch size gives {smaller}")
-    return None
+    return once
+
+
+# --- the model ----------------------------------------------------------------------------------------
+
+
+class ConvertedModel:
+    """The mixin of every converted model, before its own class: the penalty, its scale, copies and pickles."""
+
+    __dict__: dict[str, Any]
+
+    @property
+    def last_penalty(self) -> torch.Tensor | None:
+        """L_c of the last call, a scalar; None before the first one."""
+        return conversion_of(self).last_penalty
+
+    @property
+    def penalty_scale(self) -> float:
+        """What the gradient of L_c is multiplied by: a GradScaler's scale, 1 / n where gradients are accumulated."""
+        return conversion_of(self).penalty_scale
+
+    @penalty_scale.setter
+    def penalty_scale(self, value: float) -> None:
+        conversion_of(self).penalty_scale = value
+
+    @property
+    def conversion_options(self) -> Options:
+        """How the model was converted."""
+        return conversion_of(self).options
+
+    def __repr__(self) -> str:
+        head, line, rest = super().__repr__().partition("\n")
+        return f"{head}  # {described(conversion_of(self).options)}{line}{rest}"
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return convert_copy, (plain_copy(self), conversion_of(self).options)  # type: ignore[arg-type]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        conversion = conversion_of(self)
+        made = convert_copy(plain_copy(self, memo), conversion.options)  # type: ignore[arg-type]
+        copied = conversion_of(made)
+        copied.programs, copied.constants = OrderedDict(conversion.programs), conversion.constants
+        copied.once, copied.penalty_scale = set(conversion.once), conversion.penalty_scale
+        memo[id(self)] = made
+        return made
+
+
+def conversion_of(model: Any) -> Conversion:
+    """The conversion that a converted model carries.
+
+    Raises:
+        ConversionError: the model is not converted.
+    """
+    found = model.__dict__.get("_rvconvert") if isinstance(model, nn.Module) else None
+    if not isinstance(found, Conversion):
+        raise ConversionError(f"a model that rvconvert.convert returned is needed, not a plain {type(model).__name__}")
+    return found
+
+
+def is_converted(model: nn.Module) -> bool:
+    """True for a model that ``convert`` returned."""
+    return isinstance(model.__dict__.get("_rvconvert"), Conversion)
+
+
+def convert_copy(model: nn.Module, options: Options) -> nn.Module:
+    """Give a model of our own the generated class and the conversion that go with ``options``."""
+    own = {}
+    for name in options.methods:  # what sits on the instance would hide the converted method
+        value = model.__dict__.get(name)
+        if value is None:
+            continue
+        if not isinstance(value, types.MethodType) or value.__self__ is not model:
+            raise ConversionError(
+                f"{type(model).__name__}.{name} was replaced on this instance by {value!r}, which a copy cannot follow; convert "
+                f"before it is wrapped, or take it away first: del model.{name}"
+            )
+        own[name] = value.__func__
+        del model.__dict__[name]
+    model.__dict__["_rvconvert"] = Conversion(options, type(model), own)
+    model.__class__ = _generated_class(type(model), options.methods)
+    return model
+
+
+def plain_copy(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
+    """A copy of a converted model as its original class, sharing nothing (but what ``memo`` holds)."""
+    conversion = conversion_of(model)
+    made = conversion.plain_class.__new__(conversion.plain_class)
+    memo = {} if memo is None else memo
+    memo[id(model)] = made
+    memo[id(conversion)] = None
+    state = {key: value for key, value in model.__dict__.items() if key != "_rvconvert"}
+    made.__dict__.update(copy.deepcopy(state, detached(model, memo)))
+    for name, function in conversion.own.items():
+        made.__dict__[name] = types.MethodType(function, made)
+    return made
+
+
+def detached(model: nn.Module, memo: dict[int, Any]) -> dict[int, Any]:
+    """``memo`` for a deepcopy of ``model``, with the results of past calls that it keeps taken off their graph."""
+    for module in model.modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            continue
+        for name, value in vars(module).items():
+            if name not in ("_parameters", "_modules"):
+                for tensor in flatten(value)[0]:
+                    if isinstance(tensor, torch.Tensor) and not tensor.is_leaf:
+                        memo[id(tensor)] = tensor.detach().clone()
+    return memo
+
+
+def _generated_class(cls: type[nn.Module], methods: tuple[str, ...]) -> type[nn.Module]:
+    """A subclass of ``cls`` whose ``methods`` run converted, and plainly where the model's own code calls them."""
+
+    def converted(name: str) -> Any:
+        original = getattr(cls, name)
+
+        def method(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            conversion = self.__dict__["_rvconvert"]
+            if intercept.runs_plainly():
+                return conversion.method(name, self)(*args, **kwargs)
+            return conversion.run(name, self, args, kwargs)
+
+        method.__name__, method.__qualname__ = name, f"{cls.__qualname__}.{name}"
+        method.__doc__ = original.__doc__
+        method.__signature__ = inspect.signature(original)  # type: ignore[attr-defined]
+        return method
+
+    namespace: dict[str, Any] = {name: converted(name) for name in methods}
+    namespace |= {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
+    return type(cls.__name__, (ConvertedModel, cls), namespace)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -41,25 +42,75 @@ def variance_penalty(y: RandomVariable, weight: float = 50.0, kind: str = "squar
 
 
 class _Attach(torch.autograd.Function):
-    """Identity on the mean; backward adds the penalty's gradient to the variance."""
+    """Identity on the mean; the first backward pass that accumulates gradients adds the penalty's to the variance."""
 
     @staticmethod
-    def forward(ctx: Any, mean: torch.Tensor, var: torch.Tensor, factor: float, kind: str) -> torch.Tensor:
+    def forward(ctx: Any, var: torch.Tensor, factor: float, kind: str, joined: _Joined | None, *means: torch.Tensor) -> Any:
         ctx.save_for_backward(var)
-        ctx.factor, ctx.kind = factor, kind
-        return mean.view_as(mean)
+        ctx.factor, ctx.kind, ctx.joined = factor, kind, joined
+        return tuple(mean.view_as(mean) for mean in means)
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None, None]:
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[Any, ...]:
+        if ctx.joined is not None and not ctx.joined.joins_now():
+            return None, None, None, None, *grads
         (var,) = ctx.saved_tensors
-        slope = 2 * var if ctx.kind == "squared" else torch.ones_like(var)
-        return grad, flushed(slope * (ctx.factor / var.numel())), None, None
+        wide = var.to(torch.promote_types(var.dtype, torch.float32))  # what is small in float32 may be 0 or infinite in half
+        slope = 2 * wide if ctx.kind == "squared" else torch.ones_like(wide)
+        return flushed(slope * (ctx.factor / var.numel())).to(var.dtype), None, None, None, *grads
 
 
-def attach_penalty(y: RandomVariable, weight: float = 50.0, kind: str = "squared", scale: float = 1.0) -> torch.Tensor:
+class _Joined:
+    """Whether L_c has joined a backward pass: once a forward, and never one of ``torch.autograd.grad``."""
+
+    def __init__(self, leaves: list[Any]) -> None:
+        self.leaves = leaves  # accumulation nodes of some parameters that the variance depends on
+        self.done = False
+
+    def joins_now(self) -> bool:
+        if self.done or not (not self.leaves or any(map(_accumulates, self.leaves))):
+            return False
+        self.done = True
+        return True
+
+
+def _accumulates(leaf: Any) -> bool:
+    """True if the backward pass under way will accumulate into this leaf."""
+    try:
+        return bool(torch._C._will_engine_execute_node(leaf))
+    except RuntimeError:  # torch's answer for the inputs of torch.autograd.grad
+        return False
+
+
+def _accumulation_nodes(var: torch.Tensor, most: int = 8) -> list[Any]:
+    """The accumulation nodes of the nearest leaves that ``var`` is made of."""
+    if var.grad_fn is None:
+        return []
+    found: list[Any] = []
+    todo, seen = [var.grad_fn], {var.grad_fn}
+    while todo and len(found) < most:
+        node = todo.pop(0)
+        if type(node).__name__ == "AccumulateGrad":
+            found.append(node)
+        for each, _ in node.next_functions:
+            if each is not None and each not in seen:
+                seen.add(each)
+                todo.append(each)
+    return found
+
+
+def attach_penalty(
+    y: RandomVariable, weight: float = 50.0, kind: str = "squared", scale: float = 1.0, beside: Sequence[torch.Tensor] = ()
+) -> Any:
     """The mean of ``y``, with L_c joining whatever loss is computed from it, at backward.
 
-    Forward is the identity on the mean, so a reported loss does not change; backward hands
-    scale * weight * 2 var / n to the variance (eq. 14 differentiated).
+    With tensors ``beside`` it (logits, a view) it returns the mean and these, and L_c joins a loss of any of them.
+
+    Forward is the identity on the mean, so a reported loss does not change; the first backward pass that accumulates
+    gradients hands scale * weight * 2 var / n to the variance (eq. 14 differentiated). A second pass through the same
+    graph does not, and neither does ``torch.autograd.grad``.
     """
-    return _Attach.apply(y.mean, y.var, float(weight) * float(scale), kind)  # type: ignore[no-any-return]
+    var = y.var
+    joined = None if torch.compiler.is_compiling() else _Joined(_accumulation_nodes(var))
+    taken = _Attach.apply(var, float(weight) * float(scale), kind, joined, y.mean, *beside)
+    return taken if beside else taken[0]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import difflib
 import functools
 from collections import defaultdict
@@ -13,40 +12,11 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from rvconvert.converted import Conversion
-from rvconvert.core.tree import flatten
+from rvconvert.converted import conversion_of, is_converted, plain_copy
 from rvconvert.errors import ConversionError, TransferError
-from rvconvert.rules.noise import GAUSSIAN_SOURCES
+from rvconvert.rules.draws import DRAWS
 
-__all__ = ["is_converted", "to_plain", "transfer_weights"]
-
-
-def is_converted(model: nn.Module) -> bool:
-    """True for a model that ``convert`` returned."""
-    return isinstance(model.__dict__.get("_rvconvert"), Conversion)
-
-
-def plain_copy(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
-    """A copy of a converted model as its original class, sharing nothing (but what ``memo`` holds)."""
-    conversion: Conversion = model.__dict__["_rvconvert"]
-    made = conversion.plain_class.__new__(conversion.plain_class)
-    memo = {} if memo is None else memo
-    memo[id(model)] = made
-    memo[id(conversion)] = None
-    state = {key: value for key, value in model.__dict__.items() if key != "_rvconvert"}
-    made.__dict__.update(copy.deepcopy(state, detached(model, memo)))
-    return made
-
-
-def detached(model: nn.Module, memo: dict[int, Any]) -> dict[int, Any]:
-    """``memo`` for a deepcopy of ``model``, with the results of past calls that it keeps taken off their graph."""
-    for module in model.modules():
-        for name, value in vars(module).items():
-            if name not in ("_parameters", "_modules"):
-                for tensor in flatten(value)[0]:
-                    if isinstance(tensor, torch.Tensor) and not tensor.is_leaf:
-                        memo[id(tensor)] = tensor.detach().clone()
-    return memo
+__all__ = ["to_plain", "transfer_weights"]
 
 
 def to_plain(rv_model: nn.Module, latent: str = "sample") -> nn.Module:
@@ -65,9 +35,17 @@ def to_plain(rv_model: nn.Module, latent: str = "sample") -> nn.Module:
     if latent not in ("sample", "mean"):
         raise ConversionError(f"latent={latent!r} is not one of 'sample', 'mean'")
     plain = plain_copy(rv_model)
+    conversion = conversion_of(rv_model)
+    methods = conversion.options.methods
+    if not conversion.calls and any(p.grad is not None for p in rv_model.parameters()):
+        conversion.warn(
+            "never called",
+            f"this model has gradients, but its converted {' and '.join(methods)} was never called, so it was trained as the "
+            "plain model, without L_c. A loop that encodes, samples and decodes by itself needs the method that does all "
+            "three, methods=(...), or a converted decoder: convert(model.decoder, random_inputs=(...))",
+        )
     if latent == "mean":
-        conversion: Conversion = rv_model.__dict__["_rvconvert"]
-        make_deterministic(plain, conversion.options.methods)
+        make_deterministic(plain, methods)
     return plain
 
 
@@ -76,22 +54,10 @@ class _MeanOfNoise(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
-        if func not in GAUSSIAN_SOURCES:
+        draw = DRAWS.get(func)
+        if draw is None or not draw.is_gaussian:
             return func(*args, **kwargs)
-        kwargs.pop("generator", None)
-        if func is torch.randn:
-            return torch.zeros(*args, **kwargs)
-        if func is torch.randn_like:
-            return torch.zeros_like(*args, **kwargs)
-        if func is torch.Tensor.normal_:
-            mean = args[1] if len(args) > 1 else kwargs.get("mean", 0.0)
-            return args[0].fill_(mean)
-        mean = args[0] if args else kwargs.get("mean", 0.0)
-        std = args[1] if len(args) > 1 else kwargs.get("std", 1.0)
-        size = args[2] if len(args) > 2 else kwargs.get("size")
-        if size is not None:
-            return torch.full(size, float(mean))
-        return mean + torch.zeros_like(std) if isinstance(std, torch.Tensor) else mean.clone()
+        return draw.at_mean(func, args, kwargs)
 
 
 def make_deterministic(model: nn.Module, methods: tuple[str, ...]) -> None:

@@ -103,8 +103,9 @@ class _Operations:
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         widths = [max((len(cells[column]) for _, cells in self.rows), default=0) for column in range(4)]
-        others = sum(width + self.GAP for width in widths[1:] if width)
-        widths[0] = min(widths[0], max(options.max_width - self.INDENT - self.GAP - others, 12))
+        for column, least in ((0, 12), (2, 11)):  # paths of modules fold first, then what is promised, at its words
+            excess = self.INDENT + sum(width + self.GAP for width in widths if width) - options.max_width
+            widths[column] = min(widths[column], max(widths[column] - excess, least))
         for place, block in itertools.groupby(self.rows, key=lambda each: (each[0].where, each[0].source)):
             if any(place):
                 yield _place(*place)
@@ -130,12 +131,12 @@ def _place(where: str, source: str) -> RenderableType:
 
 
 def folded_rows(rows: Sequence[Row]) -> list[tuple[Row, tuple[str, str, str, str]]]:
-    """Each row with its cells (module, operation, moments, times); a loop's rows stand once, with how often it turns.
+    """Each row with its cells (module, operation, moments, turns and role); a loop's rows stand once.
 
     A loop is a stretch of rows that follows itself: over the same modules, or three times and more over modules that
     differ by a number (``blocks.0``, ``blocks.1``, ...).
     """
-    keys = [(re.sub(r"\d+", "#", row.module), row.operation, row.status, row.rule, row.where) for row in rows]
+    keys = [(re.sub(r"\d+", "#", row.module), row.operation, row.status, row.rule, row.where, row.role) for row in rows]
     found: list[tuple[Row, tuple[str, str, str, str]]] = []
     start = 0
     while start < len(rows):
@@ -143,7 +144,8 @@ def folded_rows(rows: Sequence[Row]) -> list[tuple[Row, tuple[str, str, str, str
         for offset in range(period):
             row = rows[start + offset]
             last = rows[start + offset + (turns - 1) * period]
-            cells = (_span(row.module, last.module), row.operation, _moments(row), f"×{turns}" if turns > 1 else "")
+            remark = " ".join(filter(None, (f"×{turns}" if turns > 1 else "", row.role)))
+            cells = (_span(row.module, last.module), row.operation, _moments(row), remark)
             found.append((row, cells))
         start += period * turns
     return found
@@ -184,7 +186,7 @@ def _summary(report: Report) -> str:
         parts.append(f"{counts['noise']} noise source{'s' if counts['noise'] > 1 else ''}")
     if counts.get("unsupported"):
         parts.append(f"{counts['unsupported']} without a rule")
-    return f"{'; '.join(parts)}. Engine: {report.engine} ({report.reason})."
+    return f"{'; '.join(parts)}. Recording: {report.lifetime} ({report.reason})."
 
 
 def _assumptions(report: Report) -> list[str]:

@@ -17,6 +17,7 @@ class Row:
     Attributes:
         operation: the op as torch names it, or the module's class.
         status: ``"noise"``, ``"random"``, ``"deterministic"`` or ``"unsupported"``.
+        role: ``"latent"``, ``"nuisance"`` (a draw left as it is), ``"reconstruction"``, ``"loss"``, or empty.
         module: path of the module in whose forward it stands.
         where: ``file:line``; ``source``: that line as the user wrote it.
         rule, exactness, assumption: of the rule that serves it, empty if none.
@@ -33,6 +34,7 @@ class Row:
     assumption: str = ""
     reason: str = ""
     hint: str = ""
+    role: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +43,7 @@ class Report:
 
     Attributes:
         model: class of the model; ``method``: the method that is converted.
-        engine: ``"graph"`` or ``"dispatch"``; ``reason``: why that one.
+        lifetime: ``"kept"``, the recording serves every call of its kind, or ``"once"``, each call is recorded; ``reason``: why.
         rows: the operations in order.
         notes: what a person should know (branches that are fixed, penalty, ...).
         refusal: why the method cannot be converted at all, empty if it can (but for ``unsupported``).
@@ -49,7 +51,7 @@ class Report:
 
     model: str
     method: str
-    engine: str
+    lifetime: str
     reason: str
     rows: tuple[Row, ...] = ()
     notes: tuple[str, ...] = ()
@@ -89,7 +91,7 @@ def merge(reports: Sequence[Report]) -> Report:
     return Report(
         first.model,
         ", ".join(r.method for r in reports),
-        ", ".join(dict.fromkeys(r.engine for r in reports)),
+        ", ".join(dict.fromkeys(r.lifetime for r in reports)),
         "; ".join(dict.fromkeys(r.reason for r in reports)),
         tuple(row for r in reports for row in r.rows),
         tuple(note for r in reports for note in r.notes),

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,16 +16,16 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from rvconvert._convert import convert_copy
+from rvconvert.capture import intercept
 from rvconvert.capture.recorder import Recording, unchanged
-from rvconvert.converted import Conversion
+from rvconvert.converted import Conversion, Examined, conversion_of, convert_copy, plain_copy
 from rvconvert.core.random_variable import RandomVariable, Settings
 from rvconvert.core.tree import flatten
 from rvconvert.errors import ConversionError
-from rvconvert.plain import is_converted, plain_copy
+from rvconvert.options import Options
 from rvconvert.program.plan import node_row
 from rvconvert.rules.kinds import Elementwise, substitute, unique
-from rvconvert.rules.noise import GAUSSIAN_SOURCES, all_entering, nth_source
+from rvconvert.rules.noise import all_entering, nth_source
 
 __all__ = ["OutputVariances", "Verification", "VerifiedNode", "output_variances", "truth_ratio", "verify"]
 
@@ -205,7 +204,14 @@ def _local_text(row: VerifiedNode) -> str:
 Visit = Callable[[fx.Node, Any, tuple[Any, ...], dict[str, Any]], None]
 
 
-def _walk(recording: Recording, model: nn.Module, leaves: Sequence[Any], settings: Settings | None, visit: Visit) -> None:
+def _walk(
+    recording: Recording,
+    latents: Sequence[fx.Node],
+    model: nn.Module,
+    leaves: Sequence[Any],
+    settings: Settings | None,
+    visit: Visit,
+) -> None:
     """Run the recording, plainly (``settings`` None) or with random variables; values are dropped after their last use.
 
     ``visit(node, value, args, kwargs)`` is called at each node that computes something.
@@ -213,7 +219,7 @@ def _walk(recording: Recording, model: nn.Module, leaves: Sequence[Any], setting
     remaining = {node: len(node.users) for node in recording.graph.nodes}
     values: dict[fx.Node, Any] = {}
     inputs = iter(leaves)
-    noise = {node: index for index, node in enumerate(recording.noise)}
+    noise = {node: index for index, node in enumerate(latents)}
     for node in recording.graph.nodes:
         args = fx.node.map_arg(node.args, values.__getitem__)
         kwargs = fx.node.map_arg(node.kwargs, values.__getitem__)
@@ -224,7 +230,7 @@ def _walk(recording: Recording, model: nn.Module, leaves: Sequence[Any], setting
         elif node.op == "get_attr":
             value = _attribute(node.target, recording, model, settings)
         elif node in noise and settings is not None:
-            value = GAUSSIAN_SOURCES[node.meta["noise"]](*args, **kwargs, settings=nth_source(settings, noise[node]))
+            value = node.meta["draw"].random_variable(*args, **kwargs, settings=nth_source(settings, noise[node]))
         elif node.op == "call_module":
             value = model.get_submodule(node.target)(*args, **kwargs)
         elif node.op == "call_method":
@@ -318,7 +324,7 @@ def verify(
     Raises:
         ConversionError: the model was not converted.
     """
-    conversion = _conversion_of(rv_model)
+    conversion = conversion_of(rv_model)
     name = method or conversion.options.methods[0]
     training = {module: module.training for module in rv_model.modules()}
     rv_model.eval()
@@ -326,32 +332,29 @@ def verify(
         with torch.no_grad(), unchanged(rv_model):
             args, kwargs = conversion.normalized(name, inputs, kwargs)
             torch.manual_seed(seed)
-            recording = None
-            if conversion.options.engine != "dispatch":
-                recording, _ = conversion.recorded(name, rv_model, args, kwargs)
+            with intercept.lock, intercept.plainly():
+                examined = conversion.examine(name, rv_model, args, kwargs)
             leaves = flatten((args, kwargs))[0]
-            if recording is None:
+            if examined.refusal is not None:
+                raise examined.refusal
+            if examined.recording.once:
                 rows = _outputs_only(conversion, rv_model, name, args, kwargs, samples, modes)
             else:
-                rows = _node_by_node(conversion, recording, rv_model, leaves, samples, modes)
+                rows = _node_by_node(conversion, examined, rv_model, leaves, samples, modes)
     finally:
         for module, mode in training.items():
             module.training = mode
     return Verification(conversion.plain_class.__name__, name, samples, tuple(modes), tuple(rows))
 
 
-def _conversion_of(model: nn.Module) -> Conversion:
-    if not is_converted(model):
-        raise ConversionError(f"verify takes a model that rvconvert.convert returned, not a plain {type(model).__name__}")
-    return model.__dict__["_rvconvert"]  # type: ignore[no-any-return]
-
-
 def _node_by_node(
-    conversion: Conversion, recording: Recording, model: nn.Module, leaves: list[Any], samples: int, modes: Sequence[str]
+    conversion: Conversion, examined: Examined, model: nn.Module, leaves: list[Any], samples: int, modes: Sequence[str]
 ) -> list[VerifiedNode]:
+    recording = examined.recording
+    latents = examined.roles.latents
     found: dict[str, dict[fx.Node, _Moments]] = {}
     for mode in modes:
-        settings = dataclasses.replace(conversion.settings, covariance=mode)
+        settings = conversion.options.in_mode(mode).settings
         found[mode] = {}
 
         def propagated(node: fx.Node, value: Any, args: Any, kwargs: Any, mode: str = mode) -> None:
@@ -359,7 +362,7 @@ def _node_by_node(
                 local = _local(node, value, args, kwargs, model) if mode == modes[0] else None
                 found[mode][node] = _Moments(value.mean, float(value.var.double().sum()), local)
 
-        _walk(recording, model, list(all_entering(leaves, settings)), settings, propagated)
+        _walk(recording, latents, model, list(all_entering(leaves, settings)), settings, propagated)
 
     nodes = [node for node in found[modes[0]] if all(node in found[mode] for mode in modes)]
     truth = {node: _Spread(found[modes[0]][node].mean) for node in nodes}
@@ -369,14 +372,14 @@ def _node_by_node(
             truth[node].add(value)
 
     for _ in range(samples):
-        _walk(recording, model, list(_drawn(leaves)), None, drawn)
+        _walk(recording, latents, model, list(_drawn(leaves)), None, drawn)
 
     returned = next(n for n in recording.graph.nodes if n.op == "output").all_input_nodes
     rows = []
     for node in nodes:
         spread, local = truth[node], found[modes[0]][node].local
         own = found[modes[0]][node]
-        row = node_row(node, recording, conversion.settings)
+        row = node_row(node, examined.roles, conversion.settings)
         rows.append(
             VerifiedNode(
                 name=node.name,
@@ -441,10 +444,9 @@ def _local(node: fx.Node, value: RandomVariable, args: Any, kwargs: Any, model: 
     return spread
 
 
-def _in_mode(conversion: Conversion, model: nn.Module, **changes: Any) -> nn.Module:
+def _in_mode(conversion: Conversion, model: nn.Module, covariance: str) -> nn.Module:
     """A copy of the converted model in another covariance mode, its outputs as distributions."""
-    settings = dataclasses.replace(conversion.settings, **changes)
-    options = dataclasses.replace(conversion.options, settings=settings, output="distribution")
+    options = conversion.options.in_mode(covariance, output="distribution")
     return convert_copy(plain_copy(model), options).eval()
 
 
@@ -454,7 +456,7 @@ def _outputs_only(
     """For a model without a graph: its random outputs alone."""
     found = {}
     for mode in modes:
-        leaves = flatten(getattr(_in_mode(conversion, model, covariance=mode), name)(*args, **kwargs))[0]
+        leaves = flatten(getattr(_in_mode(conversion, model, mode), name)(*args, **kwargs))[0]
         found[mode] = {i: x for i, x in enumerate(leaves) if isinstance(x, RandomVariable)}
     spreads = {i: _Spread(x.mean) for i, x in found[modes[0]].items()}
     plain = plain_copy(model).eval()
@@ -498,17 +500,16 @@ def truth_ratio(rv_model: nn.Module, *inputs: Any, pairs: int = 32, method: str 
     Raises:
         ConversionError: the model was not converted, or has no reconstruction.
     """
-    conversion = _conversion_of(rv_model)
     found = output_variances(rv_model, *inputs, pairs=pairs, method=method, **kwargs)
-    settings = conversion.settings
     ratio = found.true / found.propagated
-    if ratio >= 10 and not conversion.warned_of_truth:
-        conversion.warned_of_truth = True
-        warnings.warn(
-            f"the true output variance is {ratio:.3g} times what covariance={settings.covariance!r} propagates, so the variance "
+    if ratio >= 10:
+        conversion = conversion_of(rv_model)
+        mode = conversion.options.covariance
+        conversion.warn(
+            "truth",
+            f"the true output variance is {ratio:.3g} times what covariance={mode!r} propagates, so the variance "
             "penalty has not seen most of it, and a reconstruction from a sample is worse than one from the mean; "
             "rvconvert.verify(model, x) says where it is lost, covariance='sampled' trains against the true one",
-            stacklevel=2,
         )
     return ratio
 
@@ -531,12 +532,12 @@ def output_variances(
     rv_model: nn.Module, *inputs: Any, pairs: int = 32, method: str | None = None, **kwargs: Any
 ) -> OutputVariances:
     """The variance of the reconstruction as it is propagated and as it is, in eval mode; arguments as of ``truth_ratio``."""
-    conversion = _conversion_of(rv_model)
-    name = method or conversion.options.methods[0]
-    sampled = dataclasses.replace(conversion.settings, covariance="sampled", pairs=pairs)
+    conversion = conversion_of(rv_model)
+    options = conversion.options
+    name = method or options.methods[0]
     with torch.no_grad(), unchanged(rv_model):
-        own = _reconstructions(conversion, rv_model, conversion.settings, name, inputs, kwargs)
-        true = _reconstructions(conversion, rv_model, sampled, name, inputs, kwargs)
+        own = _reconstructions(conversion, rv_model, options, name, inputs, kwargs)
+        true = _reconstructions(conversion, rv_model, options.in_mode("sampled", pairs=pairs), name, inputs, kwargs)
     elements = sum(y.mean.numel() for y in own)
     between = sum(float(y.mean.double().var(0, correction=0).sum()) * len(y.mean) for y in own)
     return OutputVariances(_total(own) / elements, _total(true) / elements, between / elements)
@@ -547,11 +548,10 @@ def _total(variables: Sequence[RandomVariable]) -> float:
 
 
 def _reconstructions(
-    conversion: Conversion, model: nn.Module, settings: Settings, name: str, args: Any, kwargs: Any
+    conversion: Conversion, model: nn.Module, options: Options, name: str, args: Any, kwargs: Any
 ) -> list[RandomVariable]:
-    options = dataclasses.replace(conversion.options, settings=settings, output="mean")
-    copy = convert_copy(plain_copy(model), options).eval()
-    own: Conversion = copy.__dict__["_rvconvert"]
+    copy = convert_copy(plain_copy(model), dataclasses.replace(options, output="mean")).eval()
+    own = conversion_of(copy)
     seen: list[RandomVariable] = []
 
     def take(value: Any) -> Any:

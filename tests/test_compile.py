@@ -1,4 +1,4 @@
-"""torch.compile of converted models, and the kernels that are compiled without being asked."""
+"""torch.compile of converted models, and the kernels that compile where that is asked for."""
 
 import copy
 import logging
@@ -137,10 +137,8 @@ def test_a_persons_rule_compiles():
 @pytest.fixture
 def small_kernels(monkeypatch):
     """Kernels compile, and run in blocks, from a few elements on."""
-    monkeypatch.setattr(compilation, "LARGE", 64)
     monkeypatch.setattr(compilation, "BLOCK", 16)
     monkeypatch.setattr(compilation, "SMALL", 8)
-    monkeypatch.setattr(compilation, "_so_far", {})
     monkeypatch.setattr(compilation, "_compiled", {})
     monkeypatch.setattr(compilation, "_enabled", True)
 

@@ -175,12 +175,11 @@ def test_penalty_has_the_gradient_of_finite_differences():
         assert math.isclose(float((gradient * direction).sum()), float((above - below) / (2 * step)), rel_tol=1e-4, abs_tol=1e-7)
 
 
-@pytest.mark.parametrize("engine", ["graph", "dispatch"])
-def test_converted_vae_leaves_means_and_attaches_the_full_variance(engine):
+def test_converted_vae_leaves_means_and_attaches_the_full_variance():
     torch.manual_seed(3)
     vae, x = VAE(), torch.rand(6, 1, 4, 4)
-    out, _, _ = (rv := rvconvert.convert(vae, covariance="lowrank", engine=engine))(x)
-    y, _, _ = (explicit := rvconvert.convert(vae, covariance="lowrank", engine=engine, output="distribution"))(x)
+    out, _, _ = (rv := rvconvert.convert(vae, covariance="lowrank"))(x)
+    y, _, _ = (explicit := rvconvert.convert(vae, covariance="lowrank", output="distribution"))(x)
     assert isinstance(y, LowRankVariable) and torch.allclose(out, y.mean, atol=1e-6)
     F.mse_loss(out, x).backward()
     (F.mse_loss(y.mean, x) + rvconvert.variance_penalty(y)).backward()
@@ -277,3 +276,47 @@ def test_marginals_far_from_gaussian_are_no_obstacle():
         z = RandomVariable(torch.zeros(1, 3), torch.ones(1, 3))
         rv = rvconvert.convert(network, random_inputs=("input",), covariance="lowrank", output="distribution")
         assert float(rv(z).var.sum() / truth) == pytest.approx(1, abs=0.25)
+
+
+# ---- rows of a batch that meet ---------------------------------------------------------------------------------------
+
+
+def _meeting_nets(batch: int) -> dict[str, object]:
+    adjacency = (torch.rand(batch, batch) < 0.3).float()
+    adjacency = adjacency / adjacency.sum(1, keepdim=True).clamp(min=1)
+    first, second = nn.Linear(LATENT, 16).requires_grad_(False), nn.Linear(16, 5).requires_grad_(False)
+    attention = nn.MultiheadAttention(LATENT, 1, batch_first=True).requires_grad_(False).eval()
+    return {
+        "graph": lambda z: second(F.relu(adjacency @ first(z))),
+        "inner products": lambda z: torch.sigmoid(z @ z.t()),
+        "pairs": lambda z: (z[:, None] - z[None]).square().sum(-1),
+        "attention": lambda z: second(F.relu(first(F.scaled_dot_product_attention(z[None], z[None], z[None])[0]))),
+        "layer of attention": lambda z: attention(z[None], z[None], z[None])[0][0],
+        "set": lambda z: second(F.relu(first(z - torch.mean(z, 0, keepdim=True)))),
+        "pooled": lambda z: second(torch.mean(F.relu(first(z)), 0)),
+    }
+
+
+@pytest.mark.parametrize("name", list(_meeting_nets(1)))
+def test_rows_that_meet_get_nodes_of_their_own(name):
+    torch.manual_seed(0)
+    batch = 24
+    net = _meeting_nets(batch)[name]
+    mean, std = torch.randn(batch, LATENT), 0.3 + 0.4 * torch.rand(batch, LATENT)
+    draws = torch.stack([net(mean + std * torch.randn_like(mean)) for _ in range(1500)])
+    y = net(latent(mean, std))
+    assert float(y.var.sum() / draws.var(0).sum()) == pytest.approx(1, abs=0.2)  # 1/24 to 10 with one noise for all
+    assert y.mean.shape == draws.shape[1:]
+
+
+def test_rows_that_do_not_meet_keep_common_nodes():
+    torch.manual_seed(0)
+    z = latent(torch.randn(6, LATENT), torch.ones(6, LATENT))
+    nets = (
+        nn.Sequential(nn.Linear(LATENT, 16), nn.Unflatten(1, (4, 2, 2)), nn.ConvTranspose2d(4, 3, 3), nn.BatchNorm2d(3)),
+        lambda z: F.scaled_dot_product_attention(*(z.unflatten(1, (LATENT, 1)),) * 3).flatten(1).cumsum(1),
+        lambda z: nn.GRU(LATENT, 7)(z.expand(3, 6, LATENT))[0].permute(1, 0, 2).softmax(-1),
+        lambda z: torch.cat((z, z.sort(-1).values), 1).view(12, LATENT).norm(dim=-1),
+    )
+    for net in nets:
+        assert net(z)._nodes is not None

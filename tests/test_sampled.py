@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import rvconvert
-from rvconvert import ConversionError, RandomVariable
+from rvconvert import ConversionError, Options, RandomVariable
 from rvconvert.core.random_variable import Settings
 from rvconvert.covariance.sampled import SampledVariable, antithetic_normal, orthogonal_normal
 
@@ -84,11 +84,10 @@ def test_squared_error_of_the_mean_plus_variance_is_the_error_over_the_paths():
     assert torch.allclose(expected, (y.paths - target).square().mean(), rtol=1e-5)
 
 
-@pytest.mark.parametrize("engine", ["graph", "dispatch"])
-def test_attached_expected_penalty_has_the_gradient_of_the_error_over_the_paths(engine):
+def test_attached_expected_penalty_has_the_gradient_of_the_error_over_the_paths():
     torch.manual_seed(3)
     vae, x = VAE(), torch.rand(7, 1, 4, 4)
-    options = {"covariance": "sampled", "pairs": 2, "seed": 5, "engine": engine}
+    options = {"covariance": "sampled", "pairs": 2, "seed": 5}
     attached = rvconvert.convert(vae, penalty=1.0, penalty_kind="expected", **options)
     out, z, mu, _ = attached(x)
     assert out.shape == x.shape and torch.allclose(z, mu, atol=1e-6)
@@ -118,8 +117,7 @@ def test_batch_norm_sees_all_paths_as_one_batch():
     assert int(decoder.rest[0].num_batches_tracked) == 1
 
 
-@pytest.mark.parametrize("engine", ["graph", "dispatch"])
-def test_operations_without_any_rule(engine):
+def test_operations_without_any_rule():
     class Odd(nn.Module):
         def forward(self, z):
             h = torch.fft.rfft(z, dim=1).abs()
@@ -130,10 +128,9 @@ def test_operations_without_any_rule(engine):
     torch.manual_seed(5)
     model = Odd()
     options = {"random_inputs": ("z",), "covariance": "sampled", "pairs": 2, "seed": 2}
-    options |= {"output": "distribution", "engine": engine}
+    options |= {"output": "distribution"}
     mean = torch.randn(5, 6)
-    example = {"example_inputs": mean} if engine == "graph" else {}
-    y = rvconvert.convert(model, **options, **example)(RandomVariable(mean, torch.ones(5, 6)))
+    y = rvconvert.convert(model, **options)(RandomVariable(mean, torch.ones(5, 6)))
     paths = mean + source((5, 6), 2, seed=2).paths
     assert torch.allclose(y.paths, torch.stack([model(z) for z in paths]), atol=1e-5)
 
@@ -177,12 +174,11 @@ def test_seed_fixes_draws_and_sources_differ():
             return torch.randn_like(x) + x, torch.randn_like(x) + x
 
     x = torch.zeros(3, 4)
-    for engine in ("graph", "dispatch"):
-        rv = rvconvert.convert(Two(), covariance="sampled", seed=1, output="distribution", engine=engine)
-        (a, b), (c, _) = rv(x), rv(x)
-        assert torch.equal(a.paths, c.paths) and not torch.allclose(a.paths, b.paths)
-        fresh = rvconvert.convert(Two(), covariance="sampled", output="distribution", engine=engine)
-        assert not torch.equal(fresh(x)[0].paths, fresh(x)[0].paths)
+    rv = rvconvert.convert(Two(), covariance="sampled", seed=1, output="distribution")
+    (a, b), (c, _) = rv(x), rv(x)
+    assert torch.equal(a.paths, c.paths) and not torch.allclose(a.paths, b.paths)
+    fresh = rvconvert.convert(Two(), covariance="sampled", output="distribution")
+    assert not torch.equal(fresh(x)[0].paths, fresh(x)[0].paths)
 
 
 def test_variance_agrees_with_monte_carlo_where_independence_does_not():
@@ -196,9 +192,9 @@ def test_variance_agrees_with_monte_carlo_where_independence_does_not():
         draws = torch.stack([decoder(mean + var.sqrt() * torch.randn_like(mean)) for _ in range(2000)])
         true = draws.var(0).sum()
         ratio = {}
-        for covariance in ("sampled", "independent"):
+        for covariance, more in (("sampled", {"pairs": 16}), ("independent", {})):
             rv = rvconvert.convert(
-                decoder, random_inputs=("z",), covariance=covariance, pairs=16, seed=0, output="distribution"
+                decoder, Options().in_mode(covariance, seed=0), random_inputs=("z",), output="distribution", **more
             ).eval()
             ratio[covariance] = float(rv(RandomVariable(mean, var)).var.sum() / true)
     assert 0.93 < ratio["sampled"] < 1.07

@@ -135,8 +135,11 @@ def test_random_inputs_and_other_modes(vae):
     assert result.ratio("lowrank") == pytest.approx(1, abs=0.3)
 
 
-def test_dispatch_engine_is_verified_at_its_outputs(vae):
-    rv = rvconvert.convert(vae, engine="dispatch")
+def test_a_model_that_is_recorded_anew_is_verified_at_its_outputs(vae):
+    forward = type(vae).forward
+    reading = type("Reading", (type(vae),), {"forward": lambda self, x: forward(self, x * (1 if x.sum() > -1e9 else 2))})
+    vae.__class__ = reading
+    rv = rvconvert.convert(vae)
     result = verify(rv, torch.rand(12, 1, 4, 4), samples=300)
     assert len(result) == 1 and result.rows[0].output
     assert result.ratio("lowrank") == pytest.approx(1, abs=0.15)

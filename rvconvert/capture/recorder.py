@@ -11,7 +11,6 @@ import sys
 import types
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,15 +18,16 @@ import torch
 from torch import fx, nn
 from torch.overrides import TorchFunctionMode
 
+from rvconvert.capture.intercept import COMMAND_LINE, INTERNAL, Handler, intercepting
 from rvconvert.capture.traced_number import TracedFloat, TracedInt, ignored, traced_size, untraced
-from rvconvert.core.random_variable import RandomVariable, Settings, in_settings, random_variables
-from rvconvert.core.registry import Registry
+from rvconvert.core.random_variable import RandomVariable, Settings, in_settings, propagate, random_variables
+from rvconvert.core.registry import Registry, Rule
 from rvconvert.core.tree import Structure, flatten
-from rvconvert.rules.kinds import Metadata
-from rvconvert.rules.noise import GAUSSIAN_SOURCES, NON_GAUSSIAN
+from rvconvert.rules.draws import DRAWS
+from rvconvert.rules.kinds import Metadata, Read, out_of_place
 from rvconvert.rules.shape import setitem
 
-__all__ = ["Recording", "as_class", "intercepted_modules", "record", "unchanged", "unscripted", "user_frame", "where"]
+__all__ = ["Kept", "Recording", "record", "unchanged", "user_frame", "where"]
 
 _TENSOR_METHODS = {
     getattr(torch.Tensor, name): name for name in reversed(dir(torch.Tensor)) if callable(getattr(torch.Tensor, name))
@@ -38,20 +38,17 @@ _TENSOR_PROPERTIES = {
     if hasattr(attribute := getattr(torch.Tensor, name), "__get__") and not callable(attribute)
 }
 _CONSTANT = itertools.count()
-_UNRECORDED_PROPERTIES = frozenset(
-    "dtype device ndim layout requires_grad is_cuda is_leaf grad_fn is_sparse is_quantized is_mps is_meta is_nested "
-    "is_cpu is_mkldnn is_xpu names _base _version output_nr is_sparse_csr is_ipu is_xla itemsize nbytes".split()
-)
-_UNRECORDED = frozenset(
-    "dim ndimension is_contiguous is_floating_point is_complex element_size get_device stride storage_offset type "
-    "is_tensor is_same_size data_ptr untyped_storage storage __len__ __format__ __repr__ __hash__ __deepcopy__ "
-    "requires_grad_ retain_grad is_signed __reduce_ex__ is_pinned _is_view __dir__ is_inference "
-    "set_ _typed_storage promote_types result_type can_cast get_default_dtype broadcast_shapes".split()
-)
-_VALUE_READS = frozenset(
-    "__bool__ __int__ __index__ __float__ __complex__ tolist numpy __array__ is_nonzero equal allclose __contains__ "
-    "unique nonzero".split()
-)
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Something that the method keeps on a module: an attribute and the structure of its value, tensors taken out."""
+
+    path: str
+    name: str
+    structure: Structure
+    leaves: int
+    grown: bool = False  # the same list or dict as before, with other contents
 
 
 @dataclass
@@ -59,47 +56,68 @@ class Recording:
     """A method captured as a graph.
 
     Attributes:
-        graph: placeholders are the tensor leaves of the inputs, in order; the output is a flat tuple.
-        inputs: structure of the inputs; ``outputs``: structure of the outputs.
-        attributes: (module path, attribute) pairs whose values the method sets; they follow the outputs.
+        graph: placeholders are the tensor leaves of the inputs, in order; the output is a flat tuple. On each node, ``meta``
+            holds where it comes from, the rule that serves it, its value's shape, and the draw that it is.
+        outputs: structure of the outputs.
+        kept: what the method keeps on modules; the tensors in it follow the outputs.
         constants: values that no code in the graph makes, by the name it looks them up with on the conversion.
-        origins: node -> where it comes from.
-        non_gaussian: (distribution, where) for each draw from another distribution that meets a random value.
-        obstacles: why the graph cannot stand for the method (empty if it can).
-        asks_grad_mode: the method asks whether gradients are on.
-        changed: attributes other than tensors that the method sets, which a graph does not.
+        random_inputs: the placeholders given as random variables.
+        draws: the nodes that draw.
+        depends: the nodes that depend on a draw or a random input.
+        reads: (node, place) where Python reads the value of a tensor.
+        stale: (writer, place) where memory is used that was written in place through another tensor.
+        once: why the recording serves the call at hand alone (empty if it can be kept).
         fixed: why the batch size is part of the graph (empty if it is not).
+        overwritten: parameters that the run wrote to in place, with what they were.
+        asks_grad_mode: the method asks whether gradients are on.
     """
 
     graph: fx.Graph
-    inputs: Structure
     outputs: Structure = field(default_factory=lambda: Structure("constant"))
-    attributes: list[tuple[str, str]] = field(default_factory=list)
+    kept: list[Kept] = field(default_factory=list)
     constants: dict[str, Any] = field(default_factory=dict)
-    random: set[fx.Node] = field(default_factory=set)
-    non_gaussian: list[tuple[str, str]] = field(default_factory=list)
-    noise: list[fx.Node] = field(default_factory=list)
-    obstacles: list[str] = field(default_factory=list)
-    asks_grad_mode: bool = False
-    changed: list[str] = field(default_factory=list)
+    random_inputs: list[fx.Node] = field(default_factory=list)
+    draws: list[fx.Node] = field(default_factory=list)
+    depends: set[fx.Node] = field(default_factory=set)
+    reads: list[tuple[fx.Node | None, str]] = field(default_factory=list)
+    stale: list[tuple[fx.Node, str]] = field(default_factory=list)
+    once: list[str] = field(default_factory=list)
     fixed: list[str] = field(default_factory=list)
+    overwritten: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)
+    asks_grad_mode: bool = False
+
+    @property
+    def output(self) -> fx.Node:
+        """The node of the outputs."""
+        return next(iter(reversed(self.graph.nodes)))
+
+    @staticmethod
+    def restore(recording: Recording) -> None:
+        """Put back the parameters that a run wrote to."""
+        with torch.no_grad():
+            for target, value in reversed(recording.overwritten):
+                target.copy_(value)
+
+    @property
+    def kept_leaves(self) -> int:
+        """How many of the outputs are tensors that the method keeps on modules."""
+        return sum(each.leaves for each in self.kept)
 
 
 def user_frame() -> types.FrameType | None:
     """The innermost frame that is the model's own code: not torch's, not ours."""
-    frame = sys._getframe(1)
-    candidate: types.FrameType | None = None
-    current: types.FrameType | None = frame
+    current: types.FrameType | None = sys._getframe(1)
     while current is not None:
-        filename = current.f_code.co_filename
-        if not filename.startswith(_INTERNAL) and not filename.startswith("<"):
-            candidate = current
-            break
+        if not _is_internal(current):
+            return current
         current = current.f_back
-    return candidate
+    return None
 
 
-_INTERNAL = (str(Path(torch.__file__).parent), str(Path(__file__).parent.parent), contextlib.__file__)
+def _is_internal(frame: types.FrameType) -> bool:
+    """True for torch's code and the library's; the demo's model, beside the command line, is a model like any other."""
+    filename = frame.f_code.co_filename
+    return filename.startswith("<") or (filename.startswith(INTERNAL) and not filename.startswith(COMMAND_LINE))
 
 
 def where(frame: types.FrameType | None) -> tuple[str, str]:
@@ -110,26 +128,25 @@ def where(frame: types.FrameType | None) -> tuple[str, str]:
     return f"{path}:{line}", linecache.getline(path, line).strip()
 
 
-class _Recorder(TorchFunctionMode):
+class _Recorder(TorchFunctionMode, Handler):
     """Writes every torch function that runs into the recording, with tensors and sizes as its edges."""
 
-    def __init__(self, root: nn.Module, recording: Recording, registry: Registry) -> None:
+    def __init__(self, root: nn.Module, recording: Recording, registry: Registry, told: bool | None) -> None:
         super().__init__()
-        self.root = root
+        self.told = told  # what a model that asks for the gradient mode hears; None: what is so
         self.recording = recording
         self.graph = recording.graph
         self.registry = registry
         self.nodes: dict[int, fx.Node] = {}
         self.storages: dict[Any, fx.Node] = {}
         self.alive: list[Any] = []
-        self.stale: set[int] = set()
+        self.writers: dict[int, fx.Node] = {}  # of tensors that are stale since
         self.paths = {id(module): path for path, module in root.named_modules(remove_duplicate=True)}
         self.tensors = {id(t): path for path, t in [*root.named_parameters(), *root.named_buffers()]}
+        self.parameters = {_storage(p) for p in root.parameters()} - {None}
         self.attributes = _plain_tensor_attributes(root)
         self.stack: list[str] = []
-        self.leaf: list[str] | None = None
-        self.tainted: set[fx.Node] = set()  # downstream of a draw from another distribution
-        self.taint_of: dict[fx.Node, tuple[str, str]] = {}
+        self.leaf: list[Any] | None = None
 
     # --- values in, nodes out -------------------------------------------------------------------
 
@@ -138,28 +155,31 @@ class _Recorder(TorchFunctionMode):
         if isinstance(value, torch.Tensor):
             self.nodes[id(value)] = node
             self.alive.append(value)
-            self.stale.discard(id(value))
-            node.meta["ndim"] = value.ndim
+            self.writers.pop(id(value), None)
+            with torch._C.DisableTorchFunction():
+                node.meta["shape"], node.meta["dtype"] = tuple(value.shape), value.dtype
             key = _storage_key(value)
             if key is not None:
                 self.storages[key] = node
-        elif isinstance(value, (list, tuple)) or hasattr(value, "_fields"):
+        elif isinstance(value, (list, tuple)):
             for index, each in enumerate(value):
-                if _holds_tensor(each):
-                    item = self.add("call_function", operator.getitem, (node, index), {})
-                    self.inherit(item, [node])
-                    self.track(each, item)
+                self.track_item(each, node, index)
         elif isinstance(value, dict):
             for key, each in value.items():
-                if _holds_tensor(each):
-                    item = self.add("call_function", operator.getitem, (node, key), {})
-                    self.inherit(item, [node])
-                    self.track(each, item)
+                self.track_item(each, node, key)
+
+    def track_item(self, value: Any, node: fx.Node, key: Any) -> None:
+        """Let ``value`` stand for ``node[key]``, if there is a tensor in it."""
+        if _tensors(value):
+            item = self.add("call_function", operator.getitem, (node, key), {})
+            item.meta["part"] = True
+            self.inherit(item)
+            self.track(value, item)
 
     def node_of(self, tensor: torch.Tensor) -> fx.Node:
         """The node that made ``tensor``; a parameter, buffer, attribute or constant gets one on first use."""
-        if id(tensor) in self.stale:
-            self.recording.obstacles.append(f"in-place write through a view, then its base is used: {self.line()}")
+        if id(tensor) in self.writers:
+            self.recording.stale.append((self.writers[id(tensor)], self.line()))
         known = self.nodes.get(id(tensor))
         if known is not None:
             return known
@@ -175,6 +195,7 @@ class _Recorder(TorchFunctionMode):
         return node
 
     def constant(self, value: Any) -> fx.Node:
+        """A node for a value that no code in the graph makes."""
         name = f"constant_{next(_CONSTANT)}"
         self.recording.constants[name] = value
         return self.graph.get_attr(f"_rvconvert.constants.{name}")
@@ -185,8 +206,13 @@ class _Recorder(TorchFunctionMode):
             return value.node
         if isinstance(value, torch.Tensor):
             return self.node_of(value)
-        if isinstance(value, torch.Size) or type(value) is tuple or hasattr(value, "_fields"):
+        if isinstance(value, torch.Size) or type(value) is tuple:
             return tuple(self.argument(each) for each in value)
+        if isinstance(value, tuple) and hasattr(value, "_fields"):
+            node = self.add("call_function", type(value), tuple(self.argument(each) for each in value), {})
+            node.meta["part"] = True
+            self.inherit(node)
+            return node
         if isinstance(value, list):
             return [self.argument(each) for each in value]
         if isinstance(value, dict):
@@ -195,70 +221,57 @@ class _Recorder(TorchFunctionMode):
             return slice(self.argument(value.start), self.argument(value.stop), self.argument(value.step))
         if isinstance(value, (np.integer, np.floating, np.bool_)):
             return value.item()
-        if (
-            value is None
-            or value is Ellipsis
-            or isinstance(value, (bool, int, float, complex, str, torch.dtype, torch.device, torch.memory_format, torch.layout))
-        ):
+        if value is None or value is Ellipsis or isinstance(value, _IMMEDIATE):
             return value
         return self.constant(value)
 
     def line(self) -> str:
+        """Where the model is, with the source line."""
         place, source = where(user_frame())
         return f"{place}: {source}"
 
     def add(self, op: str, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx.Node:
+        """A new node, with the model's own file and line."""
         node = self.graph.create_node(op, target, args, kwargs)
         node.meta["where"], node.meta["source"] = where(user_frame())
         node.meta["module"] = self.stack[-1] if self.stack else ""
         return node
 
     def fixed(self, name: str) -> None:
+        """Told where Python fixes a batch size."""
         if not where(user_frame())[1].startswith("assert"):
             self.recording.fixed.append(self.line())
 
-    def inherit(self, node: fx.Node, sources: Any) -> None:
-        """A node is random, or downstream of another distribution's draw, if one of its inputs is."""
-        for source in sources:
-            if source in self.recording.random:
-                self.recording.random.add(node)
-            if source in self.taint_of and node not in self.taint_of:
-                self.taint_of[node] = self.taint_of[source]
+    def inherit(self, node: fx.Node) -> None:
+        """A node depends on a draw if one of its inputs does."""
+        if any(source in self.recording.depends for source in node.all_input_nodes):
+            self.recording.depends.add(node)
 
     # --- interception ---------------------------------------------------------------------------
 
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        name = getattr(func, "__name__", "")
         if self.leaf is not None:
             self.leaf.append(func)
             return func(*args, **kwargs)
+        name = getattr(func, "__name__", "")
         if func in _TENSOR_PROPERTIES or name == "size":
-            return self.property(func, name, args, kwargs)
-        plain_args, plain_kwargs = _plain(args), _plain(kwargs)
-        if name in _UNRECORDED and not (name == "type" and len(args) + len(kwargs) > 1):
-            return func(*plain_args, **plain_kwargs)
-        if name == "register_hook":
-            self.recording.obstacles.append(f"a hook on a tensor: {self.line()}")
-            return func(*plain_args, **plain_kwargs)
-        if name in _VALUE_READS:
-            return self.read(func, name, plain_args, plain_kwargs)
+            return self.property(func, args, kwargs)
+        rule = self.registry.find(func)
+        if rule is not None and isinstance(rule.kind, Read) and name != "item":
+            return self.read(func, rule, args, kwargs)
         if name == "item":
-            value = func(*plain_args)
+            value = func(*_plain(args))
             node = self.add("call_method", "item", (self.argument(args[0]),), {})
-            self.inherit(node, node.all_input_nodes)
-            return TracedFloat(float(value), node, self.read_float)
-        return self.call(func, name, args, kwargs, plain_args, plain_kwargs)
+            node.meta["rule"] = rule
+            self.inherit(node)
+            return TracedFloat(float(value), node, lambda _: self.note_read(node)) if isinstance(value, (int, float)) else value
+        return self.call(func, name, rule, args, kwargs)
 
-    def read_float(self, name: str) -> None:
-        self.recording.obstacles.append(f"Python decides by the value of a tensor: {self.line()}")
-
-    def property(self, func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def property(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """An attribute of a tensor: a traced size, a tensor made of it, or what Python may know."""
         prop = _TENSOR_PROPERTIES.get(func, "size")
-        args, plain = args, _plain(args)
-        value = func(*plain, **_plain(kwargs))
-        if prop in _UNRECORDED_PROPERTIES:
-            return value
+        value = func(*_plain(args), **_plain(kwargs))
         tensor = args[0]
         if prop in ("shape", "size"):
 
@@ -269,124 +282,164 @@ class _Recorder(TorchFunctionMode):
 
             if isinstance(value, torch.Size):
                 return traced_size(value, make)
-            dim = untraced(args[1] if len(args) > 1 else kwargs["dim"])
-            return make(dim, value)
-        if prop == "grad":
+            return make(untraced(args[1] if len(args) > 1 else kwargs["dim"]), value)
+        if not isinstance(value, torch.Tensor) or prop in ("grad", "_base"):
             return value
         node = self.add("call_function", getattr, (self.node_of(tensor), prop), {})
-        self.inherit(node, node.all_input_nodes)
+        node.meta["rule"], node.meta["function"] = self.registry.find(func), func
+        self.inherit(node)
         self.track(value, node)
         return value
 
-    def read(self, func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The value of a tensor goes to Python: harmless in an assertion, else the graph cannot stand for it."""
-        value = func(*args, **kwargs)
-        frame = user_frame()
-        _, source = where(frame)
-        inputs = [self.nodes.get(id(a)) for a in args]
-        if name == "unique" or name == "nonzero":
-            return self.call(func, name, args, kwargs, args, kwargs)
-        if not source.startswith("assert") and any(node is not None for node in inputs):
-            self.recording.obstacles.append(f"Python decides by the value of a tensor: {self.line()}")
-        elif any(id(a) in self.tensors for a in args):
-            self.recording.obstacles.append(f"Python decides by the value of a parameter or buffer: {self.line()}")
+    def note_read(self, node: fx.Node | None) -> None:
+        """Python knows the value of a tensor from here on; an assertion or torch's own check decides nothing."""
+        if not where(user_frame())[1].startswith("assert") and not _checks_arguments():
+            self.recording.reads.append((node, self.line()))
+
+    def read(self, func: Any, rule: Rule, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The value of a tensor goes to Python, or into the shape of a result."""
+        value = func(*_plain(args), **_plain(kwargs))
+        tensors = _tensors(args, kwargs)
+        if _tensors(value):
+            node = self.node_for(func, self.argument(args), self.argument(kwargs), False)
+            node.meta["rule"] = rule
+            self.inherit(node)
+            self.track(value, node)
+            return value
+        known = [self.nodes[id(t)] for t in tensors if id(t) in self.nodes]
+        random = [node for node in known if node in self.recording.depends]
+        if known or any(id(t) in self.tensors or id(t) in self.attributes for t in tensors):
+            self.note_read(random[0] if random else known[0] if known else None)
         return value
 
-    def call(
-        self, func: Any, name: str, args: tuple[Any, ...], kwargs: Any, plain_args: tuple[Any, ...], plain_kwargs: Any
-    ) -> Any:
+    def call(self, func: Any, name: str, rule: Rule | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run a function and write it down, if its result or its effect is a tensor's."""
+        plain_args, plain_kwargs = _plain(args), _plain(kwargs)
+        if name == "__set__":  # x.data = y: torch gives no name to it that a graph could call
+            self.recording.once.append(f"the data of a tensor is set: {self.line()}")
+            return func(*plain_args, **plain_kwargs)
         mutable = _tensors(plain_args, plain_kwargs)
         versions = [_version(x) for x in mutable]
+        target = plain_args[0] if name.endswith("_") and plain_args else None
+        if isinstance(target, torch.Tensor) and _storage(target) in self.parameters:
+            self.recording.overwritten.append((target.detach(), target.detach().clone()))
+        result = func(*plain_args, **plain_kwargs)
+        if result is NotImplemented:
+            return result
+        mutated = [x for x, v in zip(mutable, versions, strict=True) if _version(x) != v]
+        if name == "register_hook":
+            self.recording.once.append(f"a hook on a tensor: {self.line()}")
+        elif not mutated and (not _tensors(result) or name == "__deepcopy__"):
+            return result  # a question whose answer is no tensor
+        if func is torch.Tensor.__setitem__:
+            self.written_back(*plain_args)
         node_args = tuple(self.argument(a) for a in args)
         node_kwargs = {k: self.argument(v) for k, v in kwargs.items()}
         if func is torch.Tensor.new and len(args) == 2 and isinstance(args[1], torch.Size):
             # new(Size) makes that size, new(tuple) a tensor of those values
             node_args = (node_args[0], self.add("call_function", torch.Size, (list(node_args[1]),), {}))
-        result = func(*plain_args, **plain_kwargs)
-        if result is NotImplemented:
-            return result
-        mutated = [x for x, v in zip(mutable, versions, strict=True) if _version(x) != v]
-        node = self.node_for(func, name, node_args, node_kwargs, bool(mutated))
-        if func in GAUSSIAN_SOURCES:
-            self.recording.random.add(node)
-            self.recording.noise.append(node)
-            node.meta["noise"] = func
-        elif func in NON_GAUSSIAN:
-            self.taint_of[node] = (NON_GAUSSIAN[func], self.line())
+        draw = DRAWS.get(func)
+        node = self.node_for(func, node_args, node_kwargs, bool(mutated and draw is None))
+        node.meta["rule"], node.meta["function"] = rule, func
+        node.meta["mutates"] = bool(mutated)
+        if draw is not None:
+            node.meta["draw"] = draw
+            self.recording.draws.append(node)
+            self.recording.depends.add(node)
         self.finish(node, result, mutated)
         return result
 
-    def node_for(self, func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], mutates: bool) -> fx.Node:
-        """The node of a call; an in-place call on a random value becomes its functional twin."""
-        random = self.any_random(func, args, kwargs)
-        if random and func is torch.Tensor.__setitem__:
-            return self.add("call_function", setitem, args, kwargs)
-        if random and mutates and func not in GAUSSIAN_SOURCES:
-            twin = _functional(func, name)
-            if twin is not None:
-                func = twin
+    def written_back(self, target: Any, index: Any, value: Any) -> None:
+        """``x[i] += y`` writes through a view and writes the view back: the whole is as fresh as the part."""
+        writer = self.writers.get(id(target))
+        if writer is not None and isinstance(value, torch.Tensor) and self.nodes.get(id(value)) is writer:
+            with torch._C.DisableTorchFunction():
+                if _storage_key(target[index]) == _storage_key(value):
+                    del self.writers[id(target)]
+
+    def node_for(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], mutates: bool) -> fx.Node:
+        """The node of a call; an in-place call on what may be random becomes its functional twin."""
+        found: list[fx.Node] = []
+        fx.node.map_arg((args, kwargs), found.append)
+        if mutates and any(n in self.recording.depends for n in found):
+            if func is torch.Tensor.__setitem__:
+                return self.add("call_function", setitem, args, kwargs)
+            func = out_of_place(func)
             kwargs = {k: v for k, v in kwargs.items() if k != "inplace"}
-        if func in (torch.Tensor.mean, torch.Tensor.var, torch.Tensor.std):
+        if func in (torch.Tensor.mean, torch.Tensor.var, torch.Tensor.std):  # a random variable's mean is its moment
             return self.add("call_function", getattr(torch, func.__name__), args, kwargs)
         if func in _TENSOR_METHODS:
             return self.add("call_method", _TENSOR_METHODS[func], args, kwargs)
         return self.add("call_function", func, args, kwargs)
 
-    def any_random(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        found: list[fx.Node] = []
-        fx.node.map_arg((args, kwargs), found.append)
-        return func in GAUSSIAN_SOURCES or any(n in self.recording.random for n in found)
-
     def finish(self, node: fx.Node, result: Any, mutated: list[torch.Tensor]) -> None:
         """Let the results, and what the call changed in place, stand for the node."""
-        if not self.asks_plainly(node):
-            self.inherit(node, node.all_input_nodes)
-        random = node in self.recording.random
-        if node in self.taint_of and isinstance(result, torch.Tensor) and result.dtype == torch.bool:
-            del self.taint_of[node]  # a mask drawn beside the model is augmentation, as dropout is
-        if not torch.is_grad_enabled() and not mutated and isinstance(result, torch.Tensor) and result.is_floating_point():
-            detached = self.add("call_method", "detach", (node,), {})
-            self.inherit(detached, [node])
-            node = detached
-        for tensor in mutated:
-            if random:
+        rule = node.meta.get("rule")
+        if rule is None or not isinstance(rule.kind, Metadata):  # the answer to a question about shape is not random
+            self.inherit(node)
+        depends = node in self.recording.depends
+        if not torch._C.is_grad_enabled() and not mutated and isinstance(result, torch.Tensor) and result.is_floating_point():
+            self.track(result, node)
+            node = self.add("call_method", "detach", (node,), {})
+            node.meta["rule"] = self.registry.find(torch.Tensor.detach)
+            self.inherit(node)
+        if depends:
+            for tensor in {_storage(x) or id(x): x for x in reversed(mutated)}.values():  # of views, the one that was written
                 self.write(tensor, node)
-            elif node in self.taint_of:
-                self.taint_of.setdefault(self.node_of(tensor), self.taint_of[node])
-        if not (random and any(result is tensor for tensor in mutated)):
+        if not (depends and any(result is tensor for tensor in mutated)):
             self.track(result, node)
 
-    def asks_plainly(self, node: fx.Node) -> bool:
-        """True for a question about shape, type or finiteness: its answer is not random."""
-        function = getattr(torch.Tensor, str(node.target), None) if node.op == "call_method" else node.target
-        rule = self.registry.find(function) if callable(function) else None
-        return rule is not None and isinstance(rule.kind, Metadata)
-
     def write(self, tensor: torch.Tensor, node: fx.Node) -> None:
-        """An in-place write of a random value: later uses of the tensor see the node."""
+        """An in-place write of what may be random: later uses of the tensor see the node."""
         path = self.tensors.get(id(tensor))
-        if path is not None:
-            self.add("call_function", assign_mean, (self.graph.get_attr(path), node), {})
         key = _storage(tensor)
+        if key in self.parameters:  # an initialisation by data: done now, as the plain model does it
+            self.recording.once.append(f"a parameter is written in place: {self.line()}")
+            return
+        if path is not None:
+            self.add("call_function", assign_mean, (self.graph.get_attr(path), node), {}).meta["mutates"] = True
         for other in self.alive:
             if isinstance(other, torch.Tensor) and other is not tensor and _storage(other) == key and key is not None:
-                self.stale.add(id(other))
+                self.writers[id(other)] = node
         self.track(tensor, node)
 
     # --- modules --------------------------------------------------------------------------------
 
     def module_call(self, original: Callable[..., Any], module: nn.Module, args: tuple[Any, ...], kwargs: Any) -> Any:
+        """A module of torch's own, or one with a rule, is one node; any other is opened."""
         path = self.paths.get(id(module))
         if path is None or self.leaf is not None:
             return original(module, *args, **kwargs)
-        if not (path and self.is_leaf(module)):
-            if path and (module._forward_hooks or module._forward_pre_hooks):
-                self.recording.obstacles.append(f"a hook on {path}, which a graph does not call")
-            self.stack.append(path)
-            try:
+        if path and self.is_leaf(module):
+            return self.leaf_call(original, module, path, args, kwargs)
+        hooks = bool(path and (module._forward_hooks or module._forward_pre_hooks))
+        self.stack.append(path)
+        try:
+            if not hooks:
                 return original(module, *args, **kwargs)
-            finally:
-                self.stack.pop()
+            at = self.graph.get_attr(path)
+            args, kwargs = self.effect(call_pre_hooks, (module, args, kwargs), (at, self.argument(args), self.argument(kwargs)))
+            result = module.forward(*args, **kwargs)
+            given = (at, self.argument(args), self.argument(kwargs), self.argument(result))
+            return self.effect(call_hooks, (module, args, kwargs, result), given)
+        finally:
+            self.stack.pop()
+
+    def effect(self, function: Any, args: tuple[Any, ...], node_args: tuple[Any, ...]) -> Any:
+        """Run a function whose insides are not recorded; what it returns stands for its node."""
+        self.leaf = []
+        try:
+            result = function(*_plain(args))
+        finally:
+            self.leaf = None
+        node = self.add("call_function", function, node_args, {})
+        node.meta["mutates"] = node.meta["part"] = True
+        self.inherit(node)
+        self.track(result, node)
+        return result
+
+    def leaf_call(self, original: Callable[..., Any], module: nn.Module, path: str, args: tuple[Any, ...], kwargs: Any) -> Any:
+        """A module that stands as one node."""
         plain_args, plain_kwargs = _plain(args), _plain(kwargs)
         mutable = _tensors(plain_args, plain_kwargs)
         versions = [_version(x) for x in mutable]
@@ -400,11 +453,14 @@ class _Recorder(TorchFunctionMode):
         mutated = [x for x, v in zip(mutable, versions, strict=True) if _version(x) != v]
         self.stack.append(path)
         rule = self.registry.find_module(type(module))
-        if rule is not None and rule.body is not None:
-            where_it_is = (self.graph.get_attr("_rvconvert.settings"), self.graph.get_attr(path))
-            node = self.add("call_function", call_by_rule, (*where_it_is, *node_args), node_kwargs)
+        opaque = isinstance(module, torch.jit.ScriptModule) or (rule is not None and rule.body is not None)
+        if opaque:
+            at = (self.graph.get_attr("_rvconvert.settings"), self.graph.get_attr(path))
+            node = self.add("call_function", call_by_rule, (*at, *node_args), node_kwargs)
         else:
             node = self.add("call_module", path, node_args, node_kwargs)
+        inner = [r for f in dict.fromkeys(functions) if (r := self.registry.find(f)) and not isinstance(r.kind, (Metadata, Read))]
+        node.meta["rule"] = rule or (inner[0] if len(inner) == 1 else None)
         node.meta["functions"] = functions
         node.meta["module_type"] = type(module)
         node.meta["learned"] = any(True for _ in module.parameters())
@@ -415,6 +471,9 @@ class _Recorder(TorchFunctionMode):
         return result
 
     def is_leaf(self, module: nn.Module) -> bool:
+        """True for torch's own layers, scripted modules, and modules whose class has a rule."""
+        if isinstance(module, torch.jit.ScriptModule):
+            return True
         if "forward" in module.__dict__ or isinstance(module, _CONTAINERS):
             return False
         rule = self.registry.find_module(type(module))
@@ -426,34 +485,89 @@ class _Recorder(TorchFunctionMode):
         own = own or (parametrized and type(module).__mro__[1].__module__.startswith("torch.nn.modules"))
         return own and (not children or isinstance(module, nn.MultiheadAttention))
 
+    def function_call(self, original: Callable[..., Any], function: type, args: tuple[Any, ...]) -> Any:
+        """A ``torch.autograd.Function`` is one node, so that its own backward is kept."""
+        if self.leaf is not None or not _tensors(args):
+            return original(*args)
+        plain_args = _plain(args)
+        mutable = _tensors(plain_args)
+        versions = [_version(x) for x in mutable]
+        node_args = (self.graph.get_attr("_rvconvert.settings"), self.constant(function), *map(self.argument, args))
+        self.leaf = []
+        try:
+            result = original(*plain_args)
+        finally:
+            self.leaf = None
+        node = self.add("call_function", apply_function, node_args, {})
+        node.meta["function"] = function
+        self.finish(node, result, [x for x, v in zip(mutable, versions, strict=True) if _version(x) != v])
+        return result
+
+    def asks_grad_mode(self) -> bool:
+        """What the model is told; that it asked is noted."""
+        self.recording.asks_grad_mode = True
+        return torch._C.is_grad_enabled() if self.told is None else self.told
+
 
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.DataParallel)
+_IMMEDIATE = (bool, int, float, complex, str, torch.dtype, torch.device, torch.memory_format, torch.layout)
+
+
+def _checks_arguments() -> bool:
+    """True while ``torch.distributions`` checks its arguments: what it then reads decides nothing but an error."""
+    frame = sys._getframe(2)
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(INTERNAL):
+        if "torch/distributions" in frame.f_code.co_filename.replace("\\", "/"):
+            return True
+        frame = frame.f_back
+    return False
+
+
+# --- what a graph calls beside torch's own functions --------------------------------------------------
 
 
 def call_by_rule(settings: Settings, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    """Call a module whose class has a rule of its own: by the rule where an argument is random."""
-    if not settings.needs_rules or not random_variables(args, kwargs):
+    """Call a module that is not opened: by its class's rule where an argument is random, on each path in sampled modes."""
+    found = random_variables(args, kwargs)
+    if not found:
         return module(*args, **kwargs)
     rule = settings.registry.find_module(type(module))
-    assert rule is not None and rule.body is not None
-    return in_settings(rule.body(module, *args, **kwargs), settings)
+    if settings.needs_rules and rule is not None and rule.body is not None:
+        return in_settings(rule.body(module, *args, **kwargs), settings)
+    return propagate(module.forward, args, kwargs)
+
+
+def apply_function(settings: Settings, function: Any, *args: Any) -> Any:
+    """Apply a ``torch.autograd.Function``: by a rule where an argument is random, on each path in sampled modes."""
+    return propagate(function.apply, args, {}) if random_variables(args) else function.apply(*args)
+
+
+def call_pre_hooks(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """A module's forward pre-hooks, as ``nn.Module.__call__`` runs them."""
+    for key, hook in list(module._forward_pre_hooks.items()):
+        if key in module._forward_pre_hooks_with_kwargs:
+            changed = hook(module, args, kwargs)
+            args, kwargs = (args, kwargs) if changed is None else changed
+        else:
+            changed = hook(module, args)
+            if changed is not None:
+                args = changed if isinstance(changed, tuple) else (changed,)
+    return args, kwargs
+
+
+def call_hooks(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> Any:
+    """A module's forward hooks, as ``nn.Module.__call__`` runs them."""
+    for key, hook in list(module._forward_hooks.items()):
+        given = (args, kwargs) if key in module._forward_hooks_with_kwargs else (args,)
+        changed = hook(module, *given, result)
+        result = result if changed is None else changed
+    return result
 
 
 def assign_mean(target: torch.Tensor, value: Any) -> None:
     """Write the mean of a random variable, or a plain value, into a buffer."""
     with torch.no_grad():
-        target.copy_(getattr(value, "mean", value) if not isinstance(value, torch.Tensor) else value)
-
-
-def _functional(func: Any, name: str) -> Any:
-    """The function that an in-place one is the twin of: ``Tensor.add_`` -> ``Tensor.add``."""
-    if name.startswith("__i") and name.endswith("__") and hasattr(operator, name.strip("_")[1:]):
-        return getattr(torch.Tensor, f"__{name[3:]}", None)
-    if name.endswith("_") and not name.endswith("__"):
-        for namespace in (torch.Tensor, torch, torch.nn.functional):
-            if getattr(namespace, name, None) is func:
-                return getattr(namespace, name[:-1], None)
-    return None
+        target.copy_(value.mean if isinstance(value, RandomVariable) else value)
 
 
 def _plain(value: Any) -> Any:
@@ -480,10 +594,6 @@ def _tensors(*values: Any) -> list[torch.Tensor]:
         elif isinstance(value, dict):
             found += _tensors(*value.values())
     return found
-
-
-def _holds_tensor(value: Any) -> bool:
-    return bool(_tensors(value))
 
 
 def _version(tensor: torch.Tensor) -> int:
@@ -528,79 +638,14 @@ def _plain_tensor_attributes(root: nn.Module) -> dict[int, str]:
 
 
 @contextlib.contextmanager
-def intercepted_modules(handler: Callable[..., Any]) -> Iterator[None]:
-    """Within: every module call goes through ``handler(original, module, args, kwargs)``."""
-    original = nn.Module.__call__
-
-    def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        return handler(original, module, args, kwargs)
-
-    nn.Module.__call__ = call  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        nn.Module.__call__ = original  # type: ignore[method-assign]
-
-
-@contextlib.contextmanager
-def unscripted() -> Iterator[None]:
-    """Within: ``torch.jit.script`` functions run as the Python they were made of, and wrappers of C are left out."""
-    script_function = torch.jit.ScriptFunction
-    original = script_function.__call__
-
-    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-        python = getattr(self, "_torchdynamo_inline", None)
-        return python(*args, **kwargs) if python is not None else original(self, *args, **kwargs)
-
-    script_function.__call__ = call  # type: ignore[method-assign]
-    # A tensor is a Variable since torch 0.4; the class would make another object of it.
-    torch.autograd.Variable.__new__ = lambda cls, data=None, *args, **kwargs: data  # type: ignore[method-assign,assignment]
-    validate = torch.distributions.Distribution._validate_args
-    torch.distributions.Distribution.set_default_validate_args(False)
-    try:
-        yield
-    finally:
-        script_function.__call__ = original  # type: ignore[method-assign]
-        del torch.autograd.Variable.__new__
-        torch.distributions.Distribution.set_default_validate_args(validate)
-
-
-@contextlib.contextmanager
-def as_class(model: nn.Module, plain_class: type[nn.Module]) -> Iterator[None]:
-    """Within: a converted model is of its plain class, so that its own code sees no converted method."""
-    converted = type(model)
-    model.__class__ = plain_class
-    try:
-        yield
-    finally:
-        model.__class__ = converted
-
-
-@contextlib.contextmanager
-def told_grad_mode(recording: Recording, enabled: bool) -> Iterator[None]:
-    """Within: a model that asks whether gradients are on is told ``enabled``, and that it asked is noted."""
-    original = torch.is_grad_enabled
-
-    def asked() -> bool:
-        if sys._getframe(1).f_code.co_filename.startswith(_INTERNAL):
-            return original()
-        recording.asks_grad_mode = True
-        return enabled
-
-    torch.is_grad_enabled = asked
-    try:
-        yield
-    finally:
-        torch.is_grad_enabled = original
-
-
-@contextlib.contextmanager
 def unchanged(root: nn.Module) -> Iterator[None]:
-    """Within: runs may update buffers, attributes and the random state; after, all is as it was."""
-    attributes = {module: dict(vars(module)) for module in root.modules()}
+    """Within: runs may update parameters, buffers, attributes and the random state; after, all is as it was."""
+    modules = [m for m in root.modules() if not isinstance(m, torch.jit.ScriptModule)]
+    attributes = {module: dict(vars(module)) for module in modules}
     containers = {m: {k: copy.copy(v) for k, v in held.items() if _is_record(k, v)} for m, held in attributes.items()}
-    buffers = {module: dict(module._buffers) for module in attributes}
+    tables = {m: (dict(m._buffers), dict(m._parameters)) for m in modules}
     values = {b: b.detach().clone() for b in root.buffers() if not b.is_meta}
+    data = {p: (p.data, p.data._version) for p in root.parameters()}
     devices = sorted({p.device.index or 0 for p in root.parameters() if p.device.type == "cuda"})
     try:
         with torch.random.fork_rng(devices=devices):
@@ -610,18 +655,27 @@ def unchanged(root: nn.Module) -> Iterator[None]:
             for buffer, value in values.items():
                 if buffer._version and not torch.equal(buffer, value):
                     buffer.copy_(value)
-        for module, before in attributes.items():
+        for parameter, (before, _) in data.items():
+            if parameter.data.data_ptr() != before.data_ptr():
+                parameter.data = before
+        for module, held in attributes.items():
             vars(module).clear()
-            vars(module).update(before)
+            vars(module).update(held)
             for key, value in containers[module].items():
-                held = vars(module)[key]
-                if isinstance(held, list):
-                    held[:] = value
+                record = vars(module)[key]
+                if isinstance(record, list):
+                    record[:] = value
                 else:
-                    held.clear()
-                    held.update(value)
-            module._buffers.clear()
-            module._buffers.update(buffers[module])
+                    record.clear()
+                    record.update(value)
+            for table, entries in zip((module._buffers, module._parameters), tables[module], strict=True):
+                table.clear()
+                table.update(entries)
+
+
+def _is_record(name: str, value: Any) -> bool:
+    """A list or dict that a model may keep notes in (not a table of torch's own)."""
+    return isinstance(value, (list, dict)) and not name.startswith("_")
 
 
 def record(
@@ -631,33 +685,33 @@ def record(
     kwargs: dict[str, Any],
     registry: Registry,
     *,
-    grad_mode: bool = True,
+    told: bool | None = None,
 ) -> tuple[Recording, Any]:
     """Run ``method(*args, **kwargs)`` once and record it; returns the recording and the method's result.
 
-    A ``RandomVariable`` among the arguments stands in as its mean and marks that input as random. The model
-    is left as it was: buffers, attributes and the random state are put back.
+    A ``RandomVariable`` among the arguments stands in as its mean and marks that input as random. What the method keeps
+    on modules stays as the run left it: see ``unchanged``. A model that asks whether gradients are on hears ``told``.
     """
     leaves, structure = flatten((args, kwargs))
-    recording = Recording(fx.Graph(), structure)
-    with unchanged(root), torch.enable_grad():
-        before = {module: dict(vars(module)) for module in root.modules()}
-        sizes = {(m, k): len(v) for m, held in before.items() for k, v in held.items() if _is_record(k, v)}
-        buffers = {module: dict(module._buffers) for module in before}
-        recorder = _Recorder(root, recording, registry)
-        values = []
-        for index, leaf in enumerate(own_copies(leaves)):
-            node = recording.graph.placeholder(f"input_{index}")
-            node.meta["where"] = node.meta["source"] = node.meta["module"] = ""
-            if isinstance(leaf, RandomVariable):
-                recording.random.add(node)
-                leaf = leaf.mean.clone()
-            values.append(leaf)
-            recorder.track(leaf, node)
-        args, kwargs = structure.build(iter(values))
-        with intercepted_modules(recorder.module_call), unscripted(), told_grad_mode(recording, grad_mode), recorder:
-            result = method(*args, **kwargs)
-        _finish(recorder, result, before, buffers, sizes)
+    recording = Recording(fx.Graph())
+    before = _Kept(root)
+    recorder = _Recorder(root, recording, registry, told)
+    values = []
+    for index, leaf in enumerate(own_copies(leaves)):
+        node = recording.graph.placeholder(f"input_{index}")
+        node.meta["where"] = node.meta["source"] = node.meta["module"] = ""
+        if isinstance(leaf, RandomVariable):
+            recording.random_inputs.append(node)
+            recording.depends.add(node)
+            leaf = leaf.mean.clone()
+        values.append(leaf)
+        recorder.track(leaf, node)
+    args, kwargs = structure.build(iter(values))
+    with intercepting(recorder), recorder:
+        result = method(*args, **kwargs)
+    leaves, recording.outputs = flatten(result, _is_output)
+    leaves += before.changes(recorder)
+    recording.graph.output(tuple(recorder.argument(leaf) for leaf in leaves))
     return recording, result
 
 
@@ -672,41 +726,54 @@ def own_copies(leaves: list[Any]) -> list[Any]:
     return [made.get(id(leaf), leaf) for leaf in leaves]
 
 
-def _is_record(name: str, value: Any) -> bool:
-    """A list or dict that a model may keep notes in (not a table of torch's own)."""
-    return isinstance(value, (list, dict)) and not name.startswith("_")
+def _is_output(value: Any) -> bool:
+    return isinstance(value, (torch.Tensor, TracedInt, TracedFloat))
 
 
-def _finish(recorder: _Recorder, result: Any, before: Any, buffers: Any, sizes: Any) -> None:
-    """Write the outputs: the method's results, then the attributes that it set."""
-    recording = recorder.recording
-    is_leaf = lambda x: isinstance(x, (torch.Tensor, TracedInt, TracedFloat))  # noqa: E731
-    leaves, recording.outputs = flatten(result, is_leaf)
-    for module, held in before.items():
-        path = recorder.paths[id(module)]
-        for name, value in vars(module).items():
-            if name in ("_buffers", "_parameters", "_modules"):
-                continue
-            old = held.get(name, recorder)
-            if value is not old and isinstance(value, (torch.Tensor, TracedInt, TracedFloat)):
-                recording.attributes.append((path, name))
-                leaves.append(value)
-            elif (value is not old and not _equal(value, old)) or (
-                _is_record(name, value) and sizes.get((module, name)) != len(value)
-            ):
-                recording.changed.append(f"{type(module).__name__}.{name}")
-        for name, value in module._buffers.items():
-            if value is not buffers[module].get(name) and value is not None:
-                recording.attributes.append((path, name))
-                leaves.append(value)
-    outputs = tuple(recorder.argument(leaf) for leaf in leaves)
-    recording.graph.output(outputs)
-    recording.non_gaussian = non_gaussian_ancestors([n for n in outputs if isinstance(n, fx.Node)], recorder.taint_of)
+_TABLES = ("_buffers", "_parameters", "_modules")
 
 
-def non_gaussian_ancestors(outputs: list[fx.Node], taint: dict[fx.Node, tuple[str, str]]) -> list[tuple[str, str]]:
-    """The draws from other distributions that the outputs depend on, each once."""
-    return list({taint[n]: None for n in _ancestors(outputs) if n in taint})
+class _Kept:
+    """What modules held before a run, to tell what the run keeps on them."""
+
+    def __init__(self, root: nn.Module) -> None:
+        self.held = {m: dict(vars(m)) for m in root.modules() if not isinstance(m, torch.jit.ScriptModule)}
+        self.buffers = {m: dict(m._buffers) for m in self.held}
+        self.contents = {
+            (m, k): [id(each) for each in (v.values() if isinstance(v, dict) else v)]
+            for m, held in self.held.items()
+            for k, v in held.items()
+            if _is_record(k, v)
+        }
+
+    def changes(self, recorder: _Recorder) -> list[Any]:
+        """Note what was set on each module; returns the tensors in it.
+
+        A tensor, or a new container or object of tensors, is made anew by a graph. Anything else that changes (a counter, a
+        list that grows) is what Python alone can do, so that the recording serves one call.
+        """
+        leaves: list[Any] = []
+        for module, held in self.held.items():
+            path = recorder.paths[id(module)]
+            for name, value in list(vars(module).items()):
+                if name in _TABLES:
+                    continue
+                same = name in held and value is held[name]
+                grown = (module, name) in self.contents and same and self.contents[module, name] != [
+                    id(each) for each in (value.values() if isinstance(value, dict) else value)
+                ]
+                if (same and not grown) or (not _is_output(value) and _equal(value, held.get(name, recorder))):
+                    continue
+                found, structure = flatten(value, _is_output)
+                recorder.recording.kept.append(Kept(path, name, structure, len(found), bool(grown)))
+                leaves += found
+                if grown or not found:
+                    recorder.recording.once.append(f"the method changes {type(module).__name__}.{name}")
+            for name, value in module._buffers.items():
+                if value is not self.buffers[module].get(name) and value is not None:
+                    recorder.recording.kept.append(Kept(path, name, Structure("leaf"), 1))
+                    leaves.append(value)
+        return leaves
 
 
 def _equal(a: Any, b: Any) -> bool:
@@ -714,17 +781,3 @@ def _equal(a: Any, b: Any) -> bool:
         return bool(a == b)
     except (RuntimeError, ValueError, TypeError):
         return False
-
-
-def _ancestors(nodes: list[fx.Node]) -> set[fx.Node]:
-    seen: set[fx.Node] = set()
-    todo = list(nodes)
-    while todo:
-        node = todo.pop()
-        if node not in seen:
-            seen.add(node)
-            todo += node.all_input_nodes
-    return seen
-
-
-IGNORED_INSIDE = _UNRECORDED | _UNRECORDED_PROPERTIES | {"__get__", "size", "__set__"}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import importlib
 import inspect
 import json
@@ -20,12 +21,14 @@ from torch import nn
 from rvconvert import render
 from rvconvert._convert import convert, plan
 from rvconvert.cli.images import read_images
+from rvconvert.converted import conversion_of
 from rvconvert.core.random_variable import RandomVariable
 from rvconvert.core.registry import REGISTRY
 from rvconvert.errors import ConversionError
 from rvconvert.files import checkpoint
 from rvconvert.files.export import SUFFIXES, export
 from rvconvert.files.recipe import Recipe, construct, import_class, library_version
+from rvconvert.options import Options
 from rvconvert.plain import transfer_weights
 from rvconvert.verify import verify
 
@@ -152,7 +155,7 @@ def run_export(args: argparse.Namespace) -> Result:
         raise ConversionError("nothing to run the model on: give --example-shape N,C,H,W")
     options = {"deviation": args.deviation, "method": args.method, "force": args.force}
     if args.deviation:
-        options |= {name: value for name in ("covariance", "random_inputs") if (value := getattr(args, name)) is not None}
+        options |= {name: value for name in _OF_DEVIATIONS if (value := getattr(args, name)) is not None}
     _guarded(args, lambda: export(model, args.out, examples, **options))
     what = "deterministic, with the deviation of every pixel" if args.deviation else "deterministic"
     data = {"model": args.model, "out": str(args.out), "method": args.method, "deviation": args.deviation, "notes": notes}
@@ -240,23 +243,20 @@ def _examples(args: argparse.Namespace) -> tuple[torch.Tensor, ...] | None:
 
 def _dressed(model: nn.Module, inputs: tuple[torch.Tensor, ...], method: str | None) -> tuple[Any, ...]:
     """The inputs, with those that a bare decoder takes as random variables at the prior, N(0, 1)."""
-    conversion = model.__dict__["_rvconvert"]
+    conversion = conversion_of(model)
     options = conversion.options
     method = method or options.methods[0]
     if method not in options.methods:
         raise ConversionError(f"{method!r} is not converted; {', '.join(options.methods)} is")
-    names = list(inspect.signature(conversion.method(method)).parameters)[1:]
+    names = list(inspect.signature(conversion.method(method, model)).parameters)
     prior = {name: RandomVariable(torch.zeros_like(x), torch.ones_like(x)) for name, x in zip(names, inputs, strict=False)}
     return tuple(prior[name] if name in options.random_inputs else x for name, x in zip(names, inputs, strict=False))
 
 
 def _options(args: argparse.Namespace) -> dict[str, Any]:
-    """The conversion options that were given; the others keep the defaults of ``convert``."""
-    names = (*_VALUE_OPTIONS, "seed", "fuse", "attach", "strict")
-    given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
-    if "variance_dtype" in given:
-        given["variance_dtype"] = getattr(torch, given["variance_dtype"])
-    return given
+    """The conversion options that were given; the others keep their defaults."""
+    names = [field.name for field in dataclasses.fields(Options) if hasattr(args, field.name)]
+    return {name: getattr(args, name) for name in names if getattr(args, name) is not None}
 
 
 def _guarded(args: argparse.Namespace, call: Callable[[], Any]) -> Any:
@@ -325,37 +325,6 @@ def _at_least_one(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
     return value
-
-
-_VALUE_OPTIONS: dict[str, dict[str, Any]] = {
-    "methods": {"type": _names, "metavar": "NAME[,NAME]", "help": "methods to convert (default: forward)"},
-    "random_inputs": {
-        "type": _names,
-        "metavar": "NAME[,NAME]",
-        "help": "arguments given as random variables: a bare decoder's latent",
-    },
-    "output": {"choices": ("mean", "distribution"), "help": "what the model returns (default: mean)"},
-    "penalty": {
-        "type": float,
-        "metavar": "WEIGHT",
-        "help": "weight of L_c, the paper's lambda (default: 50)",
-    },
-    "penalty_kind": {
-        "choices": ("squared", "expected"),
-        "help": "L_c of squared variances (default), or of variances",
-    },
-    "covariance": {
-        "choices": ("independent", "lowrank", "sampled"),
-        "help": "how variance is carried (default: independent)",
-    },
-    "rank": {"type": _at_least_one, "metavar": "R", "help": "pairs of nodes in low-rank mode"},
-    "pairs": {"type": _at_least_one, "metavar": "P", "help": "antithetic pairs in sampled mode"},
-    "engine": {"choices": ("auto", "graph", "dispatch"), "help": "how the model is captured (default: auto)"},
-    "variance_dtype": {
-        "choices": ("float32", "bfloat16", "float16"),
-        "help": "dtype of the variance's matrix work",
-    },
-}
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -455,8 +424,7 @@ def _parser() -> argparse.ArgumentParser:
     exporter.add_argument("--deviation", action="store_true", help="the deviation of every pixel as an output of its own")
     _add_model_options(exporter)
     _add_source_options(exporter)
-    for name in ("covariance", "random_inputs"):
-        exporter.add_argument(f"--{name.replace('_', '-')}", **_VALUE_OPTIONS[name])
+    _add_conversion_options(exporter, only=_OF_DEVIATIONS)
 
     verifier = add(
         "verify",
@@ -512,14 +480,38 @@ def _add_source_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--allow-pickle", action="store_true", help="unpickle code in the file: only if you trust its author")
 
 
-def _add_conversion_options(parser: argparse.ArgumentParser) -> None:
+_OF_DEVIATIONS = ("random_inputs", "latent", "covariance", "rank", "seed")  # the options that decide what a deviation is
+
+
+def _add_conversion_options(parser: argparse.ArgumentParser, only: Sequence[str] | None = None) -> None:
     group = parser.add_argument_group("conversion options, as of rvconvert.convert")
-    for name, options in _VALUE_OPTIONS.items():
-        group.add_argument(f"--{name.replace('_', '-')}", **options)
-    group.add_argument("--seed", type=int, help="fixes the draws of the sampled and low-rank modes")
-    group.add_argument("--fuse", action="store_const", const=True, help="adjacent linear maps propagate variance as one")
-    group.add_argument("--no-attach", dest="attach", action="store_const", const=False, help="leave L_c out of the gradient")
-    group.add_argument("--strict", action="store_const", const=True, help="refuse operations without a rule of their own")
+    for field in dataclasses.fields(Options):
+        if not field.metadata["in_files"] or (only is not None and field.name not in only):
+            continue
+        flag = f"--{field.name.replace('_', '-')}"
+        default, check, help = field.default, field.metadata["check"], field.metadata["help"]
+        if default is True:
+            group.add_argument(f"--no-{flag[2:]}", dest=field.name, action="store_const", const=False, help=f"do not {help}")
+        elif default is False:
+            group.add_argument(flag, action="store_const", const=True, help=help)
+        elif isinstance(default, tuple):
+            shown = f" (default: {', '.join(default)})" if default else ""
+            group.add_argument(flag, type=_names, metavar="NAME[,NAME]", help=help + shown)
+        elif hasattr(check, "choices"):
+            group.add_argument(flag, choices=check.choices, help=f"{help} (default: {default})")
+        elif field.name == "variance_dtype":
+            group.add_argument(flag, type=_dtype, metavar="DTYPE", help=help)
+        elif isinstance(default, float):
+            group.add_argument(flag, type=float, metavar="X", help=f"{help} (default: {default:g})")
+        else:
+            group.add_argument(flag, type=int, metavar="N", help=help)
+
+
+def _dtype(text: str) -> torch.dtype:
+    dtype = getattr(torch, text, None)
+    if not isinstance(dtype, torch.dtype):
+        raise argparse.ArgumentTypeError(f"{text!r} is no dtype; write float32, bfloat16 or float16")
+    return dtype
 
 
 if __name__ == "__main__":

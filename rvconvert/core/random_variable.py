@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
@@ -14,7 +14,7 @@ from rvconvert.errors import ConversionError, UnsupportedOperationError
 if TYPE_CHECKING:
     from rvconvert.core.registry import Rule
 
-__all__ = ["Origin", "RandomVariable", "Settings", "is_in_place", "propagate", "random_variables"]
+__all__ = ["Density", "Origin", "RandomVariable", "Settings", "is_in_place", "propagate", "random_variables"]
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,6 @@ class Settings:
         seed: fixes the directions of sampled paths and of nodes; None draws them afresh.
         strict: refuse an operation with no rule instead of linearising it at the mean.
         variance_dtype: dtype of the variance's matrix work; None keeps the mean's own.
-        fuse: adjacent linear maps propagate variance as one (``"independent"`` only).
         source: which noise source of its model a variable starts from; random inputs count down from -1.
     """
 
@@ -40,7 +39,6 @@ class Settings:
     seed: int | None = None
     strict: bool = False
     variance_dtype: torch.dtype | None = None
-    fuse: bool = False
     source: int = 0
 
     @property
@@ -67,6 +65,7 @@ class Origin:
     is propagated as SiLU and ``x - x`` as 0. ``kinks`` are points of the parent's axis where the function
     is not smooth; ``whole_line`` is False where the function is not defined on all of it (a logarithm, a root).
     ``line`` is (slope, shift) where the function is a line of plain numbers, through which kinks are found back.
+    ``joint`` marks a function that joins elements (a softmax), which is known of the root of a law alone.
     """
 
     parent: RandomVariable
@@ -74,6 +73,25 @@ class Origin:
     kinks: tuple[float, ...] = ()
     whole_line: bool = True
     line: tuple[float, float] | None = None
+    joint: bool = False
+
+
+class Density(Protocol):
+    """The law of a variable that is not Gaussian, as nodes and weights to integrate its functions over."""
+
+    name: str
+
+    def nodes(self, root: RandomVariable) -> tuple[torch.Tensor, torch.Tensor]:
+        """(n, *shape) values and (n,) or (n, *shape) weights: each element by itself."""
+
+    def joint_nodes(self, root: RandomVariable) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """(n, *shape) values on which the elements vary independently, and (n,) weights; None where there are none."""
+
+    def moved(self, move: Callable[[torch.Tensor], torch.Tensor]) -> Density:
+        """The density of the elements that ``move`` selects or moves."""
+
+    def below(self, value: torch.Tensor) -> torch.Tensor | None:
+        """P(X < value), or None where there is no closed form."""
 
 
 class RandomVariable:
@@ -90,6 +108,8 @@ class RandomVariable:
     Raises:
         ConversionError: shapes, dtypes or devices differ, or a variance is negative or NaN.
     """
+
+    _density: Density | None = None
 
     def __init__(self, mean: torch.Tensor, var: torch.Tensor) -> None:
         if not (isinstance(mean, torch.Tensor) and isinstance(var, torch.Tensor)):
@@ -150,6 +170,16 @@ class RandomVariable:
         return self._origin
 
     @property
+    def density(self) -> Density | None:
+        """The law that the variable is known to have, if it is a draw that is not Gaussian."""
+        return self._density
+
+    def distributed(self, density: Density | None) -> RandomVariable:
+        """This variable, newly made, marked with its law."""
+        self._density = density
+        return self
+
+    @property
     def latent(self) -> bool:
         """True while no learned layer lies between the noise source and this variable."""
         return self._latent
@@ -207,7 +237,7 @@ class RandomVariable:
         return iter(self.unbind())
 
     def __bool__(self) -> bool:
-        raise _value_error("bool()")
+        return propagate(torch.Tensor.__bool__, (self,), {})  # type: ignore[no-any-return]
 
     def __hash__(self) -> int:
         return id(self)
@@ -262,19 +292,6 @@ _ARITHMETIC = frozenset(
     for name in ("add", "sub", "mul", "truediv", "div", "pow", "matmul", "floordiv", "mod", "and", "or", "xor")
     for prefix in ("", "r", "i")
 ) | {f"__{name}__" for name in ("neg", "abs", "invert", "getitem", "setitem", "gt", "lt", "ge", "le", "eq", "ne")}
-
-_READ_VALUES = frozenset(
-    "item tolist numpy __bool__ __int__ __float__ __index__ __array__ __len__ equal allclose is_nonzero "
-    "nonzero unique argmax argmin argsort topk_indices __contains__".split()
-)
-
-
-def _value_error(what: str) -> ConversionError:
-    return ConversionError(
-        f"{what} asks for the value of a random variable, which has none: the result would depend on a draw. "
-        "Take x.mean for its expected value, or leave that part of the model out of the conversion (methods=...)."
-    )
-
 
 def random_variables(*values: Any) -> list[RandomVariable]:
     """The random variables in nested lists, tuples and mappings, in order."""
@@ -333,8 +350,6 @@ def propagate(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str,
     rule = settings.rule_for(func)
     if rule is None:
         name = getattr(func, "__name__", "")
-        if name in _READ_VALUES:
-            raise _value_error(operation_name(func))
         raise UnsupportedOperationError(
             f"{operation_name(func)} has no rule for a random variable; register one:\n\n"
             f"    @rvconvert.rule({operation_name(func)})\n    def {name or 'my_rule'}(x, ...): "

@@ -10,14 +10,21 @@ degree in the noise, variances for linear ones, whatever the marginals in betwee
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree
 
-from rvconvert.core.random_variable import Settings
-from rvconvert.covariance.sampled import SampledVariable
-from rvconvert.rules.noise import SOURCES
+from rvconvert.core.random_variable import RandomVariable, Settings, is_in_place, random_variables
+from rvconvert.covariance.rows import Rows, moved, reordered, still
+from rvconvert.covariance.sampled import SampledVariable, drawn_paths
+from rvconvert.rules.kinds import MOVES_ANY_LAYOUT, Collapse, Elementwise, Metadata, Shape, out_of_place, substitute
+from rvconvert.rules.noise import DRAWN, SOURCES, UNIFORMS, Sampler
+
+if TYPE_CHECKING:
+    from rvconvert.core.registry import Rule
 
 __all__ = ["Frame", "LowRankVariable", "cubature_normal"]
 
@@ -55,6 +62,8 @@ class LowRankVariable(SampledVariable):
 
     precedence = 15
     _frames: tuple[Frame, ...]
+    _rows: Rows | None = None  # where the batch is, of a variable on nodes that its rows share
+    _base: int = 0  # once rows have met: each row's pairs are in an order of its own, within blocks of so many
 
     @classmethod
     def of_frames(cls, paths: Tensor, frames: tuple[Frame, ...], settings: Settings) -> LowRankVariable:
@@ -72,7 +81,7 @@ class LowRankVariable(SampledVariable):
     @property
     def _nodes(self) -> Tensor | None:
         """(n, k): the only source's noises, if they are the same for every sample."""
-        nodes = self._frames[0].nodes if len(self._frames) == 1 else None
+        nodes = self._frames[0].nodes if len(self._frames) == 1 and not self._base else None
         return None if nodes is None else nodes.to(self._paths_as_float().dtype)
 
     @property
@@ -109,6 +118,34 @@ class LowRankVariable(SampledVariable):
             out = out + row * torch.randn(n, *each, device=device, dtype=dtype, generator=generator)
         return out
 
+    def apply(self, rule: Rule, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The plain function on every path; where it lets rows meet that share their nodes, on nodes of each row's own."""
+        if torch.compiler.is_compiling():  # no values to try it on: rows are on nodes of their own from the start
+            return super().apply(rule, func, args, kwargs)
+        inputs = {id(x): x for x in random_variables(args, kwargs) if isinstance(x, LowRankVariable)}
+        base = max((x._base for x in inputs.values()), default=0)
+        rows = {x._rows for x in inputs.values() if x._rows is not None and not x._base}
+        if base and rows:
+            args, kwargs = _apart(args, kwargs, base)
+        elif len(rows) > 1:
+            base = _largest(inputs.values())
+            args, kwargs = _apart(args, kwargs, base)
+        result = super().apply(rule, func, args, kwargs)
+        where = next(iter(rows)) if len(rows) == 1 else None
+        if not base and where is not None and not isinstance(rule.kind, _ROW_BY_ROW) and rule.name not in _ROW_BY_ROW_NAMES:
+            if isinstance(rule.kind, Shape) and len(inputs) == 1:
+                return _located(result, func, args, kwargs, next(iter(inputs.values())), where)
+            where = _rows_after(where, func, args, kwargs, inputs, result)
+            if where is None:
+                base = _largest(inputs.values())
+                args, kwargs = _apart(args, kwargs, base)
+                result = super().apply(rule, func, args, kwargs)
+        for made in random_variables(result):
+            if isinstance(made, LowRankVariable):
+                made._base = base
+                made._rows = where if where is not None and where.fits(made.shape) and not base else None
+        return result
+
     def joined(self, variables: Sequence[SampledVariable]) -> tuple[list[Tensor], Callable[[Tensor], SampledVariable]]:
         """The variables' paths on common nodes, and how a result is made of paths."""
         settings = self.settings
@@ -122,6 +159,64 @@ class LowRankVariable(SampledVariable):
                 count = _told_apart(frames, new, count)
             frames += new
         return [_spread(x, count) for x in found], lambda paths: LowRankVariable.of_frames(paths, frames, settings)
+
+
+# One row of the result hangs on one row of the inputs, or the paths of all rows are taken together.
+_ROW_BY_ROW = (Elementwise, Metadata, Collapse)
+_ROW_BY_ROW_NAMES = frozenset(
+    "linear conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d batch_norm instance_norm group_norm "
+    "layer_norm dropout interpolate".split()
+)
+
+
+def _largest(variables: Iterable[LowRankVariable]) -> int:
+    return max(len(x.paths) // 2 for x in variables)
+
+
+def _apart(args: Any, kwargs: Any, base: int) -> tuple[Any, Any]:
+    """The arguments with the rows of every variable on nodes of their own."""
+
+    def apart(x: RandomVariable) -> RandomVariable:
+        if not isinstance(x, LowRankVariable) or x._rows is None or x._base:
+            return x
+        paths = _spread(x, base) if base % (len(x.paths) // 2) == 0 else x.paths
+        if len(paths) // 2 % base:
+            return x
+        made = LowRankVariable.of_frames(reordered(paths, x._rows, base), x._frames, x.settings)
+        made._base = base
+        return made
+
+    return substitute(args, apart), substitute(kwargs, apart)
+
+
+def _located(result: Any, func: Any, args: Any, kwargs: Any, x: LowRankVariable, rows: Rows) -> Any:
+    """The result of a function that moves elements, each part knowing where its rows are."""
+    func = MOVES_ANY_LAYOUT.get(func) or out_of_place(func)
+    found = moved(
+        rows, x.shape, lambda numbers: func(*substitute(args, lambda _: numbers), **substitute(kwargs, lambda _: numbers))
+    )
+    for made, where in zip(random_variables(result), found, strict=False):
+        if isinstance(made, LowRankVariable):
+            made._rows = where
+    return result
+
+
+def _rows_after(
+    rows: Rows, func: Any, args: Any, kwargs: Any, inputs: dict[int, LowRankVariable], result: Any
+) -> Rows | None:
+    """Where the rows are after the function; None where it, run on one path more, is seen to let them meet."""
+    made = random_variables(result)
+    if not made or not isinstance(made[0], LowRankVariable) or is_in_place(func, kwargs):
+        return rows
+
+    def plain(*values: Tensor) -> Any:
+        value = dict(zip(inputs, values, strict=True))
+        out = func(*substitute(args, lambda x: value[id(x)]), **substitute(kwargs, lambda x: value[id(x)]))
+        return _pytree.tree_flatten(out)[0][0]
+
+    values, others = ([x.paths[i] for x in inputs.values()] for i in (0, -1))
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        return still(rows, plain, values, others, made[0].paths[0])
 
 
 def _told_apart(frames: tuple[Frame, ...], others: tuple[Frame, ...], count: int) -> int:
@@ -175,7 +270,11 @@ def cubature_normal(zeros: Tensor, settings: Settings) -> LowRankVariable:
     if complete:
         nodes = _kept_frames(pairs // elements, elements, seed, dtype, zeros.device).to(zeros.dtype)
         values = nodes.reshape(len(nodes), *(1,) * (zeros.ndim > 1), *each).expand(len(nodes), *zeros.shape)
-        return LowRankVariable.of_frames(torch.cat((values, -values)), (Frame(nodes),), settings)
+        made = LowRankVariable.of_frames(torch.cat((values, -values)), (Frame(nodes),), settings)
+        made._rows = Rows.first(zeros.shape)
+        if torch.compiler.is_compiling() and made._rows is not None:
+            return LowRankVariable.of_frames(reordered(made.paths, made._rows, len(nodes)), (Frame(None),), settings)
+        return made
     generator = None if settings.seed is None else torch.Generator(zeros.device).manual_seed(seed)
     batch = zeros.shape[0] if zeros.ndim > 1 else 1
     directions = _orthonormal(torch.randn(batch, elements, pairs, dtype=dtype, device=zeros.device, generator=generator))
@@ -218,4 +317,27 @@ def _orthonormal(normal: Tensor) -> Tensor:
     return directions * signs
 
 
+def stratified_uniform(zeros: Tensor, settings: Settings) -> LowRankVariable:
+    """Variables uniform on (0, 1) on cubature nodes: on 2n nodes an element takes the middles of 2n equal parts, in their order.
+
+    So each element's own law is right however few nodes there are, a pair holds u and 1 - u, and the nodes stay near
+    orthogonal (the ranks of a design keep its correlations: Iman & Conover 1982).
+    """
+    noise = cubature_normal(zeros, settings)
+    rank = noise.paths.argsort(0).argsort(0).to(zeros.dtype)
+    made = LowRankVariable.of_frames((rank + 0.5) / len(rank), (Frame(None),), settings)
+    made._rows = noise._rows
+    return made
+
+
+def drawn_nodes(sampler: Sampler, zeros: Tensor, settings: Settings) -> LowRankVariable:
+    """A variable on nodes that are drawn one by one, for a law without a quantile function; as many as a Gaussian's."""
+    elements = math.prod(zeros.shape[1:] if zeros.ndim > 1 else zeros.shape)
+    pairs = settings.rank or min(elements * math.ceil(_LEAST / elements), _MOST)
+    seed = None if settings.seed is None else settings.seed + settings.source
+    return LowRankVariable.of_frames(drawn_paths(sampler, 2 * pairs, zeros, seed), (Frame(None),), settings)
+
+
 SOURCES["lowrank"] = cubature_normal
+UNIFORMS["lowrank"] = stratified_uniform
+DRAWN["lowrank"] = drawn_nodes

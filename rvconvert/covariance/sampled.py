@@ -18,8 +18,8 @@ from torch.utils import _pytree
 from rvconvert.core.random_variable import RandomVariable, Settings, is_in_place, random_variables
 from rvconvert.core.registry import Exactness
 from rvconvert.errors import ConversionError
-from rvconvert.rules.kinds import Collapse, Metadata, substitute
-from rvconvert.rules.noise import SOURCES, entering
+from rvconvert.rules.kinds import Collapse, Metadata, Read, substitute
+from rvconvert.rules.noise import DRAWN, SOURCES, Sampler, entering
 from rvconvert.rules.shape import setitem
 
 if TYPE_CHECKING:
@@ -92,7 +92,7 @@ class SampledVariable(RandomVariable):
     def apply(self, rule: Rule, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The plain function on every path."""
         name = getattr(func, "__name__", "")
-        if name in _READ_VALUES:
+        if isinstance(rule.kind, Read) or name in _READ_VALUES:
             raise ConversionError(
                 f"{name} asks for the value of a random variable, which differs between its paths; take x.mean for "
                 "its expected value, or leave that part of the model out of the conversion (methods=...)"
@@ -183,4 +183,15 @@ def orthogonal_normal(count: int, zeros: Tensor, generator: torch.Generator | No
     return torch.cat(blocks).reshape(noise.shape)
 
 
+def independent_paths(sampler: Sampler, zeros: Tensor, settings: Settings) -> SampledVariable:
+    """A variable whose 2p paths are drawn one by one, for a law without a quantile function."""
+    return SampledVariable.of_paths(drawn_paths(sampler, 2 * settings.pairs, zeros, settings.seed), settings)
+
+
+def drawn_paths(sampler: Sampler, count: int, zeros: Tensor, seed: int | None) -> Tensor:
+    """(count, *shape) values of ``sampler``, fixed by a seed."""
+    return sampler(count, None if seed is None else torch.Generator(zeros.device).manual_seed(seed))
+
+
 SOURCES["sampled"] = antithetic_normal
+DRAWN["sampled"] = independent_paths

@@ -25,10 +25,11 @@ import torch
 from torch import nn
 
 from rvconvert._convert import convert
+from rvconvert.converted import is_converted
 from rvconvert.core.registry import Registry
 from rvconvert.errors import CheckpointError, ConversionError, TransferError
 from rvconvert.files.recipe import Recipe, construct, import_class, imported_class
-from rvconvert.plain import is_converted, to_plain, transfer_weights
+from rvconvert.plain import to_plain, transfer_weights
 
 __all__ = [
     "Checkpoint",
@@ -166,7 +167,7 @@ def build(
         raise CheckpointError(f"{path} was converted with rules of its own, which a file cannot hold; pass them again: rules=...")
     plain = _plain_model(path, recipe, model, kwargs, trust_recipe)
     _match_dtypes(plain, checkpoint.state)
-    made = convert(plain, **recipe.convert_kwargs(), rules=rules, inplace=True)
+    made = convert(plain, recipe.conversion_options(rules), inplace=True)
     try:
         transfer_weights(checkpoint.state, made)
     except TransferError as error:

@@ -17,11 +17,12 @@ import torch
 from torch import nn
 
 from rvconvert._convert import convert, convert_copy
+from rvconvert.converted import conversion_of, is_converted
 from rvconvert.core.random_variable import RandomVariable
 from rvconvert.core.tree import Structure, flatten
 from rvconvert.errors import ConversionError
 from rvconvert.files.checkpoint import check_destination, write_atomically
-from rvconvert.plain import is_converted, make_deterministic, plain_copy
+from rvconvert.plain import make_deterministic, plain_copy
 
 __all__ = ["SUFFIXES", "export"]
 
@@ -78,13 +79,13 @@ def export(
 def _propagating(model: nn.Module, method: str, args: Any, kwargs: Any, given: dict[str, Any]) -> nn.Module:
     """A converted copy of the model that returns distributions."""
     if is_converted(model):
-        own = model.__dict__["_rvconvert"].options
+        own = conversion_of(model).options
         made = convert_copy(plain_copy(model), dataclasses.replace(own, output="distribution", attach=False))
     else:
         options: dict[str, Any] = {"methods": (method,), **given, "output": "distribution", "attach": False}
         made = convert(model, example_inputs=args, example_kwargs=kwargs, **options)
-    conversion = made.__dict__["_rvconvert"]
-    if conversion.settings.covariance == "sampled":
+    conversion = conversion_of(made)
+    if conversion.options.covariance == "sampled":
         raise ConversionError(
             "covariance='sampled' draws its paths at each call, which a deterministic file cannot; export the deviation in "
             "another mode: rvconvert.export(rvconvert.to_plain(model), path, x, deviation=True, covariance='independent')"
@@ -122,8 +123,7 @@ class _Flat(nn.Module):
         """The tensors of a call and their names."""
         signature = inspect.signature(getattr(self.model, self.method))
         bound = signature.bind(*args, **kwargs)
-        conversion = self.model.__dict__.get("_rvconvert")
-        for name in conversion.options.random_inputs if conversion is not None and self.deviation else ():
+        for name in conversion_of(self.model).options.random_inputs if self.deviation else ():
             if isinstance(bound.arguments.get(name), torch.Tensor):
                 bound.arguments[name] = RandomVariable(bound.arguments[name], torch.ones_like(bound.arguments[name]))
         names = []

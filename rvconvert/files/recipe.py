@@ -20,11 +20,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from rvconvert.converted import Options
-from rvconvert.core.random_variable import Settings
-from rvconvert.core.registry import REGISTRY
+from rvconvert.converted import conversion_of
+from rvconvert.core.registry import Registry
 from rvconvert.errors import CheckpointError, ConversionError
-from rvconvert.rules.noise import SOURCES
+from rvconvert.options import Options
 
 __all__ = ["Recipe", "class_spec", "construct", "import_class", "imported_class", "library_version"]
 
@@ -61,10 +60,10 @@ class Recipe:
     @classmethod
     def of(cls, rv_model: nn.Module, model: str | None = None, kwargs: dict[str, Any] | None = None) -> Recipe:
         """The recipe of a converted model; ``model`` and ``kwargs`` say what it cannot know by itself."""
-        conversion = rv_model.__dict__["_rvconvert"]
+        conversion = conversion_of(rv_model)
         options = conversion.options
         spec = model or class_spec(conversion.plain_class)
-        return cls(spec, kwargs, _to_plain_data(options), options.settings.registry is not REGISTRY)
+        return cls(spec, kwargs, options.to_dict(), options.rules is not None)
 
     def to_json(self) -> str:
         """The recipe as a line of JSON.
@@ -105,56 +104,24 @@ class Recipe:
             raise CheckpointError("the recipe in it is not one that rvconvert writes; save the model again") from None
         return recipe
 
-    def convert_kwargs(self) -> dict[str, Any]:
-        """The options as ``convert`` takes them."""
-        options = dict(self.options)
-        if options.get("variance_dtype") is not None:
-            options["variance_dtype"] = getattr(torch, options["variance_dtype"])
-        return options
-
-
-def _option_defaults() -> dict[str, Any]:
-    """Every option of ``convert`` that a file can hold, with its default."""
-    options = Options()
-    found = {f.name: getattr(options, f.name) for f in dataclasses.fields(Options) if f.name != "settings"}
-    names = [f.name for f in dataclasses.fields(Settings) if f.name not in ("registry", "source")]
-    return found | {name: getattr(options.settings, name) for name in names}
-
-
-def _to_plain_data(options: Options) -> dict[str, Any]:
-    data = {}
-    for name in _option_defaults():
-        value = getattr(options if hasattr(options, name) else options.settings, name)
-        if isinstance(value, torch.dtype):
-            value = str(value).removeprefix("torch.")
-        data[name] = list(value) if isinstance(value, tuple) else value
-    return data
+    def conversion_options(self, rules: Registry | None = None) -> Options:
+        """The options that the model was converted with."""
+        options = Options.from_dict(self.options)
+        return options if rules is None else dataclasses.replace(options, rules=rules)
 
 
 def _check_options(options: Any, version: str) -> None:
-    defaults = _option_defaults()
-    unknown = sorted(set(options) - set(defaults))
+    known = {field.name for field in dataclasses.fields(Options) if field.metadata["in_files"]}
+    unknown = sorted(set(options) - known)
     if unknown:
         raise CheckpointError(
             f"the recipe, written by rvconvert {version}, has options that this version does not know: "
             f"{', '.join(map(repr, unknown))}; pip install --upgrade rvconvert"
         )
-    for name, value in options.items():
-        default = defaults[name]
-        if name == "variance_dtype":
-            fits = value is None or isinstance(getattr(torch, value, None), torch.dtype)
-        elif name == "covariance":
-            fits = value in SOURCES
-        elif default is None:  # rank, seed
-            fits = value is None or type(value) is int
-        elif isinstance(default, tuple):
-            fits = isinstance(value, list) and all(isinstance(each, str) for each in value)
-        elif isinstance(default, float):
-            fits = type(value) in (int, float)
-        else:
-            fits = type(value) is type(default)
-        if not fits:
-            raise CheckpointError(f"the recipe in it is not valid: {name}={value!r}")
+    try:
+        Options.from_dict(options)
+    except ConversionError as error:
+        raise CheckpointError(f"the recipe in it is not valid: {error}") from None
 
 
 # --- classes by name ----------------------------------------------------------------------------------

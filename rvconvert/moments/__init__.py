@@ -4,12 +4,12 @@ Tensors of one shape and dtype in, the same out; parameters are floats, or tenso
 so. Half-precision inputs are computed in float32. var = 0 gives (f(mean), 0) and finite gradients.
 """
 
-from rvconvert.moments.by_quadrature import celu, elu, logsigmoid, mish, selu, silu, softplus, softsign
+from rvconvert.moments.by_quadrature import celu, elu, selu, softsign
 from rvconvert.moments.closed_form import cos, cosh, exp, expm1, sin, sinh, square
-from rvconvert.moments.error_function import erf, gelu
+from rvconvert.moments.error_function import erf
 from rvconvert.moments.lognormal import log, power, reciprocal, rsqrt, sqrt
 from rvconvert.moments.piecewise import clamp, hardshrink, hardsigmoid, hardswish, hardtanh, relu6, softshrink, threshold
-from rvconvert.moments.sigmoidal import sigmoid, tanh
+from rvconvert.moments.smooth import gelu, logsigmoid, mish, sigmoid, silu, softplus, tanh
 from rvconvert.moments.two_slopes import absolute, leaky_relu, relu
 
 __all__ = [

@@ -1,10 +1,9 @@
-"""Elementwise kernels run as one pass over memory: compiled by Inductor, or block by block where that cannot be.
+"""Elementwise kernels run block by block, in the processor's cache, or compiled where that is asked for.
 
 The moments of an activation are some fifty operations on each element. Run one after the other on whole tensors they
-cost many times the convolutions beside them, all of it memory traffic. ``fused(kernel, *tensors)`` runs them in one
-pass: through ``torch.compile``, once for each kernel and dtype and for any size, as soon as the tensors are large or the
-calls so far add up; until then, and without a compiler, in blocks that stay in the processor's cache.
-``RVCONVERT_COMPILE=0`` in the environment, or ``disable()``, chooses the blocks.
+cost many times the convolutions beside them, all of it memory traffic. ``fused(kernel, *tensors)`` runs them on blocks that
+stay in cache. ``RVCONVERT_COMPILE=1`` in the environment, or ``enable()``, compiles them by Inductor instead: seconds for
+each kernel at its first use, a third less time a step.
 """
 
 from __future__ import annotations
@@ -23,8 +22,6 @@ __all__ = ["disable", "enable", "fused", "is_enabled"]
 
 Kernel = Callable[..., "Tensor | tuple[Tensor, ...]"]
 
-LARGE = 1 << 21  # elements of one call from which a kernel is compiled (seconds, once, then cached on disk)
-MANY = 1 << 26  # elements of all calls so far, for which blocks have lost about as much time as compiling takes
 SMALL = 1 << 13  # elements below which a compiled kernel gains nothing
 BLOCK = 1 << 15  # elements of a block for each core: temporaries stay in its cache, and torch gives a core no less
 
@@ -33,20 +30,19 @@ BLOCK = 1 << 15  # elements of a block for each core: temporaries stay in its ca
 _INDUCTOR: dict[str, Any] = {"realize_opcount_threshold": 3, "max_fusion_size": 4096}
 
 logger = logging.getLogger("rvconvert")
-_enabled = os.environ.get("RVCONVERT_COMPILE", "1") != "0"
+_enabled = os.environ.get("RVCONVERT_COMPILE", "0") == "1"
 _compiled: dict[Any, Callable[..., Any]] = {}
-_so_far: dict[Any, int] = {}  # elements that each kernel has run without being compiled
 _lock = threading.RLock()
 
 
 def enable() -> None:
-    """Compile elementwise kernels for large tensors (the default)."""
+    """Compile elementwise kernels, each at its first use."""
     global _enabled
     _enabled = True
 
 
 def disable() -> None:
-    """Compile nothing: elementwise kernels run block by block."""
+    """Compile nothing: elementwise kernels run block by block (the default)."""
     global _enabled
     _enabled = False
 
@@ -56,14 +52,13 @@ def is_enabled() -> bool:
     return _enabled
 
 
-def fused(kernel: Kernel, *tensors: Tensor, constants: tuple[Any, ...] = (), cost: int = 1) -> Any:
+def fused(kernel: Kernel, *tensors: Tensor, constants: tuple[Any, ...] = ()) -> Any:
     """``kernel(*tensors, *constants)`` in one pass over memory.
 
     Args:
         kernel: a module-level function of tensors of one shape, elementwise, giving one or more tensors of that shape.
         tensors: of one shape, dtype and device.
         constants: what else the kernel takes; hashable. Each set of constants is compiled by itself.
-        cost: of one element, with a ReLU's as 1: a costly kernel pays for its compilation on fewer elements.
 
     Returns:
         What the kernel returns. Differentiable calls, tensor subclasses and traced calls run the kernel as it is.
@@ -74,16 +69,14 @@ def fused(kernel: Kernel, *tensors: Tensor, constants: tuple[Any, ...] = (), cos
     n = first.numel()
     if n <= SMALL or torch._C._len_torch_dispatch_stack():
         return kernel(*tensors, *constants)
-    key = (kernel, constants, first.dtype, first.device.type)
-    compiles = _pays(key, n * cost)
-    if not compiles and (n <= BLOCK or not first.is_cpu):
+    if not _enabled and (n <= BLOCK or not first.is_cpu):
         return kernel(*tensors, *constants)
     shape, strides = first.shape, first.stride()
     if not _is_dense(first):
         first = first.contiguous()
         strides = first.stride()
     flat = [_flat(x, shape, strides) for x in tensors]
-    results = _run_compiled(key, flat) if compiles else None
+    results = _run_compiled(kernel, constants, flat) if _enabled else None
     if results is None:
         results = _by_blocks(kernel, flat, constants) if first.is_cpu else kernel(*flat, *constants)
     if isinstance(results, Tensor):
@@ -123,23 +116,13 @@ def _by_blocks(kernel: Kernel, flat: list[Tensor], constants: tuple[Any, ...]) -
     return results[0] if single else results
 
 
-def _pays(key: Any, work: int) -> bool:
-    """Whether a kernel runs compiled: it is so already, this call is large, or all so far have lost what compiling takes."""
-    if not _enabled or key in _compiled:
-        return _enabled
-    _so_far[key] = _so_far.get(key, 0) + work
-    return work >= LARGE or _so_far[key] >= MANY
-
-
-def _run_compiled(key: Any, flat: list[Tensor]) -> Any:
+def _run_compiled(kernel: Kernel, constants: tuple[Any, ...], flat: list[Tensor]) -> Any:
     """The kernel's results by Inductor; None where it cannot compile, after one line of warning."""
+    key = (kernel, constants, flat[0].dtype, flat[0].device.type)
     function = _compiled.get(key)
     if function is not None:
         return function(*flat)
-    kernel, constants, *_ = key
     with _lock:
-        if not _enabled:
-            return None
         function = _compiled.get(key) or _specialised(kernel, constants)
         start = time.perf_counter()
         try:
@@ -151,8 +134,7 @@ def _run_compiled(key: Any, flat: list[Tensor]) -> Any:
             return None
         _compiled[key] = function
         seconds = time.perf_counter() - start
-        level = logging.WARNING if seconds > 1 else logging.INFO  # a pause is explained without being asked
-        logger.log(level, "rvconvert: compiled %s in %.1f s (once; cached on disk)", kernel.__name__.strip("_"), seconds)
+        logger.info("rvconvert: compiled %s in %.1f s (once; cached on disk)", kernel.__name__.strip("_"), seconds)
         return results
 
 

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import fx
 
-from rvconvert.capture.recorder import IGNORED_INSIDE, Recording
+from rvconvert.capture.recorder import Recording, apply_function, call_by_rule
 from rvconvert.core.random_variable import Settings
 from rvconvert.core.registry import PLAIN, Exactness, Rule, operation_name
 from rvconvert.errors import UnsupportedOperationError
 from rvconvert.places import short_place
+from rvconvert.program.roles import Roles
 from rvconvert.report import Report, Row
+from rvconvert.rules.kinds import Metadata
 
-__all__ = ["dispatch_report", "node_row", "refuse_unsupported", "report_graph", "row_for"]
+__all__ = ["node_row", "refuse_unsupported", "report_graph"]
 
 
 def row_for(operation: str, rule: Rule | None, place: dict[str, Any]) -> Row:
@@ -37,44 +38,54 @@ def row_for(operation: str, rule: Rule | None, place: dict[str, Any]) -> Row:
     )
 
 
-def report_graph(recording: Recording, model: str, method: str, settings: Settings) -> Report:
-    """One row a node that computes something."""
+def report_graph(recording: Recording, roles: Roles, model: str, method: str, settings: Settings) -> Report:
+    """One row a node that computes something, with its role."""
     sizes = _sizes(recording.graph)
-    rows = [row for node in recording.graph.nodes if node not in sizes for row in _rows(node, recording, settings)]
-    notes = []
+    rows = [row for node in recording.graph.nodes if node not in sizes for row in _rows(node, roles, settings)]
+    notes = [f"L_c is attached to {_operation(n)} at {short_place(n.meta.get('where', ''))}" for n in roles.reconstructions]
+    if not roles.reconstructions:
+        notes.append("no L_c: nothing that leaves or meets an input has a decoder behind it")
+    nuisance = [short_place(n.meta["where"]) for n in recording.draws if n not in roles.latents]
+    if nuisance:
+        notes.append(f"drawn as in the plain model, being no latent: {', '.join(dict.fromkeys(nuisance))}")
     if recording.fixed:
         notes.append("the batch size is part of the graph, which is recorded anew for another: " + recording.fixed[0])
-    return Report(model, method, "graph", "recorded from one run, equal to eager on another", tuple(rows), tuple(notes))
+    lifetime = "once" if recording.once else "kept"
+    reason = "; ".join(dict.fromkeys(recording.once)) or "equal to the plain model on other inputs"
+    return Report(model, method, lifetime, reason, tuple(rows), tuple(notes))
 
 
-def node_row(node: fx.Node, recording: Recording, settings: Settings) -> Row:
+def node_row(node: fx.Node, roles: Roles, settings: Settings) -> Row:
     """One row for a node that computes something, the first where a module holds several operations."""
-    for row in _rows(node, recording, settings):
+    for row in _rows(node, roles, settings):
         return row
     return Row(_operation(node), "random", module=node.meta.get("module", ""), where=short_place(node.meta.get("where", "")))
 
 
-def _rows(node: fx.Node, recording: Recording, settings: Settings) -> Iterable[Row]:
+def _rows(node: fx.Node, roles: Roles, settings: Settings) -> Iterable[Row]:
     if node.op in ("placeholder", "get_attr", "output"):
         return
     place = {name: node.meta.get(name, "") for name in ("module", "where", "source")}
     place["where"] = short_place(place["where"])
+    place["role"] = roles.of(node)
     operation = _operation(node)
-    if node.meta.get("noise") is not None:
+    if node in roles.latents:
         yield Row(operation, "noise", **place, rule="standard_normal", exactness="exact")
-    elif node not in recording.random:
+    elif node not in roles.random:
         if operation not in ("getitem", "Tensor.size", "getattr"):
             yield Row(operation, "deterministic", **place)
     elif operation == "Tensor.item":
         yield Row(operation, "random", **place, rule="mean", exactness="exact", assumption="a report: the mean is read")
+    elif "part" in node.meta or node in roles.unused:
+        return
     elif not settings.needs_rules:
         yield row_for(operation, PLAIN, place)
-    elif node.op == "call_module":
+    elif node.op == "call_module" or node.target in (call_by_rule, apply_function):
         yield from _module_rows(node, operation, place, settings)
-    elif _takes_one_of_several_results(node):
-        return
     else:
-        yield row_for(operation, _find(node, settings), place)
+        rule = _find(node, settings)
+        if rule is None or type(rule.kind) is not Metadata:
+            yield row_for(operation, rule, place)
 
 
 def _sizes(graph: fx.Graph) -> set[fx.Node]:
@@ -88,31 +99,37 @@ def _sizes(graph: fx.Graph) -> set[fx.Node]:
     return found
 
 
-def _takes_one_of_several_results(node: fx.Node) -> bool:
-    source = node.args[0] if node.args else None
-    if node.target is not operator.getitem or not isinstance(source, fx.Node) or source.op == "placeholder":
-        return False
-    return not isinstance(node.args[1], (tuple, slice, fx.Node))
-
-
 def _module_rows(node: fx.Node, operation: str, place: dict[str, Any], settings: Settings) -> Iterable[Row]:
     registry = settings.registry
-    rule = registry.find_module(node.meta["module_type"])
+    rule = registry.find_module(node.meta.get("module_type", object))
     if rule is not None:
         yield row_for(operation, rule, place)
         return
-    inner = [f for f in dict.fromkeys(node.meta["functions"]) if getattr(f, "__name__", "") not in IGNORED_INSIDE]
-    missing = [f for f in inner if registry.find(f) is None and (settings.strict or registry.fallback(f) is None)]
+    if node.op == "call_function":  # a scripted module, a function of autograd: nothing to look into
+        yield row_for(operation, None, place)
+        return
+    known = {f: registry.find(f) for f in dict.fromkeys(node.meta["functions"])}
+    inner = {f: rule for f, rule in known.items() if _computes(f, rule)}
+    missing = [f for f, rule in inner.items() if rule is None and (settings.strict or registry.fallback(f) is None)]
     if missing:
         for function in missing:
             yield row_for(operation_name(function), None, place)
     elif inner:
-        rules = [registry.find(f) or registry.fallback(f) for f in inner]
+        rules = [rule or registry.fallback(f) for f, rule in inner.items()]
         weakest = max((r for r in rules if r is not None), key=lambda r: tuple(Exactness).index(r.exactness))
         yield row_for(operation, weakest, place)
 
 
+def _computes(function: Any, rule: Rule | None) -> bool:
+    """True for what makes a tensor of values: no question about shape or type, no attribute."""
+    if rule is not None:
+        return not isinstance(rule.kind, Metadata)
+    return getattr(function, "__name__", "") not in ("__get__", "__set__")
+
+
 def _operation(node: fx.Node) -> str:
+    if node.target is apply_function:
+        return str(getattr(node.meta.get("function"), "__qualname__", "torch.autograd.Function"))
     if "module_type" in node.meta:
         return str(node.meta["module_type"].__name__)
     if node.op == "call_method":
@@ -123,29 +140,10 @@ def _operation(node: fx.Node) -> str:
 
 
 def _find(node: fx.Node, settings: Settings) -> Rule | None:
-    registry = settings.registry
-    function = node.target
-    if node.op == "call_method":
-        function = getattr(torch.Tensor, str(node.target))
-    elif getattr(function, "__module__", "") == "_operator":
-        function = getattr(torch.Tensor, f"__{function.__name__.strip('_')}__", function)  # type: ignore[union-attr]
-    elif getattr(function, "__name__", "") == "getattr":
-        attribute = getattr(torch.Tensor, str(node.args[1]), None)
-        named_field = attribute is None or callable(attribute)  # torch.sort(x).values: one of several results
-        function = torch.Tensor.__getitem__ if named_field else attribute.__get__  # type: ignore[union-attr]
-    elif "module_type" in node.meta:
-        return registry.find_module(node.meta["module_type"])
-    elif getattr(function, "__module__", "").startswith("rvconvert"):
-        return registry.find(torch.Tensor.__setitem__)
-    rule = registry.find(function)  # type: ignore[arg-type]
+    rule: Rule | None = node.meta.get("rule")
     if rule is None and not settings.strict:
-        rule = registry.fallback(function)  # type: ignore[arg-type]
+        rule = settings.registry.fallback(node.meta.get("function"))  # type: ignore[arg-type]
     return rule
-
-
-def dispatch_report(rows: Iterable[Row], model: str, method: str, reason: str) -> Report:
-    """The report of a method that the dispatch engine runs."""
-    return Report(model, method, "dispatch", reason, tuple(rows))
 
 
 def refuse_unsupported(report: Report) -> None:

@@ -21,6 +21,7 @@ from rvconvert.rules.kinds import (
     add_rule,
     at_means,
     bind,
+    everywhere,
     first_order,
     moments,
     spread,
@@ -101,10 +102,10 @@ _LINES: dict[str, Callable[..., Any]] = {
     "rsub": lambda a, b, alpha: b - alpha * a,
 }
 for _name, _operation in _LINES.items():
-    _kind = Elementwise(_sum, _sum, line=_line(_operation))
+    _kind = Elementwise(_sum, _sum, line=_line(_operation), affine=everywhere)
     add_rule(_name, _kind, Exactness.EXACT_IF_INDEPENDENT, _INDEPENDENT, keeps_latent=True)
 for _name in ("mul", "multiply"):
-    _kind = Elementwise(_product, _product, line=_line(lambda a, b, _: a * b))
+    _kind = Elementwise(_product, _product, line=_line(lambda a, b, _: a * b), affine=everywhere)
     add_rule(_name, _kind, Exactness.EXACT_IF_INDEPENDENT, _INDEPENDENT, keeps_latent=True)
 
 
@@ -115,10 +116,21 @@ def _over_number(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[float, 
     return (1 / b, 0.0) if plain else None
 
 
+def _constant_divisor(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    (_, b), _, rest = bind(("input", "other"), args, kwargs)
+    return not isinstance(b, RandomVariable) and not rest.get("rounding_mode")
+
+
+def _over(name: str) -> Elementwise:
+    if name in ("rdiv", "reciprocal"):
+        return Elementwise(_quotient, _quotient)
+    return Elementwise(_quotient, _quotient, line=_over_number, affine=_constant_divisor)
+
+
 for _name in ("div", "divide", "true_divide", "rdiv", "reciprocal"):
     add_rule(
         _name,
-        Elementwise(_quotient, _quotient, line=_over_number if _name not in ("rdiv", "reciprocal") else None),
+        _over(_name),
         Exactness.APPROXIMATE,
         "exact for a constant divisor; a random one is taken as lognormal, so it must stay away from 0",
         keeps_latent=True,
@@ -131,7 +143,8 @@ def _negative(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple
 
 
 for _name in ("neg", "negative"):
-    add_rule(_name, Elementwise(_negative, line=lambda args, kwargs: (-1.0, 0.0)), Exactness.EXACT, keeps_latent=True)
+    _kind = Elementwise(_negative, line=lambda args, kwargs: (-1.0, 0.0), affine=everywhere)
+    add_rule(_name, _kind, Exactness.EXACT, keeps_latent=True)
 
 
 def _addcmul(input: Any, tensor1: Any, tensor2: Any, *, value: float = 1) -> Any:

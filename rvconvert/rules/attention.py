@@ -54,9 +54,9 @@ def _log_softmax(input: Any, dim: Any = None, _stacklevel: int = 3, dtype: Any =
 
 
 _SOFTMAX = "elements are independent; second order at the mean, so for variances up to about 1"
-add_rule("softmax", Composite(_softmax), Exactness.APPROXIMATE, _SOFTMAX, modules=(nn.Softmax, nn.Softmax2d))
-add_rule("softmin", Composite(_softmin), Exactness.APPROXIMATE, _SOFTMAX, modules=(nn.Softmin,))
-add_rule("log_softmax", Composite(_log_softmax), Exactness.APPROXIMATE, _SOFTMAX, modules=(nn.LogSoftmax,))
+add_rule("softmax", Composite(_softmax, joins=True), Exactness.APPROXIMATE, _SOFTMAX, modules=(nn.Softmax, nn.Softmax2d))
+add_rule("softmin", Composite(_softmin, joins=True), Exactness.APPROXIMATE, _SOFTMAX, modules=(nn.Softmin,))
+add_rule("log_softmax", Composite(_log_softmax, joins=True), Exactness.APPROXIMATE, _SOFTMAX, modules=(nn.LogSoftmax,))
 
 
 def attend(scores: Any, value: Any, dropout: float) -> RandomVariable:

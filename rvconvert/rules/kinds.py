@@ -15,16 +15,20 @@ from typing import Any
 import torch
 
 from rvconvert.core.random_variable import Origin, RandomVariable, random_variables
-from rvconvert.core.registry import NAMESPACES, REGISTRY, Exactness, FunctionTable, Kind, Rule, spellings
+from rvconvert.core.registry import NAMESPACES, REGISTRY, Exactness, FunctionTable, Kind, Rule, operation_name, spellings
+from rvconvert.errors import ConversionError
 from rvconvert.moments.quadrature import quadrature
+from rvconvert.rules.density import moments_under
 
 __all__ = [
+    "MOVES_ANY_LAYOUT",
     "Bilinear",
     "Collapse",
     "Composite",
     "Elementwise",
     "FixedLinear",
     "Metadata",
+    "Read",
     "Shape",
     "add_rule",
     "at_means",
@@ -38,7 +42,9 @@ __all__ = [
     "same_map",
     "spread",
     "substitute",
+    "under_law",
     "unique",
+    "value_error",
 ]
 
 Function = Callable[..., Any]
@@ -145,6 +151,22 @@ class Metadata:
 
 
 @dataclass(frozen=True)
+class Read(Metadata):
+    """Asks for values, in Python or in the shape of its result: a random variable has none to give."""
+
+    def __call__(self, func: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        raise value_error(operation_name(func))
+
+
+def value_error(what: str) -> ConversionError:
+    """The refusal of a question for the value of a random variable."""
+    return ConversionError(
+        f"{what} asks for the value of a random variable, which has none: the result would depend on a draw. "
+        "Take x.mean for its expected value, or leave that part of the model out of the conversion (methods=...)."
+    )
+
+
+@dataclass(frozen=True)
 class Collapse:
     """Takes every random variable at its mean: the result is a plain tensor, as the user's loss expects it."""
 
@@ -166,7 +188,7 @@ class Shape:
     same: bool = False
 
     def __call__(self, func: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        func = _MOVES_ANY_LAYOUT.get(func) or out_of_place(func)
+        func = MOVES_ANY_LAYOUT.get(func) or out_of_place(func)
         like = random_variables(args, kwargs)[0]
         values, rest, options = bind(self.names, args, kwargs)
         present = {name: value for name, value in zip(self.names, values, strict=True) if value is not None}
@@ -184,6 +206,8 @@ class Shape:
             options,
         )
         made = join(mean, var, like)
+        if like.density is not None and len(present) == 1 and isinstance(made, RandomVariable):
+            made.distributed(like.density.moved(lambda x: self.call(func, dict.fromkeys(present, x), rest, options)))
         if self.same and isinstance(made, RandomVariable):
             made.derived(origin=Origin(like.snapshot(), lambda x: func(x, *rest, **options), line=(1.0, 0.0)))
         return made
@@ -200,7 +224,7 @@ class Shape:
 
 
 # The variance may lie in memory in another order than the mean (an expanded one, say), where a view is refused.
-_MOVES_ANY_LAYOUT = FunctionTable(
+MOVES_ANY_LAYOUT = FunctionTable(
     {
         torch.Tensor.view: torch.Tensor.reshape,
         torch.Tensor.view_as: torch.Tensor.reshape_as,
@@ -236,7 +260,9 @@ class FixedLinear:
         mean = at_means(func, args, kwargs)
         with full_precision(like):
             var = self.square(func, substitute(args, lambda x: x.var), substitute(kwargs, lambda x: x.var))
-        return like.with_moments(mean, var)
+        found = under_law(func, args, kwargs)
+        origin = None if found is None or not found.can_join else Origin(found.root.snapshot(), found.function, joint=True)
+        return like.with_moments(mean, var).derived(origin=origin)
 
 
 def same_map(func: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
@@ -292,6 +318,12 @@ def widened(product: Function, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor
     return result
 
 
+# Comparisons: whether they hold where the first operand is the greater one.
+_ABOVE = dict.fromkeys(("gt", "ge", "greater", "greater_equal"), True) | dict.fromkeys(
+    ("lt", "le", "less", "less_equal"), False
+)
+
+
 def everywhere(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     """The function is defined on the whole line, whatever its arguments."""
     return True
@@ -331,6 +363,50 @@ def _identity(x: torch.Tensor) -> torch.Tensor:
     return x
 
 
+@dataclass(frozen=True)
+class UnderLaw:
+    """A call as a function of one draw that is not Gaussian: its root, the function, and whether it joins elements."""
+
+    root: RandomVariable
+    function: Function
+    joint: bool
+
+    @property
+    def can_join(self) -> bool:
+        """The root has nodes for functions that join its elements."""
+        return self.root.density is not None and self.root.density.joint_nodes(self.root) is not None
+
+    def result(self, like: RandomVariable, joint: bool = False) -> RandomVariable:
+        """The call's moments, integrated over the root's own law."""
+        joint = joint or self.joint
+        mean, var = moments_under(self.function, self.root, joint)
+        return like.with_moments(mean, var).derived(origin=Origin(self.root.snapshot(), self.function, joint=joint))
+
+
+def under_law(func: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> UnderLaw | None:
+    """The call as a function of a draw that is not Gaussian, if all random variables in it are functions of one."""
+    inputs = unique(args, kwargs)
+    functions, roots, joint = {}, {}, False
+    for x in inputs:
+        root, function = x, _identity
+        while root.origin is not None:
+            joint = joint or root.origin.joint
+            function = _chain(root.origin.function, function)
+            root = root.origin.parent
+        if root.density is None:
+            return None
+        functions[id(x)] = function
+        roots[id(root.identity)] = root
+    if len(roots) != 1:
+        return None
+
+    def call(value: torch.Tensor) -> Any:
+        values = {key: function(value) for key, function in functions.items()}
+        return func(*substitute(args, lambda x: values[id(x)]), **substitute(kwargs, lambda x: values[id(x)]))
+
+    return UnderLaw(next(iter(roots.values())), call, joint)
+
+
 def _shapes(*values: Any) -> Iterator[torch.Size]:
     """Shapes of the tensors and random variables in a call's arguments."""
     for value in values:
@@ -360,6 +436,7 @@ class Elementwise:
     a common one that is not defined on the ``whole_line``, since quadrature would leave its domain. ``kinks`` says where
     the function of one variable is not smooth, ``line`` gives its slope and shift where it is a line of plain numbers.
     A function that is ``meeting`` has a kink where two operands are equal, as maxima and comparisons have.
+    A draw that is not Gaussian is integrated over its own law, but where the function is ``affine`` in it.
     """
 
     moments: Callable[..., tuple[torch.Tensor, torch.Tensor]] | None = None
@@ -368,12 +445,18 @@ class Elementwise:
     whole_line: Callable[[tuple[Any, ...], dict[str, Any]], bool] = everywhere
     line: Callable[[tuple[Any, ...], dict[str, Any]], tuple[float, float] | None] | None = None
     meeting: bool = False
+    affine: Callable[[tuple[Any, ...], dict[str, Any]], bool] = not_everywhere
 
     def __call__(self, func: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> RandomVariable:
         kwargs = {key: value for key, value in kwargs.items() if key != "inplace"}
         func = out_of_place(func)
         inputs = unique(args, kwargs)
         like = inputs[0]
+        if not (len(random_variables(args, kwargs)) == 1 and self.affine(args, kwargs)):
+            found = under_law(func, args, kwargs)
+            if found is not None:
+                with full_precision(like):
+                    return self.of_a_draw(found, like, func, args, kwargs)
         ancestor = self.common_ancestor(inputs, self.meeting)
         with full_precision(like):
             if ancestor is None:
@@ -401,6 +484,23 @@ class Elementwise:
                 )
         line = self.line(args, kwargs) if direct and self.line is not None else None
         return like.with_moments(mean, var).derived(origin=Origin(parent.snapshot(), function, kinks, whole_line, line))
+
+    @staticmethod
+    def of_a_draw(
+        found: UnderLaw, like: RandomVariable, func: Function, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> RandomVariable:
+        """A function of a draw that is not Gaussian; a comparison of the draw itself by its distribution function."""
+        above = _ABOVE.get(getattr(func, "__name__", "").strip("_"))
+        if above is not None and len(args) == 2 and like.origin is None:
+            other = args[1] if args[0] is like else args[0]
+            if not isinstance(other, RandomVariable):
+                below = like.density.below(torch.as_tensor(other, dtype=like.dtype, device=like.device))  # type: ignore[union-attr]
+                if below is not None:
+                    shape = torch.broadcast_shapes(like.shape, below.shape)
+                    p = (1 - below if above == (args[0] is like) else below).expand(shape)
+                    origin = Origin(found.root.snapshot(), found.function)
+                    return like.with_moments(p, p * (1 - p)).derived(origin=origin)
+        return found.result(like)
 
     @staticmethod
     def common_ancestor(
@@ -471,11 +571,19 @@ def out_of_place(func: Function) -> Function:
 
 @dataclass(frozen=True)
 class Composite:
-    """An operation written out in operations that have rules: ``body`` is called with the operation's arguments."""
+    """An operation written out in operations that have rules: ``body`` is called with the operation's arguments.
+
+    With ``joins`` it gives one tensor in which elements meet, and a draw that is not Gaussian goes through it as it is.
+    """
 
     body: Function
+    joins: bool = False
 
     def __call__(self, func: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if self.joins:
+            found = under_law(out_of_place(func), args, kwargs)
+            if found is not None and found.can_join:
+                return found.result(random_variables(args, kwargs)[0], joint=True)
         return self.body(*args, **kwargs)
 
 

@@ -14,8 +14,8 @@ from torch import Tensor
 from rvconvert.core.random_variable import RandomVariable
 from rvconvert.core.registry import REGISTRY, Exactness, Rule, as_constant, operation_name
 from rvconvert.errors import UnsupportedOperationError
+from rvconvert.rules.draws import DRAWS
 from rvconvert.rules.kinds import full_precision, join, out_of_place, substitute, unique
-from rvconvert.rules.noise import GAUSSIAN_SOURCES, NON_GAUSSIAN
 
 __all__ = ["LINEARIZED", "Linearized", "chooser", "probes"]
 
@@ -133,7 +133,7 @@ def is_differentiable(func: Callable[..., Any]) -> bool:
     writes = name.endswith("_") and not name.endswith("__") and plain is func
     reads = name.startswith(("__", "is", "to_", "fft", "rfft", "hfft", "stft")) or name in _REFUSED
     reads = reads or (getattr(func, "__module__", None) or "").startswith("torch.autograd")
-    draws = func in GAUSSIAN_SOURCES or func in NON_GAUSSIAN
+    draws = DRAWS.get(func) is not None
     return not (writes or reads or draws) and torch.overrides.resolve_name(func) is not None
 
 

@@ -1,4 +1,4 @@
-"""Noise sources: a draw from a Gaussian is replaced by the random variable that it draws from."""
+"""Noise sources: how a random variable starts in each covariance mode."""
 
 from __future__ import annotations
 
@@ -7,21 +7,35 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
-from rvconvert.core.random_variable import RandomVariable, Settings
+from rvconvert.core.random_variable import Density, RandomVariable, Settings
 from rvconvert.errors import ConversionError
+from rvconvert.rules.density import UNIFORM, open_interval
 
-__all__ = ["CARRIERS", "GAUSSIAN_SOURCES", "NON_GAUSSIAN", "SOURCES", "all_entering", "entering", "nth_source", "standard_normal"]
+__all__ = [
+    "DRAWN",
+    "SOURCES",
+    "UNIFORMS",
+    "all_entering",
+    "entering",
+    "known_moments",
+    "nth_source",
+    "standard_normal",
+    "standard_uniform",
+]
+
+Sampler = Callable[[int, "torch.Generator | None"], torch.Tensor]
 
 # How a standard normal variable of a given shape starts in each covariance mode: source(zeros, settings).
 SOURCES: dict[str, Callable[[torch.Tensor, Settings], RandomVariable]] = {}
-# The class of variables in "independent" mode, without and with fuse.
-CARRIERS: dict[bool, type[RandomVariable]] = {False: RandomVariable}
+# How a variable uniform on (0, 1) starts where that is not by the normal law of a standard normal one's paths.
+UNIFORMS: dict[str, Callable[[torch.Tensor, Settings], RandomVariable]] = {}
+# How a variable starts whose paths can only be drawn one by one: drawn(sampler, zeros, settings).
+DRAWN: dict[str, Callable[[Sampler, torch.Tensor, Settings], RandomVariable]] = {}
 
 
 def _independent(zeros: torch.Tensor, settings: Settings) -> RandomVariable:
-    return CARRIERS[settings.fuse]._make(zeros, torch.ones_like(zeros), settings)
+    return RandomVariable._make(zeros, torch.ones_like(zeros), settings)
 
 
 SOURCES["independent"] = _independent
@@ -39,7 +53,7 @@ def entering(x: RandomVariable, settings: Settings) -> RandomVariable:
     if type(x) is not RandomVariable:
         return x
     if settings.covariance == "independent":
-        return CARRIERS[settings.fuse]._make(x.mean, x.var, settings).derived(latent=True)
+        return RandomVariable._make(x.mean, x.var, settings).derived(latent=True)
     random = x.var > 0
     std = torch.where(random, torch.where(random, x.var, 1).sqrt(), 0)  # a finite gradient where var = 0
     noise: Any = standard_normal(torch.zeros_like(x.mean), settings)
@@ -63,68 +77,34 @@ def standard_normal(zeros: torch.Tensor, settings: Settings) -> RandomVariable:
     return SOURCES[settings.covariance](zeros, settings).derived(latent=True)
 
 
-def randn(*size: Any, settings: Settings, generator: Any = None, **options: Any) -> RandomVariable:
-    """``torch.randn`` as a random variable."""
-    return standard_normal(torch.zeros(*size, **options), settings)
+def standard_uniform(zeros: torch.Tensor, settings: Settings) -> RandomVariable:
+    """A variable uniform on (0, 1) shaped like ``zeros``; on paths it is the normal law's probability of each path's noise.
+
+    So the paths of a pair hold u and 1 - u, and whatever quantile function the model's own code applies is antithetic.
+    """
+    if settings.needs_rules:
+        half = torch.full_like(zeros, 0.5)
+        made = RandomVariable._make(half, torch.full_like(zeros, 1 / 12), settings)
+        return made.derived(latent=True).distributed(UNIFORM)
+    if settings.covariance in UNIFORMS:
+        return UNIFORMS[settings.covariance](zeros, settings).derived(latent=True)
+    noise: Any = standard_normal(zeros, settings)
+    u: RandomVariable = open_interval(torch.special.ndtr(noise))
+    return u.derived(latent=True)
 
 
-def randn_like(input: Any, *, settings: Settings, generator: Any = None, **options: Any) -> RandomVariable:
-    """``torch.randn_like`` as a random variable."""
-    options.pop("requires_grad", None)
-    return standard_normal(torch.zeros_like(input, **options), settings)
-
-
-def new_normal(input: Any, mean: Any = 0.0, std: Any = 1.0, *, settings: Settings, generator: Any = None) -> RandomVariable:
-    """``Tensor.normal_`` as a random variable: the tensor's contents do not matter, only its shape."""
-    noise = standard_normal(torch.zeros_like(input), settings)
-    if isinstance(std, (int, float)) and std == 1 and isinstance(mean, (int, float)) and mean == 0:
-        return noise
-    return noise * std + mean
-
-
-def normal(
-    mean: Any = 0.0,
-    std: Any = 1.0,
-    size: Any = None,
-    *,
-    settings: Settings,
-    generator: Any = None,
-    out: Any = None,
-    **options: Any,
+def known_moments(
+    mean: torch.Tensor, var: torch.Tensor, sampler: Sampler, settings: Settings, density: Density | None = None
 ) -> RandomVariable:
-    """``torch.normal`` as a random variable; the moments of a random mean or deviation add up."""
-    if size is not None:
-        noise = standard_normal(torch.zeros(size, **options), settings)
-    else:
-        tensors = [x for x in (mean, std) if isinstance(x, (torch.Tensor, RandomVariable))]
-        shape = torch.broadcast_shapes(*(x.shape for x in tensors))
-        noise = standard_normal(torch.zeros(shape, dtype=tensors[0].dtype, device=tensors[0].device), settings)
-    return noise * std + mean
+    """A variable of a law without a quantile function: its moments, and ``sampler(n, generator)`` for its paths.
 
-
-GAUSSIAN_SOURCES: dict[Any, Callable[..., RandomVariable]] = {
-    torch.randn: randn,
-    torch.randn_like: randn_like,
-    torch.normal: normal,
-    torch.Tensor.normal_: new_normal,
-}
-
-NON_GAUSSIAN: dict[Any, str] = {
-    torch.rand: "uniform",
-    torch.rand_like: "uniform",
-    torch.Tensor.uniform_: "uniform",
-    torch.bernoulli: "Bernoulli",
-    torch.Tensor.bernoulli: "Bernoulli",
-    torch.Tensor.bernoulli_: "Bernoulli",
-    torch.multinomial: "categorical",
-    torch.Tensor.multinomial: "categorical",
-    torch.poisson: "Poisson",
-    torch.binomial: "binomial",
-    torch.Tensor.exponential_: "exponential (as in Gumbel)",
-    torch.Tensor.cauchy_: "Cauchy",
-    torch.Tensor.log_normal_: "log-normal",
-    torch.Tensor.geometric_: "geometric",
-    torch._standard_gamma: "Gamma",
-    torch._sample_dirichlet: "Dirichlet",
-    F.gumbel_softmax: "Gumbel-softmax",
-}
+    Args:
+        mean: expected values.
+        var: variances, same shape.
+        sampler: draws (n, *shape) independent values.
+        settings: the covariance mode.
+        density: its law as nodes, if it has them.
+    """
+    if settings.needs_rules:
+        return RandomVariable._make(mean, var, settings).derived(latent=True).distributed(density)
+    return DRAWN[settings.covariance](sampler, torch.zeros_like(mean), settings).derived(latent=True)

@@ -132,14 +132,14 @@ def _dist(input: Any, other: Any, p: float = 2) -> Any:
 _NORM = "elements are independent; the sum of powers under the root is taken as lognormal"
 add_rule(
     "norm",
-    Composite(_norm),
+    Composite(_norm, joins=True),
     Exactness.APPROXIMATE,
     _NORM,
     functions=(torch.norm, torch.Tensor.norm, torch.functional.norm),
 )
 add_rule(
     "vector_norm",
-    Composite(_linalg_norm),
+    Composite(_linalg_norm, joins=True),
     Exactness.APPROXIMATE,
     _NORM,
     functions=(torch.linalg.vector_norm, torch.linalg.norm),
@@ -148,7 +148,7 @@ add_rule("pairwise_distance", Composite(_pairwise_distance), Exactness.APPROXIMA
 add_rule("cdist", Composite(_cdist), Exactness.APPROXIMATE, _NORM)
 add_rule("dist", Composite(_dist), Exactness.APPROXIMATE, _NORM)
 _UNIT = "elements are independent; the norm is taken at second order about its expectation"
-add_rule("normalize", Composite(_normalize), Exactness.APPROXIMATE, _UNIT)
+add_rule("normalize", Composite(_normalize, joins=True), Exactness.APPROXIMATE, _UNIT)
 add_rule("cosine_similarity", Composite(_cosine_similarity), Exactness.APPROXIMATE, _UNIT, modules=(torch.nn.CosineSimilarity,))
 
 
@@ -174,7 +174,7 @@ def _cumprod(input: Any, dim: int, *, dtype: Any = None) -> Any:
 
 
 add_rule("prod", Composite(_prod), Exactness.EXACT_IF_INDEPENDENT, _INDEPENDENT)
-add_rule("cumprod", Composite(_cumprod), Exactness.EXACT_IF_INDEPENDENT, _INDEPENDENT)
+add_rule("cumprod", Composite(_cumprod, joins=True), Exactness.EXACT_IF_INDEPENDENT, _INDEPENDENT)
 
 
 def _exponentials(input: Any, dim: Any) -> tuple[Any, Tensor]:
@@ -196,5 +196,5 @@ def _logcumsumexp(input: Any, dim: int) -> Any:
 
 
 _LOGNORMAL = "elements are Gaussian and independent; the sum of their exponentials is taken as lognormal"
-add_rule("logsumexp", Composite(_logsumexp), Exactness.APPROXIMATE, _LOGNORMAL)
-add_rule("logcumsumexp", Composite(_logcumsumexp), Exactness.APPROXIMATE, _LOGNORMAL)
+add_rule("logsumexp", Composite(_logsumexp, joins=True), Exactness.APPROXIMATE, _LOGNORMAL)
+add_rule("logcumsumexp", Composite(_logcumsumexp, joins=True), Exactness.APPROXIMATE, _LOGNORMAL)

@@ -10,7 +10,7 @@ from torch import nn
 from rvconvert.core.random_variable import RandomVariable, random_variables
 from rvconvert.core.registry import Exactness, operation_name
 from rvconvert.errors import UnsupportedOperationError
-from rvconvert.rules.kinds import Composite, Metadata, Shape, add_rule
+from rvconvert.rules.kinds import Composite, Metadata, Read, Shape, add_rule
 
 _QUESTIONS = (
     "size dim ndimension numel nelement stride is_contiguous is_floating_point is_complex element_size get_device "
@@ -21,6 +21,14 @@ _QUESTIONS = (
     "is_mkldnn is_sparse_csr itemsize nbytes output_nr retains_grad _nested_tensor_from_mask_left_aligned"
 ).split()
 add_rule("len", Metadata(), Exactness.EXACT, functions=(torch.Tensor.__len__, torch.Tensor.__format__, torch.Tensor.__repr__))
+
+
+_READS = (
+    "item tolist numpy equal allclose is_nonzero nonzero nonzero_static argwhere unique unique_consecutive bincount histc "
+    "__bool__ __int__ __float__ __index__ __complex__ __array__ __contains__"
+).split()
+for _name in _READS:
+    add_rule(_name, Read(), Exactness.EXACT)
 
 
 def _requires_grad(input: Any, requires_grad: bool = True) -> Any:

@@ -1,4 +1,4 @@
-"""What is asked of a random decoder, converted in each mode and by each engine; the first failure is the finding."""
+"""What is asked of a random decoder, converted in each mode and lifetime; the first failure is the finding."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tests.oracle import DEVIATIONS
 __all__ = ["MODES", "Mismatch", "Outcome", "examine"]
 
 MODES = ("independent", "lowrank", "sampled")
-ENGINES = ("graph", "dispatch")
+LIFETIMES = ("kept", "once")  # of a recording; "once" where Python reads a plain value
 
 
 class Mismatch(AssertionError):
@@ -34,7 +34,7 @@ class Outcome:
     """What became of one program.
 
     Attributes:
-        refusals: (mode and engine, reason) of each refusal.
+        refusals: (mode and lifetime, reason) of each refusal.
         compared: lines held to the reference; ``lawful``: of which the laws alone were asked.
         sampled: outputs held to Monte Carlo; ``linearised``: to the Jacobian; ``paths``: to the plain decoder, path by path.
         mismatch: what is wrong, if anything is.
@@ -91,11 +91,19 @@ def _same(got: Tensor, wanted: Tensor, eps: float, what: str, unit: float = 256.
     _close(got, wanted, unit * eps * size + 1e-20, what)
 
 
-def _convert(program: Program, outcome: Outcome, **options: Any) -> Callable[..., Any] | None:
+def _model(program: Program, lifetime: str) -> Any:
+    """A copy of the decoder, which reads a plain value if its recording is to serve one call."""
+    model = copy.deepcopy(program.model)
+    if lifetime == "once":
+        with_forward(model, source(program.steps, program.outputs, before="float(torch.ones(()) * len(v0))"), program.seed)
+    return model
+
+
+def _convert(program: Program, outcome: Outcome, lifetime: str = "kept", **options: Any) -> Callable[..., Any] | None:
     """The converted decoder, run on a latent; None, and a note, where it is refused."""
-    label = f"{options.get('covariance', 'independent')}, {options.get('engine', 'auto')}"
+    label = f"{options.get('covariance', 'independent')}, {lifetime}"
     try:
-        model = rvconvert.convert(copy.deepcopy(program.model), random_inputs=("v0",), **options)
+        model = rvconvert.convert(_model(program, lifetime), random_inputs=("v0",), **options)
         mean, var = program.moments()
         with torch.no_grad():
             model(RandomVariable(mean, var))
@@ -120,12 +128,10 @@ def _reason(refusal: ConversionError) -> str:
 def stepwise(program: Program) -> dict[str, RandomVariable]:
     """Every value of the program as it was when its line had run, overwritten ones too."""
     mean, var = program.moments()
-    found = {"v0": RandomVariable(mean.clone(), var.clone())}
     model = copy.deepcopy(program.model)
-    with_forward(model, source(program.steps, program.outputs, after="; self.keep('{}', {})"), program.seed)
-    type(model).keep = staticmethod(lambda name, value: found.update({name: value.variable.snapshot()}))  # type: ignore[attr-defined]
-    rvconvert.convert(model, random_inputs=("v0",), engine="dispatch")(RandomVariable(mean, var))
-    return found
+    kept = source(program.steps, ("kept",), before="kept = {}", after="; kept['{}'] = {}.clone()")
+    rv = rvconvert.convert(with_forward(model, kept, program.seed), random_inputs=("v0",), output="distribution")
+    return {"v0": RandomVariable(mean.clone(), var.clone()), **rv(RandomVariable(mean, var))[0]}
 
 
 def _independent(program: Program, outcome: Outcome) -> None:
@@ -133,23 +139,23 @@ def _independent(program: Program, outcome: Outcome) -> None:
     eps = torch.finfo(program.dtype).eps
     results: dict[str, Any] = {}
     models: dict[str, Any] = {}
-    for engine in ENGINES:
-        model = _convert(program, outcome, engine=engine, output="distribution")
+    for lifetime in LIFETIMES:
+        model = _convert(program, outcome, lifetime, output="distribution")
         if model is not None:
             with torch.no_grad():
-                results[engine] = dict(zip(program.outputs, model(RandomVariable(mean, var)), strict=True))
-                models[engine] = model
-                if engine == ENGINES[program.seed % 2]:
-                    _weights_are_kept(program, model, results[engine])
+                results[lifetime] = dict(zip(program.outputs, model(RandomVariable(mean, var)), strict=True))
+                models[lifetime] = model
+                if lifetime == "kept":
+                    _weights_are_kept(program, model, results[lifetime])
     if not results:
         return
     with torch.no_grad():
         values = stepwise(program)
-        for engine, outputs in results.items():
+        for lifetime, outputs in results.items():
             for name, got in outputs.items():
-                _expect(isinstance(got, RandomVariable), f"{engine}: {name} left as {type(got).__name__}")
-                _same(got.mean, values[name].mean, eps, f"{engine} against step by step, mean of {name}")
-                _same(got.var, values[name].var, eps, f"{engine} against step by step, variance of {name}")
+                _expect(isinstance(got, RandomVariable), f"{lifetime}: {name} left as {type(got).__name__}")
+                _same(got.mean, values[name].mean, eps, f"{lifetime} against step by step, mean of {name}")
+                _same(got.var, values[name].var, eps, f"{lifetime} against step by step, variance of {name}")
         _node_by_node(program, values, outcome)
         _without_variance(program, models)
         _truth(program, next(iter(results.values())), outcome)
@@ -180,11 +186,11 @@ def _without_variance(program: Program, models: dict[str, Any]) -> None:
     masked = _downstream(program, lambda law: law.kind in ("dropout", "alpha_dropout"))
     plain = dict(zip(program.outputs, copy.deepcopy(program.model)(mean.clone()), strict=True))
     certain = RandomVariable(mean, torch.zeros_like(var))
-    for engine, model in models.items():
+    for lifetime, model in models.items():
         for name, got in zip(program.outputs, model(certain), strict=True):
             if name not in masked:
-                _same(got.mean, plain[name], eps, f"{engine}: {name} without variance, against the plain decoder", 1024.0, 1.0)
-                _expect(float(got.var.max()) <= (64 * eps) ** 2, f"{engine}: {name} varies though the latent does not")
+                _same(got.mean, plain[name], eps, f"{lifetime}: {name} without variance, against the plain decoder", 1024.0, 1.0)
+                _expect(float(got.var.max()) <= (64 * eps) ** 2, f"{lifetime}: {name} varies though the latent does not")
 
 
 def _downstream(program: Program, chosen: Callable[[Any], bool]) -> set[str]:
@@ -262,10 +268,10 @@ def _weights_are_kept(program: Program, model: Any, outputs: dict[str, RandomVar
 
 def _gradients(program: Program) -> None:
     """Finite, of the attached penalty too, also where the latent does not vary."""
-    for engine in ENGINES[program.seed // 2 % 2 :][:1]:
+    for lifetime in LIFETIMES[program.seed // 2 % 2 :][:1]:
         mean, var = program.moments()
         try:
-            model = rvconvert.convert(copy.deepcopy(program.model), random_inputs=("v0",), engine=engine)
+            model = rvconvert.convert(_model(program, lifetime), random_inputs=("v0",))
             latent = (mean.requires_grad_(), var.requires_grad_())
             outputs = model(RandomVariable(latent[0] * 1, latent[1] * 1))
         except ConversionError:
@@ -279,7 +285,7 @@ def _gradients(program: Program) -> None:
         named = [("the latent's mean", latent[0]), ("the latent's variance", latent[1]), *model.named_parameters()]
         for name, parameter in named:
             finite = parameter.grad is None or bool(parameter.grad.isfinite().all())
-            _expect(finite, f"{engine}: the gradient by {name} is not finite")
+            _expect(finite, f"{lifetime}: the gradient by {name} is not finite")
 
 
 def _plain_gradient_is_finite(program: Program, mean: Tensor) -> bool:
@@ -418,8 +424,8 @@ def _sampled(program: Program, outcome: Outcome) -> None:
     masked = _downstream(program, lambda law: law.kind in ("dropout", "alpha_dropout"))
     latents = []
 
-    for engine in ENGINES:
-        model = _convert(program, outcome, engine=engine, **options)
+    for lifetime in LIFETIMES:
+        model = _convert(program, outcome, lifetime, **options)
         if model is None:
             continue
         with torch.no_grad():
@@ -434,8 +440,8 @@ def _sampled(program: Program, outcome: Outcome) -> None:
             if name in masked:
                 continue
             wanted = wanted.unflatten(0, (len(paths), -1))
-            _same(got.paths, wanted, eps, f"sampled, {engine}: paths of {name} against the plain decoder", 2048.0, 1.0)
-            _same(got.mean, got.paths.double().mean(0), eps, f"sampled, {engine}: mean of {name}", 2048.0)
+            _same(got.paths, wanted, eps, f"sampled, {lifetime}: paths of {name} against the plain decoder", 2048.0, 1.0)
+            _same(got.mean, got.paths.double().mean(0), eps, f"sampled, {lifetime}: mean of {name}", 2048.0)
             outcome.paths += 1
 
 

@@ -1,6 +1,6 @@
 """Random decoders: a seed becomes the source of a ``forward``, its modules, and the law that each line obeys.
 
-The source is real Python, so that both engines meet what a person writes. The laws are the reference's alone: they
+The source is real Python, so that both lifetimes meet what a person writes. The laws are the reference's alone: they
 say which mathematics stands behind a line, and name no rule of the library.
 """
 
@@ -102,10 +102,10 @@ class Program:
         return mean.to(self.dtype), (scale * var).to(self.dtype)
 
 
-def source(steps: tuple[Step, ...], outputs: tuple[str, ...], after: str = "") -> str:
-    """The forward method's own text; ``after`` each line may follow another, with ``{}`` for the line's value."""
+def source(steps: tuple[Step, ...], outputs: tuple[str, ...], before: str = "pass", after: str = "") -> str:
+    """The forward method's own text, a line before it; ``after`` each may follow another, with ``{}`` for its value."""
     lines = [f"    {step.line}" + after.replace("{}", step.out) for step in steps]
-    return "\n".join(["def forward(self, v0):", *lines, f"    return {', '.join(outputs)},"])
+    return "\n".join(["def forward(self, v0):", f"    {before}", *lines, f"    return {', '.join(outputs)},"])
 
 
 def with_forward(model: nn.Module, text: str, seed: int) -> nn.Module:

@@ -1,0 +1,117 @@
+"""Does a recorded graph stand for its method? It is run beside the model, on the same inputs and on others."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from rvconvert.capture.recorder import Recording, unchanged
+from rvconvert.core.random_variable import RandomVariable
+from rvconvert.core.tree import Structure, flatten
+
+__all__ = ["each_mode", "replay_differs", "state_matters"]
+
+Run = Callable[..., tuple[Any, ...]]
+
+
+def each_mode(model: nn.Module) -> Iterator[bool]:
+    """The model's present mode (False), then train for eval or eval for train (True); in the end it is as it was."""
+    modes = {module: module.training for module in model.modules()}
+    yield False
+    try:
+        nn.Module.train(model, not model.training)  # not the model's own train(), which may be something else
+        yield True
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
+def plain_leaves(args: Any, kwargs: Any) -> tuple[list[torch.Tensor], Structure]:
+    """The tensors of a call, the mean in the place of a random variable."""
+    leaves, structure = flatten((args, kwargs))
+    return [x.mean if isinstance(x, RandomVariable) else x for x in leaves], structure
+
+
+def other_values(leaves: list[torch.Tensor]) -> list[torch.Tensor]:
+    """Other inputs like these, still between 0 and 1 if these are."""
+    return [x * 0.9 + 0.05 if x.is_floating_point() and x.layout == torch.strided else x for x in leaves]
+
+
+def state_matters(model: nn.Module, method: Any, args: Any, kwargs: Any) -> bool:
+    """True if a call before this one changes what this one gives: what the method keeps is read again."""
+    leaves, structure = plain_leaves(args, kwargs)
+
+    def call(inputs: list[torch.Tensor]) -> list[Any]:
+        torch.manual_seed(3)
+        a, k = structure.build(iter(x.clone() for x in inputs))
+        return flatten(method(*a, **k), lambda x: isinstance(x, torch.Tensor))[0]
+
+    results = []
+    for before in (False, True):
+        with unchanged(model):
+            if before:
+                call(leaves)
+            try:
+                results.append(call(other_values(leaves)))
+            except Exception:
+                return True
+    return not all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def replay_differs(run: Run, recording: Recording, model: nn.Module, method: Any, args: Any, kwargs: Any) -> str | None:
+    """Run the plain graph beside the model on other inputs, another seed and another batch size.
+
+    Returns what is different, or None. Where only the other batch size is at fault, it is marked as fixed.
+    """
+    leaves, structure = plain_leaves(args, kwargs)
+    other = other_values(leaves)
+
+    def results(call: Callable[..., Any], inputs: list[torch.Tensor]) -> list[Any]:
+        with unchanged(model), torch.enable_grad():
+            torch.manual_seed(1)
+            return [x for x in call(*(x.clone() for x in inputs)) if isinstance(x, torch.Tensor)]
+
+    def eager(*inputs: torch.Tensor) -> list[Any]:
+        a, k = structure.build(iter(inputs))
+        return flatten(method(*a, **k), lambda x: isinstance(x, torch.Tensor))[0]
+
+    def replayed(*inputs: torch.Tensor) -> tuple[Any, ...]:
+        outputs = run(model, *inputs)
+        return outputs[: len(outputs) - recording.kept_leaves]
+
+    def compare(inputs: list[torch.Tensor]) -> str | None:
+        expected = results(eager, inputs)
+        try:
+            found = results(replayed, inputs)
+        except Exception as error:
+            return f"{type(error).__name__}: {error}"
+        for a, b in zip(expected, found, strict=False):
+            if a.shape != b.shape:
+                return f"an output of shape {tuple(b.shape)} instead of {tuple(a.shape)}"
+            if not a.is_meta and not torch.allclose(a, b, rtol=1e-4, atol=1e-5, equal_nan=True):
+                return f"an output differs by {(a - b).abs().max().item():.2g}"
+        return None
+
+    smaller = None
+    batch = {x.shape[0] for x in leaves if x.ndim}
+    if batch == {1}:
+        recording.fixed.append("the example is a batch of one")
+    elif not recording.fixed and len(batch) == 1:
+        try:  # other values and another batch size at once
+            smaller = compare([x[: (x.shape[0] + 1) // 2] if x.ndim else x for x in other])
+        except Exception as error:
+            smaller = f"{type(error).__name__}: {error}"
+        if smaller is None:
+            return None
+    try:
+        difference = compare(other)
+    except Exception:
+        difference = compare(leaves)
+    if difference is not None:
+        return f"the recorded graph does not replay equal to the model ({difference})"
+    if smaller is not None:
+        recording.fixed.append(f"another batch size gives {smaller}")
+    return None

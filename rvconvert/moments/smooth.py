@@ -1,0 +1,78 @@
+"""Smooth activations, each by its table: silu, mish, softplus, logsigmoid, gelu, tanh, sigmoid."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from rvconvert.moments.normal import Moments, at_least_float32
+from rvconvert.moments.quadrature import quadrature
+from rvconvert.moments.table import Curve, table_moments
+
+_GELU_RATE, _GELU_CUBIC = 2 * math.sqrt(2 / math.pi), 0.044715
+
+
+# torch's own GELU cancels far below 0; these are the same functions without that.
+def _gelu(x: Tensor) -> Tensor:
+    return 0.5 * x * torch.special.erfc(-math.sqrt(0.5) * x)
+
+
+def _gelu_tanh(x: Tensor) -> Tensor:
+    return x * torch.sigmoid(_GELU_RATE * x * (1 + _GELU_CUBIC * x * x))
+
+
+_TANH, _SIGMOID = Curve(torch.tanh, 1.0), Curve(torch.sigmoid, 2.0)
+_SILU, _MISH = Curve(F.silu, 2.2), Curve(F.mish, 2.2)
+_SOFTPLUS, _LOGSIGMOID = Curve(F.softplus, 3.0), Curve(F.logsigmoid, 3.0)
+_GELU, _GELU_TANH = Curve(_gelu, 0.9), Curve(_gelu_tanh, 0.9)
+
+
+@at_least_float32
+def tanh(mean: Tensor, var: Tensor) -> Moments:
+    """tanh x."""
+    return table_moments(_TANH, mean, var)
+
+
+@at_least_float32
+def sigmoid(mean: Tensor, var: Tensor) -> Moments:
+    """1/(1 + e^-x)."""
+    return table_moments(_SIGMOID, mean, var)
+
+
+@at_least_float32
+def silu(mean: Tensor, var: Tensor) -> Moments:
+    """x sigmoid(x)."""
+    return table_moments(_SILU, mean, var)
+
+
+@at_least_float32
+def mish(mean: Tensor, var: Tensor) -> Moments:
+    """x tanh(softplus(x))."""
+    return table_moments(_MISH, mean, var)
+
+
+@at_least_float32
+def gelu(mean: Tensor, var: Tensor, approximate: str = "none") -> Moments:
+    """GELU: "none" is x Phi(x), "tanh" its approximation. Raises ValueError for any other `approximate`."""
+    if approximate not in ("none", "tanh"):
+        raise ValueError(f"approximate must be 'none' or 'tanh', not {approximate!r}")
+    return table_moments(_GELU if approximate == "none" else _GELU_TANH, mean, var)
+
+
+@at_least_float32
+def softplus(mean: Tensor, var: Tensor, beta: float = 1.0, threshold: float = 20.0) -> Moments:
+    """log(1 + e^(beta x))/beta; torch's linear branch above threshold/beta differs by less than e^-threshold/beta, which is
+    left out for threshold >= 15 and has its own kink below that."""
+    if threshold < 15:
+        return quadrature(lambda x: F.softplus(x, beta, threshold), mean, var, kinks=(0.0, threshold / beta))
+    out, out_var = table_moments(_SOFTPLUS, beta * mean, beta * beta * var)
+    return out / beta, out_var / (beta * beta)
+
+
+@at_least_float32
+def logsigmoid(mean: Tensor, var: Tensor) -> Moments:
+    """log sigmoid(x)."""
+    return table_moments(_LOGSIGMOID, mean, var)

@@ -1,0 +1,488 @@
+"""Roles: which draws are latents, where the reconstruction is, and what a loss inside the method takes at its mean.
+
+Assigned once, by ``assign`` over a recorded graph; the rewriting, the plan and the report read them. A draw is a *latent*
+where a decoder's value depends on it and the input reaches its scale or location; every other draw is left as it is, as
+dropout is. The *reconstruction* is every random value with a decoder behind it, at the point where it leaves the method or
+first meets an input or a loss, its last elementwise functions included.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterable
+
+from torch import fx, nn
+
+from rvconvert.capture.recorder import Recording
+from rvconvert.core.registry import Rule
+from rvconvert.rules.kinds import Bilinear, Collapse, Elementwise, Metadata, Shape
+
+__all__ = ["Roles", "assign"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Roles:
+    """The roles of the nodes of a recording.
+
+    Attributes:
+        latents: the draws that become random variables, in order.
+        random: the nodes that depend on a latent or a random input.
+        reconstructions: where L_c is attached.
+        beside: (value, reconstruction) pairs: values that leave or enter a loss and are the same but for a view or an
+            elementwise function, so that L_c joins whichever is trained on.
+        at_mean: (value, user) pairs: what a loss inside the method takes at its mean.
+        losses: outputs that are a loss or a term of one.
+        unused: random nodes whose value nothing uses, such as a check of a distribution's arguments.
+    """
+
+    latents: tuple[fx.Node, ...]
+    random: frozenset[fx.Node]
+    reconstructions: tuple[fx.Node, ...]
+    beside: tuple[tuple[fx.Node, fx.Node], ...]
+    at_mean: frozenset[tuple[fx.Node, fx.Node]]
+    losses: frozenset[fx.Node]
+    unused: frozenset[fx.Node]
+
+    def of(self, node: fx.Node) -> str:
+        """The role of a node in a word; empty if it has none of its own."""
+        if node in self.latents:
+            return "latent"
+        if node in self.reconstructions:
+            return "reconstruction"
+        if "draw" in node.meta:
+            return "nuisance"
+        return "loss" if node in self.losses else ""
+
+
+def assign(recording: Recording, named: Iterable[str] = ()) -> Roles:
+    """The roles in a recording.
+
+    Args:
+        recording: of the method.
+        named: the draws that are latents whatever they do, by the end of their ``file:line`` or their node's name.
+    """
+    graph = _Graph(recording)
+    latents = graph.named(tuple(named)) if named else graph.latents()
+    return graph.roles(latents)
+
+
+# Errors, log-likelihoods and their like are no activation of a last layer: a reconstruction ends before them.
+_ERRORS = frozenset("pow square abs log log1p log2 log10 log_softmax logsigmoid neg".split())
+_PRODUCTS = frozenset("mul multiply addcmul lerp div true_divide divide".split())
+_DISTANCES = frozenset("cdist pairwise_distance cosine_similarity dist".split())
+_EVEN = frozenset("pow square abs norm vector_norm huber_loss".split())
+
+
+class _Graph:
+    """A recorded graph with what is asked of its nodes again and again."""
+
+    def __init__(self, recording: Recording) -> None:
+        self.recording = recording
+        self.nodes = list(recording.graph.nodes)
+        self.given = set(recording.random_inputs)
+        self.outputs = list(recording.output.all_input_nodes)
+        self.raw: set[fx.Node] = set()  # made of inputs, through no learned layer
+        self.conditioned: set[fx.Node] = set()  # depends on an input
+        self.learned: set[fx.Node] = set()  # depends on an input through a learned layer
+        self.weights: set[fx.Node] = set()  # made of parameters and buffers alone
+        self.reference = self._modules_applied_to_inputs()
+        for node in self.nodes:
+            self._describe(node)
+
+    # --- what a node is ----------------------------------------------------------------------------
+
+    def _describe(self, node: fx.Node) -> None:
+        sources = node.all_input_nodes
+        if node.op == "placeholder":
+            if node not in self.given:
+                self.raw.add(node)
+            self.conditioned.add(node)
+        elif node.op == "get_attr":
+            if not str(node.target).startswith("_rvconvert."):
+                self.weights.add(node)
+        elif _asks(node):
+            return
+        else:
+            if any(n in self.conditioned for n in sources):
+                self.conditioned.add(node)
+                if any(n in self.learned for n in sources) or self._has_weights(node):
+                    self.learned.add(node)
+                elif any(n in self.raw for n in sources):
+                    self.raw.add(node)
+            elif sources and all(n in self.weights for n in sources):
+                self.weights.add(node)
+
+    def _has_weights(self, node: fx.Node) -> bool:
+        """An operation with weights that mixes elements: a layer, not a scale for each element."""
+        if self._kind(node, Elementwise, Shape):
+            return False
+        if node.op == "call_module":
+            return bool(node.meta.get("learned", True))
+        return any(n in self.weights for n in node.all_input_nodes)
+
+    @staticmethod
+    def _kind(node: fx.Node, *kinds: type) -> bool:
+        rule: Rule | None = node.meta.get("rule")
+        return "part" in node.meta if rule is None else isinstance(rule.kind, kinds)
+
+    @staticmethod
+    def _name(node: fx.Node) -> str:
+        rule: Rule | None = node.meta.get("rule")
+        return "" if rule is None else rule.name
+
+    def _modules_applied_to_inputs(self) -> set[str]:
+        """Layers that act on random values and on plain ones: an encoder of both, features of a perceptual loss."""
+        plain: set[str] = set()
+        random: set[str] = set()
+        for node in self.nodes:
+            if node.op == "call_module":
+                (random if node in self.recording.depends else plain).add(str(node.target))
+        return plain & random
+
+    def decodes(self, node: fx.Node, random: set[fx.Node] | frozenset[fx.Node]) -> bool:
+        """A decoder's operation on a random value: a learned layer, or a product or distance of random values."""
+        sources = [n for n in node.all_input_nodes if n in random]
+        if not sources or "draw" in node.meta or _asks(node):
+            return False
+        if self._has_weights(node):
+            return str(node.target) not in self.reference or node.op != "call_module"
+        both = self._kind(node, Bilinear) or self._name(node) in _DISTANCES
+        given = [n for n in node.args if isinstance(n, fx.Node) and n in random]
+        return both and len(given) > 1
+
+    # --- draws -------------------------------------------------------------------------------------
+
+    def named(self, names: tuple[str, ...]) -> list[fx.Node]:
+        """The draws that a person named."""
+
+        def fits(node: fx.Node, name: str) -> bool:
+            place = str(node.meta.get("where", ""))
+            return name in (node.name, place) or place.endswith("/" + name.lstrip("/"))
+
+        return [n for n in self.recording.draws if any(fits(n, name) for name in names)]
+
+    def latents(self) -> list[fx.Node]:
+        """Draws that a decoder's value depends on and whose scale or location the input reaches."""
+        noise: dict[fx.Node, frozenset[fx.Node]] = {}  # draws that a value is, scaled and shifted by constants
+        posterior: dict[fx.Node, frozenset[fx.Node]] = {}  # draws that the input has placed or scaled
+        found: set[fx.Node] = set()
+        shifted: set[fx.Node] = set()  # draws that an input alone, through no layer, has placed
+        decoded: set[fx.Node] = set()
+        none: frozenset[fx.Node] = frozenset()
+        depends = self.recording.depends
+        for node in self.given:
+            posterior[node] = frozenset((node,))
+        for node in self.nodes:
+            sources = node.all_input_nodes
+            placed = none.union(*(posterior.get(n, none) for n in sources))
+            plain = none.union(*(noise.get(n, none) for n in sources))
+            if "draw" in node.meta:
+                own = frozenset((node,))
+                by_input = any(n in self.learned or n in posterior for n in sources if not _asks_of(node, n))
+                noise[node], posterior[node] = (none, placed | own) if by_input else (own, placed)
+                continue
+            if node not in depends or not (placed or plain):
+                continue
+            if self.decodes(node, depends):
+                found |= placed
+                decoded |= plain
+                posterior[node], noise[node] = placed, none
+                continue
+            others = [n for n in sources if not noise.get(n)]
+            reached = any(n in self.learned or posterior.get(n) for n in others)
+            if plain and reached and not self._gates(node, noise):
+                placed, plain = placed | plain, none
+            if any(n in self.raw for n in others):
+                shifted |= plain
+            if self._compares(node) and not placed:
+                plain = none  # a mask of a fixed probability is as dropout's
+            posterior[node], noise[node] = placed, plain
+        if not found:  # an encoder alone, whose sample is what it gives; noise on an input, if there is no other draw
+            leaving = [n for n in self.outputs if _rank(n) >= 2]
+            found = set(none.union(*(posterior.get(n, none) for n in leaving)))
+            found = found or (shifted & decoded.union(*(noise.get(n, none) for n in leaving)))
+        return [n for n in self.recording.draws if n in found]
+
+    def _compares(self, node: fx.Node) -> bool:
+        return str(node.meta.get("dtype")) == "torch.bool"
+
+    def _gates(self, node: fx.Node, noise: dict[fx.Node, frozenset[fx.Node]]) -> bool:
+        """A product with a draw of zeros and ones: a mask, not a scale."""
+        drawn = {d.meta["draw"].law.name for n in node.all_input_nodes for d in noise.get(n, ())}
+        return self._name(node) in _PRODUCTS and bool(drawn) and drawn <= {"Bernoulli"}
+
+    # --- roles -------------------------------------------------------------------------------------
+
+    def roles(self, latents: list[fx.Node]) -> Roles:
+        """Reconstructions and losses, given the latents."""
+        self.nuisance = self.forward_of(n for n in self.recording.draws if n not in latents)
+        self.samples = {n for n in self.recording.draws if n not in latents}
+        random = self.forward_of([*latents, *self.given], stop=self.samples_likelihood)
+        decoded = self.closure(random, lambda n: self.decodes(n, random))
+        if not decoded and self.given:  # a bare decoder of functions alone
+            decoded = {n for n in random if n not in self.given}
+        loss_like = self.loss_like(random, decoded)
+        leaving = [n for n in dict.fromkeys(self.outputs) if n in random]
+        losses = frozenset(n for n in leaving if n in loss_like)
+        leaves = self.reconstructions_that_leave([n for n in leaving if n in decoded and n not in losses], random)
+        inside = self.only_towards(losses, random)
+        edges = self.frontier(losses, inside, decoded, random)
+        meeting = {source for source, user in edges if self.meets_input(source, user, inside, random)}
+        chosen = list(leaves)
+        candidates = meeting or (set() if leaves else {source for source, _ in edges})
+        for source in (n for n in self.nodes if n in candidates):
+            if not any(self.same(source, n, random) or self.same(n, source, random) or self.behind(n, source) for n in chosen):
+                chosen.append(source)
+        at_mean = set(edges)
+        drawn_from: list[fx.Node] = []
+        for node in self.nodes:  # a loss function takes what it compares at the mean, a draw of the likelihood its parameters
+            sources = [n for n in node.all_input_nodes if n in random]
+            if node in random and self.is_loss(node):
+                at_mean |= {(n, node) for n in sources if n in decoded}
+            elif node not in random and sources and node.op != "output" and self.samples_likelihood(node):
+                at_mean |= {(n, node) for n in sources}
+                drawn_from += [n for n in sources if n in decoded and not ("draw" in node.meta and _asks_of(node, n))]
+        chosen = chosen or list(dict.fromkeys(drawn_from))
+        related = [*leaving, *(source for source, _ in edges)]
+        beside = [
+            (value, main)
+            for main in chosen
+            for value in dict.fromkeys(related)
+            if value is not main and value in decoded and value not in losses
+            if self.same(value, main, random) or self.same(main, value, random)
+        ]
+        return Roles(
+            tuple(latents),
+            frozenset(random),
+            tuple(chosen),
+            tuple(dict(reversed(beside)).items()),
+            frozenset(at_mean),
+            losses,
+            self.unused(random),
+        )
+
+    def samples_likelihood(self, node: fx.Node) -> bool:
+        """A draw that is no latent, or a comparison with one: what it makes of a random value is a draw at its mean."""
+        return node in self.samples or (self._compares(node) and any(n in self.nuisance for n in node.all_input_nodes))
+
+    def unused(self, random: set[fx.Node]) -> frozenset[fx.Node]:
+        """Random nodes that reach neither an output nor an effect."""
+        found: set[fx.Node] = set()
+        for node in reversed(self.nodes):
+            effect = node.meta.get("mutates") or "draw" in node.meta or node.op == "placeholder"
+            if node in random and not effect and all(user in found for user in node.users):
+                found.add(node)
+        return frozenset(found)
+
+    def forward_of(self, starts: Iterable[fx.Node], stop: Callable[[fx.Node], bool] = lambda node: False) -> set[fx.Node]:
+        """The nodes that depend on ``starts``, not through one where ``stop`` holds."""
+        found = set(starts)
+        for node in self.nodes:
+            if node.op == "output" or node in found or _asks(node):
+                continue
+            if any(n in found for n in node.all_input_nodes) and not stop(node):
+                found.add(node)
+        return found
+
+    def closure(self, random: set[fx.Node], begins: Callable[[fx.Node], bool]) -> set[fx.Node]:
+        """The random nodes at or behind one where ``begins`` holds."""
+        found: set[fx.Node] = set()
+        for node in self.nodes:
+            if node in random and (begins(node) or any(n in found for n in node.all_input_nodes)):
+                found.add(node)
+        return found
+
+    @staticmethod
+    def is_loss(node: fx.Node) -> bool:
+        """A loss function or module."""
+        rule: Rule | None = node.meta.get("rule")
+        by_rule = rule is not None and isinstance(rule.kind, Collapse)
+        return by_rule or issubclass(node.meta.get("module_type", object), nn.modules.loss._Loss)
+
+    def loss_like(self, random: set[fx.Node], decoded: set[fx.Node]) -> set[fx.Node]:
+        """Values that are a loss: of a loss function, an error against an input, or one number for each example."""
+        found: set[fx.Node] = set()
+        for node in self.nodes:
+            if node not in random:
+                continue
+            sources = [n for n in node.all_input_nodes if n in random]
+            if self.is_loss(node) or self.is_error(node, random, decoded):
+                found.add(node)
+            elif self.decodes(node, random):
+                continue
+            elif (self.reduces(node, sources) and (_size(node) == 1 or _rank(node) <= 1)) or any(n in found for n in sources):
+                found.add(node)
+        return found
+
+    def is_error(self, node: fx.Node, random: set[fx.Node], decoded: set[fx.Node]) -> bool:
+        """An even function of a difference from an input."""
+        if self._name(node) not in _EVEN and not (self._name(node) in _PRODUCTS and len(set(node.all_input_nodes)) == 1):
+            return False
+        for source in node.all_input_nodes:
+            operands = source.all_input_nodes
+            difference = source in decoded and self._name(source) in ("sub", "subtract", "rsub", "add")
+            if difference and any(n in self.raw for n in operands) and any(n in random for n in operands):
+                return True
+        return False
+
+    def reduces(self, node: fx.Node, sources: list[fx.Node]) -> bool:
+        """Fewer numbers come out than went in, and not because some were selected."""
+        if self._kind(node, Shape) or "draw" in node.meta:
+            return False
+        return bool(sources) and _size(node) < max(map(_size, sources))
+
+    def reconstructions_that_leave(self, leaves: list[fx.Node], random: set[fx.Node]) -> list[fx.Node]:
+        """Of the decoded values that leave, those that are not a part, a summary or a score of another one."""
+        fits = {n for n in leaves if self.fits_an_input(n)}
+        dropped: set[fx.Node] = set()
+        for first in leaves:
+            for second in leaves:
+                if first is second or not self.behind(first, second):
+                    continue
+                if self.same(first, second, random):
+                    dropped.add(first if _size(first) == _size(second) and second not in dropped else second)
+                elif (second in fits) != (first in fits):
+                    dropped.add(first if second in fits else second)
+                elif not self.decodes_between(first, second, random) or _size(second) <= _batch(second):
+                    dropped.add(second)
+                elif first not in fits:
+                    dropped.add(first)
+        kept = [n for n in leaves if n not in dropped]
+        if any(n in fits for n in kept):  # a number for each example beside it is a score
+            kept = [n for n in kept if n in fits or _size(n) > _batch(n)]
+        return kept
+
+    def fits_an_input(self, node: fx.Node) -> bool:
+        """As many numbers as in an input that is a batch of vectors or more."""
+        inputs = [n for n in self.nodes if n.op == "placeholder" and n not in self.given]
+        return _rank(node) >= 2 and any(_rank(n) >= 2 and _size(n) == _size(node) for n in inputs)
+
+    def behind(self, first: fx.Node, second: fx.Node) -> bool:
+        """True where ``second`` is made of ``first``."""
+        return second in self.forward_of((first,))
+
+    def between(self, first: fx.Node, second: fx.Node) -> list[fx.Node]:
+        """The nodes on the ways from ``first`` to ``second``, ``second`` among them."""
+        ahead = self.forward_of((first,)) - {first}
+        found, todo = [], [second]
+        seen: set[fx.Node] = set()
+        while todo:
+            node = todo.pop()
+            if node in ahead and node not in seen:
+                seen.add(node)
+                found.append(node)
+                todo += node.all_input_nodes
+        return found
+
+    def same(self, first: fx.Node, second: fx.Node, random: set[fx.Node]) -> bool:
+        """``second`` is ``first``, or a view or an elementwise function of it."""
+        if first is second:
+            return True
+        way = self.between(first, second)
+        return bool(way) and all(self._kind(n, Elementwise, Shape) or self._keeps_size(n) for n in way)
+
+    def _keeps_size(self, node: fx.Node) -> bool:
+        """A softmax, dropout or the like: no layer, and as many numbers as before."""
+        sources = [n for n in node.all_input_nodes if n in self.recording.depends]
+        return not self._has_weights(node) and len(sources) == 1 and _size(sources[0]) == _size(node)
+
+    def decodes_between(self, first: fx.Node, second: fx.Node, random: set[fx.Node]) -> bool:
+        """A decoder's operation lies between the two."""
+        return any(self.decodes(n, random) for n in self.between(first, second))
+
+    # --- losses inside the method ------------------------------------------------------------------
+
+    def only_towards(self, losses: frozenset[fx.Node], random: set[fx.Node]) -> set[fx.Node]:
+        """Random nodes that reach outputs which are losses, and no other."""
+        reaches: dict[fx.Node, bool] = {}
+        for node in reversed(self.nodes):
+            if node not in random:
+                continue
+            ends = [n for n in self.outputs if n is node]
+            verdicts = [node in losses] if ends else []
+            verdicts += [reaches[n] for n in node.users if n in reaches]
+            if verdicts:
+                reaches[node] = all(verdicts)
+        return {n for n, only in reaches.items() if only}
+
+    def frontier(
+        self, losses: frozenset[fx.Node], inside: set[fx.Node], decoded: set[fx.Node], random: set[fx.Node]
+    ) -> list[tuple[fx.Node, fx.Node]]:
+        """(value, user): where what a decoder gives enters the making of a loss, activations of its last layer included."""
+        edges: list[tuple[fx.Node, fx.Node]] = []
+        todo, seen = list(losses), set()
+        while todo:
+            node = todo.pop()
+            if node in seen:
+                continue
+            seen.add(node)
+            for source in (n for n in node.all_input_nodes if n in random):
+                if source in inside and source not in self.outputs and not self.decodes(source, random):
+                    todo.append(source)
+                elif source in decoded:
+                    edges.append((source, node))
+        return list(dict.fromkeys(e for source, user in edges for e in self.extended(source, user, inside, random)))
+
+    def extended(
+        self, source: fx.Node, user: fx.Node, inside: set[fx.Node], random: set[fx.Node]
+    ) -> list[tuple[fx.Node, fx.Node]]:
+        """The edges behind the activations of the last layer, which belong to the reconstruction."""
+        while user in inside and user not in self.outputs and self.is_activation(user):
+            if len([n for n in source.users if n in random]) != 1:
+                break
+            following = [n for n in user.users if n in random]
+            if len(following) != 1:
+                return [(user, each) for each in following]
+            source, user = user, following[0]
+        return [(source, user)]
+
+    def is_activation(self, node: fx.Node) -> bool:
+        """A function of one value and constants that ends a decoder."""
+        if len(node.all_input_nodes) != 1 or self.is_loss(node):
+            return False
+        name = self._name(node)
+        plain = self._kind(node, Elementwise, Shape) or name == "softmax"
+        return plain and name not in _ERRORS and _size(node) == _size(node.all_input_nodes[0])
+
+    def meets_input(self, source: fx.Node, user: fx.Node, inside: set[fx.Node], random: set[fx.Node]) -> bool:
+        """On its way to the loss, through no other layer, the value meets an input."""
+        todo, seen = [user], set()
+        while todo:
+            node = todo.pop()
+            if node in seen or node not in inside:
+                continue
+            seen.add(node)
+            others = [n for n in node.all_input_nodes if n not in random]
+            if any(n in self.raw for n in others) or (self.is_loss(node) and any(n in self.conditioned for n in others)):
+                return True
+            if node is user or not self.decodes(node, random):
+                todo += list(node.users)
+        return False
+
+
+def _asks(node: fx.Node) -> bool:
+    """A question about shape or type, whose answer is not random."""
+    rule: Rule | None = node.meta.get("rule")
+    return (rule is not None and type(rule.kind) is Metadata) or (node.op == "call_method" and node.target == "size")
+
+
+def _asks_of(draw: fx.Node, source: fx.Node) -> bool:
+    """A draw asks ``source`` for its shape alone, as ``randn_like(source)`` and ``source.normal_()`` do."""
+    name = str(getattr(draw.meta["draw"].func, "__name__", ""))
+    return name.endswith(("_like", "_")) and bool(draw.args) and draw.args[0] is source
+
+
+def _size(node: fx.Node) -> int:
+    return math.prod(node.meta.get("shape", ()))
+
+
+def _rank(node: fx.Node) -> int:
+    """How many dimensions have more than one entry, the first counted as it is."""
+    shape = node.meta.get("shape", ())
+    return len(shape[:1]) + sum(n > 1 for n in shape[1:])
+
+
+def _batch(node: fx.Node) -> int:
+    shape = node.meta.get("shape", ())
+    return int(shape[0]) if shape else 1

@@ -1,0 +1,323 @@
+"""Draws: one table of them, and the laws that they bring, held against Monte Carlo in each covariance mode."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch import distributions as D
+
+from rvconvert import ConversionError, RandomVariable
+from rvconvert.core.random_variable import Settings
+from rvconvert.core.registry import operation_name
+from rvconvert.rules.draws import DRAWS
+from tests.drawn import with_draws
+
+K = 12
+SAMPLES = 40_000
+
+# ---- the table -----------------------------------------------------------------------------------------------------
+
+_P = torch.tensor([[0.2, 0.7, 0.5], [0.9, 0.4, 0.1]])
+_RATE = torch.tensor([[0.5, 2.0, 7.0], [1.0, 3.0, 0.2]])
+
+
+def _empty() -> Tensor:
+    return torch.full((2, 3), 9.0)
+
+
+# One call of each function that draws.
+CALLS: dict[Any, list[Callable[[Any], Any]]] = {
+    torch.randn: [lambda f: f(2, 3), lambda f: f((2, 3), dtype=torch.float64), lambda f: f(size=(2, 3))],
+    torch.randn_like: [lambda f: f(_P), lambda f: f(_P, dtype=torch.float64)],
+    torch.normal: [lambda f: f(_RATE, _P), lambda f: f(_RATE, 0.5), lambda f: f(1.0, _P), lambda f: f(1.0, 2.0, (2, 3))],
+    torch.Tensor.normal_: [lambda f: f(_empty()), lambda f: f(_empty(), 1.0, std=0.5)],
+    torch.Tensor.log_normal_: [lambda f: f(_empty(), 0.5, 0.4), lambda f: f(_empty(), mean=0.1, std=0.3)],
+    torch.rand: [lambda f: f(2, 3), lambda f: f(torch.Size((2, 3)), dtype=torch.float64, device="cpu")],
+    torch.rand_like: [lambda f: f(_P), lambda f: f(_P, dtype=torch.float64)],
+    torch.Tensor.uniform_: [
+        lambda f: f(_empty()), lambda f: f(_empty(), -1.0), lambda f: f(_empty(), -1.0, 3.0), lambda f: f(_empty(), to=4.0)
+    ],
+    torch.Tensor.exponential_: [lambda f: f(_empty()), lambda f: f(_empty(), 2.0), lambda f: f(_empty(), lambd=0.5)],
+    torch.bernoulli: [lambda f: f(_P), lambda f: f(_empty(), 0.3)],
+    torch.Tensor.bernoulli: [lambda f: f(_P), lambda f: f(_empty(), 0.3)],
+    torch.Tensor.bernoulli_: [lambda f: f(_empty()), lambda f: f(_empty(), 0.3), lambda f: f(_empty(), _P)],
+    F.gumbel_softmax: [lambda f: f(_RATE), lambda f: f(_RATE, tau=0.5), lambda f: f(_RATE, 0.7, True, dim=1)],
+    torch._standard_gamma: [lambda f: f(_RATE)],
+    torch._sample_dirichlet: [lambda f: f(_RATE)],
+    torch.poisson: [lambda f: f(_RATE)],
+    torch.binomial: [lambda f: f(torch.full((2, 3), 5.0), _P)],
+    torch.Tensor.geometric_: [lambda f: f(_empty(), 0.4)],
+    torch.Tensor.cauchy_: [lambda f: f(_empty(), 2.0)],
+    torch.multinomial: [lambda f: f(_P, 2)],
+    torch.Tensor.multinomial: [lambda f: f(_P, 2)],
+    torch.randint: [lambda f: f(4, (2, 3)), lambda f: f(1, 4, (2, 3))],
+    torch.randint_like: [lambda f: f(_P, 4)],
+    torch.randperm: [lambda f: f(5)],
+    torch.Tensor.random_: [lambda f: f(_empty(), 5)],
+}
+EACH = [
+    pytest.param(func, call, id=f"{operation_name(func)}-{i}") for func, calls in CALLS.items() for i, call in enumerate(calls)
+]
+
+
+def _table() -> dict[Any, Any]:
+    return dict(DRAWS.items())
+
+
+def test_every_draw_has_a_call_here_and_every_function_of_torch_that_draws_a_row():
+    assert set(CALLS) == set(_table())
+    drawing = "rand randn randint rand_like randn_like randint_like randperm normal bernoulli multinomial poisson".split()
+    in_place = "normal_ uniform_ bernoulli_ exponential_ cauchy_ log_normal_ geometric_ random_".split()
+    known = [torch.binomial, *(getattr(torch, n) for n in drawing)] + [getattr(torch.Tensor, n) for n in in_place]
+    assert [operation_name(f) for f in known if DRAWS.get(f) is None] == []
+
+
+@pytest.mark.parametrize("func", CALLS, ids=operation_name)
+def test_every_row_names_its_law_and_how_its_paths_are_drawn(func):
+    draw = DRAWS.get(func)
+    assert draw.func is func and draw.law.name
+    assert bool(draw.law.paths) == draw.can_be_latent
+    assert draw.is_gaussian == (draw.law.name == "Gaussian")
+
+
+@pytest.mark.parametrize(("func", "call"), EACH)
+def test_moments_of_the_draw_itself(func, call):
+    draw = DRAWS.get(func)
+    if not draw.can_be_latent:
+        with pytest.raises(ConversionError, match="cannot be a latent"):
+            call(lambda *args, **kwargs: draw.random_variable(*args, **kwargs, settings=Settings()))
+        return
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        draws = torch.stack([call(func).double() for _ in range(8000)])
+    x = call(lambda *args, **kwargs: draw.random_variable(*args, **kwargs, settings=Settings()))
+    plain = call(func)
+    assert isinstance(x, RandomVariable) and x.shape == plain.shape and x.dtype == plain.dtype and x.latent
+    error = 5 * draws.std(0) / len(draws) ** 0.5
+    approximate = 0.05 if func is F.gumbel_softmax else 0.0
+    assert ((x.mean - draws.mean(0)).abs() <= error + approximate * draws.std(0) + 1e-6).all()
+    spread = (draws - draws.mean(0)).square()
+    assert ((x.var - spread.mean(0)).abs() <= 5 * spread.std(0) / len(draws) ** 0.5 + 2 * approximate * x.var + 1e-6).all()
+
+
+@pytest.mark.parametrize(("func", "call"), EACH)
+def test_a_draw_at_its_mean_has_the_shape_the_type_and_the_write_of_the_draw(func, call):
+    draw = DRAWS.get(func)
+    plain = call(func)
+    seen = []
+    value = call(lambda *args, **kwargs: seen.append(args) or draw.at_mean(func, args, kwargs))
+    assert value.shape == plain.shape and value.dtype == plain.dtype
+    if operation_name(func).endswith("_"):
+        assert value is seen[0][0]
+    if draw.can_be_latent:
+        expected = call(lambda *args, **kwargs: draw.random_variable(*args, **kwargs, settings=Settings())).mean
+        torch.testing.assert_close(value, expected)
+    elif draw.law.name == "Cauchy":
+        assert (value == 2).all()
+
+
+@pytest.mark.parametrize("mode", ["sampled", "lowrank"])
+@pytest.mark.parametrize(("func", "call"), EACH)
+def test_paths_have_the_moments_of_the_law(func, call, mode):
+    draw = DRAWS.get(func)
+    if not draw.can_be_latent:
+        return
+    settings = Settings(covariance=mode, pairs=2000, rank=2000, seed=3)
+    x = call(lambda *args, **kwargs: draw.random_variable(*args, **kwargs, settings=settings))
+    expected = call(lambda *args, **kwargs: draw.random_variable(*args, **kwargs, settings=Settings()))
+    assert x.shape == expected.shape
+    approximate = 0.15 if func is F.gumbel_softmax else 0.1
+    assert ((x.mean - expected.mean).abs() <= approximate * expected.var.sqrt() + 1e-6).all()
+    torch.testing.assert_close(x.var, expected.var, rtol=0.25, atol=0.01)
+
+
+# ---- laws as posteriors of a decoder ---------------------------------------------------------------------------------
+
+
+class Posterior:
+    """Positive and real parameters of one sample, (N, K) after ``of(N)``."""
+
+    def __init__(self, seed: int) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        self.real = torch.randn(1, K, generator=generator)
+        self.scale = 0.2 + 0.6 * torch.rand(1, K, generator=generator)
+        self.shape = 1.0 + 3 * torch.rand(1, K, generator=generator)
+        self.other = 1.0 + 3 * torch.rand(1, K, generator=generator)
+
+    def of(self, n: int) -> Posterior:
+        made = Posterior.__new__(Posterior)
+        made.__dict__.update({name: value.expand(n, K) for name, value in self.__dict__.items()})
+        return made
+
+
+def _uniform(q):
+    return q.real + q.scale * (2 * torch.rand_like(q.real) - 1)
+
+
+def _laplace(q):
+    u = torch.rand_like(q.real) - 0.5
+    return q.real - q.scale * torch.sign(u) * torch.log1p(-2 * torch.abs(u))
+
+
+def _logistic(q):
+    u = torch.rand_like(q.real)
+    return q.real + q.scale * (torch.log(u) - torch.log1p(-u))
+
+
+def _logistic_torch(q):
+    base = D.Uniform(torch.zeros_like(q.real), torch.ones_like(q.real))
+    transforms = [D.SigmoidTransform().inv, D.AffineTransform(q.real, q.scale)]
+    return D.TransformedDistribution(base, transforms).rsample()
+
+
+def _gumbel(q):
+    return q.real - q.scale * torch.log(-torch.log(torch.rand(q.real.shape)))
+
+
+def _kumaraswamy(q):
+    u = torch.rand_like(q.real)
+    return (1 - u ** (1 / q.other)) ** (1 / q.shape)
+
+
+def _student(q):
+    chi2 = 2 * torch._standard_gamma(2.5 + q.shape)
+    return q.real + q.scale * torch.randn_like(q.real) * torch.rsqrt(chi2 / (5 + 2 * q.shape))
+
+
+def _gate(q):
+    return q.real * (torch.rand_like(q.real) < torch.sigmoid(q.real)).float()
+
+
+def _straight_through(q):
+    p = torch.sigmoid(q.real)
+    return torch.bernoulli(p) + p - p.detach()
+
+
+def _gumbel_softmax(q):
+    g = -torch.log(-torch.log(torch.rand_like(q.real) + 1e-20) + 1e-20)
+    return torch.softmax((q.real + g) / 0.7, dim=-1)
+
+
+def _gumbel_softmax_exponential(q):
+    g = -torch.empty_like(q.real).exponential_().log()
+    return F.softmax((q.real + g) / 0.7, -1)
+
+
+def _relaxed_bernoulli(q):
+    u = torch.rand_like(q.real)
+    return torch.sigmoid((q.real + torch.log(u) - torch.log1p(-u)) / 0.5)
+
+
+def _relaxed_categorical(q):
+    scores = (q.real - torch.log(-torch.log(torch.rand_like(q.real)))) / 0.8
+    return torch.exp(scores - torch.logsumexp(scores, -1, keepdim=True))
+
+
+def _softmax_by_hand(q):
+    scores = (q.real - torch.log(-torch.log(torch.rand_like(q.real)))) / 0.8
+    e = torch.exp(scores)
+    return e / e.sum(-1, keepdim=True)
+
+
+def _weibull(q):
+    return q.scale * (-torch.log(torch.rand_like(q.scale))) ** (1 / q.shape)
+
+
+LAWS: dict[str, Callable[[Any], Any]] = {
+    "uniform": _uniform,
+    "uniform, in place": lambda q: q.real + q.scale * torch.empty_like(q.real).uniform_(-1, 1),
+    "uniform, torch": lambda q: D.Uniform(q.real - q.scale, q.real + q.scale).rsample(),
+    "Laplace": _laplace,
+    "Laplace, torch": lambda q: D.Laplace(q.real, q.scale).rsample(),
+    "logistic": _logistic,
+    "logistic, torch": _logistic_torch,
+    "Gumbel": _gumbel,
+    "Gumbel, torch": lambda q: D.Gumbel(q.real, q.scale).rsample(),
+    "exponential": lambda q: -q.scale * torch.log(1 - torch.rand_like(q.scale)),
+    "exponential, torch": lambda q: D.Exponential(1 / q.scale).rsample(),
+    "Gamma": lambda q: torch._standard_gamma(q.shape) * q.scale,
+    "Gamma, torch": lambda q: D.Gamma(q.shape, 1 / q.scale).rsample(),
+    "Gamma, torch, wide": lambda q: D.Gamma(q.shape / 10, 1 / q.scale).rsample(),
+    "inverse Gamma, torch": lambda q: D.InverseGamma(3 + q.shape, q.scale).rsample(),
+    "Beta": lambda q: torch._sample_dirichlet(torch.stack((q.shape, q.other), -1))[..., 0],
+    "Beta, torch": lambda q: D.Beta(q.shape, q.other).rsample(),
+    "Kumaraswamy": _kumaraswamy,
+    "Kumaraswamy, torch": lambda q: D.Kumaraswamy(q.shape, q.other).rsample(),
+    "Dirichlet": lambda q: torch._sample_dirichlet(q.shape),
+    "Dirichlet, torch": lambda q: D.Dirichlet(q.shape / 3).rsample(),
+    "Student t": _student,
+    "Student t, torch": lambda q: D.StudentT(5 + q.shape, q.real, q.scale).rsample(),
+    "log-normal": lambda q: torch.exp(q.real + q.scale * torch.randn_like(q.real)),
+    "log-normal, torch": lambda q: D.LogNormal(q.real, q.scale).rsample(),
+    "half-normal": lambda q: torch.abs(torch.randn_like(q.scale)) * q.scale,
+    "half-normal, torch": lambda q: D.HalfNormal(q.scale).rsample(),
+    "Bernoulli gates": _gate,
+    "Bernoulli, straight-through": _straight_through,
+    "Gumbel-softmax": _gumbel_softmax,
+    "Gumbel-softmax, exponential": _gumbel_softmax_exponential,
+    "Gumbel-softmax, torch": lambda q: F.gumbel_softmax(q.real, 0.7),
+    "Gumbel-softmax, hard": lambda q: F.gumbel_softmax(q.real.unflatten(1, (4, 3)), 0.7, hard=True).flatten(1),
+    "relaxed Bernoulli": _relaxed_bernoulli,
+    "relaxed Bernoulli, torch": lambda q: D.RelaxedBernoulli(torch.tensor(0.5), logits=q.real).rsample(),
+    "relaxed categorical": _relaxed_categorical,
+    "relaxed categorical, softmax by hand": _softmax_by_hand,
+    "relaxed categorical, torch": lambda q: D.RelaxedOneHotCategorical(torch.tensor(0.8), logits=q.real).rsample(),
+    "Weibull": _weibull,
+    "Weibull, torch": lambda q: D.Weibull(q.scale, q.shape).rsample(),
+    "Pareto, torch": lambda q: D.Pareto(q.scale, 4 + q.shape).rsample(),
+}
+
+
+def decoder(seed: int) -> nn.Module:
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return nn.Sequential(nn.Linear(K, 48), nn.ReLU(), nn.Linear(48, 12)).requires_grad_(False)
+
+
+def monte_carlo(law: Callable[[Any], Any], seed: int) -> tuple[Tensor, Tensor]:
+    with torch.random.fork_rng(), torch.no_grad():
+        torch.manual_seed(seed)
+        y = decoder(seed)(law(Posterior(seed).of(SAMPLES)).float())
+    return y.mean(0), y.var(0)
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("name", LAWS)
+def test_independent_mode_is_near_monte_carlo(name, seed):
+    mean, var = monte_carlo(LAWS[name], seed)
+    y = decoder(seed)(with_draws(LAWS[name], Posterior(seed).of(2)))
+    ratio = float(y.var[0].sum() / var.sum())
+    off = float(((y.mean[0] - mean) / var.sqrt()).abs().max())
+    assert 0.5 < ratio < 2 and off < 0.35, (ratio, off)
+
+
+@pytest.mark.parametrize("mode", ["sampled", "lowrank"])
+@pytest.mark.parametrize("name", LAWS)
+def test_paths_are_near_monte_carlo(name, mode):
+    mean, var = monte_carlo(LAWS[name], 0)
+    settings = Settings(covariance=mode, pairs=32, rank=32)
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        y = decoder(0)(with_draws(LAWS[name], Posterior(0).of(400), settings=settings))
+    ratio = float(y.var.mean(0).sum() / var.sum())
+    allowed = 0.15 if mode == "sampled" else 0.25
+    assert 1 - allowed < ratio < 1 + allowed, ratio
+    # Low-rank nodes are the same for every sample, so what they are off by does not average away.
+    assert float(((y.mean.mean(0) - mean) / var.sqrt()).abs().max()) < (0.05 if mode == "sampled" else 0.35)
+
+
+@pytest.mark.parametrize("name", LAWS)
+def test_the_parameters_have_gradients(name):
+    q = Posterior(0).of(2)
+    for key, value in vars(q).items():
+        setattr(q, key, value.clone().requires_grad_())
+    z = with_draws(LAWS[name], q)
+    gradients = torch.autograd.grad(z.mean.sum() + z.var.sum(), list(vars(q).values()), allow_unused=True)
+    found = [g for g in gradients if g is not None]
+    assert found and all(g.isfinite().all() for g in found)
+    assert any((g != 0).any() for g in found)

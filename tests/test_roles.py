@@ -1,0 +1,232 @@
+"""Where L_c is, and how large: over shapes of output and loss, with recordings that are kept and that serve one call."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributions import Bernoulli, Normal
+
+import rvconvert
+from rvconvert import ConversionError
+
+
+class VAE(nn.Module):
+    """``result(y, x, z, mu, std, self)`` is what leaves; ``reads``: Python reads a plain value, so no recording is kept."""
+
+    def __init__(self, result: Callable[..., Any], reads: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.encoder, self.decoder, self.head = nn.Linear(12, 8), nn.Linear(4, 12), nn.Linear(12, 1)
+        self.prior = nn.Linear(4, 4)
+        self.result, self.reads = result, reads
+
+    def forward(self, x: Tensor) -> Any:
+        if self.reads and float(x.sum()) == 1e30:
+            raise ValueError
+        mu, logvar = self.encoder(x).chunk(2, -1)
+        std = (0.5 * logvar).exp()
+        z = mu + torch.randn_like(mu) * std
+        return self.result(self.decoder(z), x, z, mu, std, self)
+
+
+def sampled_kl(z: Tensor, mu: Tensor, std: Tensor) -> Tensor:
+    return (Normal(mu, std).log_prob(z) - Normal(0.0, 1.0).log_prob(z)).sum(1)
+
+
+def kl_of_a_learned_prior(z: Tensor, mu: Tensor, std: Tensor, vae: VAE) -> Tensor:
+    place = vae.prior(z)
+    return 0.5 * ((mu - place) ** 2 + std**2 - 1 - 2 * std.log()).sum(1)
+
+
+def bce_by_hand(y: Tensor, x: Tensor) -> Tensor:
+    return -(x * torch.log(y + 1e-6) + (1 - x) * torch.log(1 - y + 1e-6))
+
+
+Result = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, VAE], Any]
+LINEAR: dict[str, Result] = {
+    "alone": lambda y, x, z, mu, std, m: y,
+    "beside the latent": lambda y, x, z, mu, std, m: (y, z, mu),
+    "beside tanh of the latent": lambda y, x, z, mu, std, m: (torch.tanh(z), y),
+    "beside its own mean": lambda y, x, z, mu, std, m: (y, y.mean(1)),
+    "beside its own mean, kept": lambda y, x, z, mu, std, m: (y, y.mean(1, keepdim=True)),
+    "beside a part": lambda y, x, z, mu, std, m: (y, y[:, :3]),
+    "beside a view": lambda y, x, z, mu, std, m: (y, y.view(-1, 3, 4)),
+    "beside a score": lambda y, x, z, mu, std, m: (y, m.head(y)),
+    "beside a score of the latent": lambda y, x, z, mu, std, m: {"y": y, "score": m.prior(z).sum(1)},
+    "beside a KL vector": lambda y, x, z, mu, std, m: (y, kl_of_a_learned_prior(z, mu, std, m)),
+    "beside a sampled KL": lambda y, x, z, mu, std, m: (y, sampled_kl(z, mu, std)),
+    "beside a draw of the likelihood": lambda y, x, z, mu, std, m: (y, Normal(y, 0.1).sample()),
+    "a view with a loss": lambda y, x, z, mu, std, m: (y.view(-1, 3, 4), F.mse_loss(y, x) + sampled_kl(z, mu, std).mean()),
+    "mse_loss": lambda y, x, z, mu, std, m: F.mse_loss(y, x),
+    "mse_loss beside it": lambda y, x, z, mu, std, m: (y, F.mse_loss(y, x), mu),
+    "mse_loss and a sampled KL": lambda y, x, z, mu, std, m: F.mse_loss(y, x) + sampled_kl(z, mu, std).mean(),
+    "mse_loss and a learned prior": lambda y, x, z, mu, std, m: (
+        100 * F.mse_loss(y, x) + kl_of_a_learned_prior(z, mu, std, m).mean()
+    ),
+    "hinge": lambda y, x, z, mu, std, m: F.hinge_embedding_loss(y, torch.where(x > 0.5, 1.0, -1.0)),
+    "BCE with logits": lambda y, x, z, mu, std, m: F.binary_cross_entropy_with_logits(y, x),
+    "add with alpha": lambda y, x, z, mu, std, m: torch.add(y, x, alpha=-1).square().mean(),
+    "by hand": lambda y, x, z, mu, std, m: ((x - y) ** 2).sum(1).mean(),
+    "by hand, absolute": lambda y, x, z, mu, std, m: (y - x).abs().mean(),
+    "per element": lambda y, x, z, mu, std, m: (y - x) ** 2,
+    "per example": lambda y, x, z, mu, std, m: ((y - x) ** 2).sum(1),
+    "per example, log-softmax": lambda y, x, z, mu, std, m: -(F.log_softmax(y, 1) * x).sum(1),
+    "mse_loss per element": lambda y, x, z, mu, std, m: F.mse_loss(y, x, reduction="none"),
+    "log_prob": lambda y, x, z, mu, std, m: -Normal(y, 0.5).log_prob(x).sum(1),
+    "in a dict, loss and all": lambda y, x, z, mu, std, m: {"loss": F.mse_loss(y, x), "recon": y, "z": z},
+}
+SIGMOID: dict[str, Result] = {
+    "sigmoid": lambda y, x, z, mu, std, m: torch.sigmoid(y),
+    "logits and sigmoid": lambda y, x, z, mu, std, m: (y, torch.sigmoid(y)),
+    "sigmoid, loss of the logits": lambda y, x, z, mu, std, m: (torch.sigmoid(y), F.binary_cross_entropy_with_logits(y, x)),
+    "BCE": lambda y, x, z, mu, std, m: F.binary_cross_entropy(torch.sigmoid(y), x),
+    "BCE by hand": lambda y, x, z, mu, std, m: bce_by_hand(torch.sigmoid(y), x).sum(1).mean(),
+    "BCE by hand, per example, beside it": lambda y, x, z, mu, std, m: (
+        (p := torch.sigmoid(y)),
+        bce_by_hand(p, x).sum(1),
+    ),
+    "Bernoulli": lambda y, x, z, mu, std, m: -Bernoulli(probs=torch.sigmoid(y)).log_prob((x > 0.5).float()).sum(1).mean(),
+    "a draw of the likelihood": lambda y, x, z, mu, std, m: (
+        lambda p: {"mean": p, "sample": (torch.rand_like(p) < p).float(), "mu": mu}
+    )(torch.sigmoid(y)),
+}
+SHAPES = {**{k: (v, False) for k, v in LINEAR.items()}, **{k: (v, True) for k, v in SIGMOID.items()}}
+
+
+def reference(x: Tensor, sigmoid: bool) -> Tensor:
+    """L_c of the reconstruction alone."""
+    vae = VAE((lambda y, *rest: torch.sigmoid(y)) if sigmoid else (lambda y, *rest: y), False)
+    return rvconvert.variance_penalty(rvconvert.convert(vae, output="distribution")(x))
+
+
+@pytest.mark.parametrize("reads", [False, True])
+@pytest.mark.parametrize("name", SHAPES)
+def test_the_penalty_is_that_of_the_reconstruction(name: str, reads: bool) -> None:
+    result, sigmoid = SHAPES[name]
+    x = torch.rand(8, 12, generator=torch.Generator().manual_seed(1))
+    rv = rvconvert.convert(VAE(result, reads), example_inputs=x)
+    rv(x)
+    assert rv.last_penalty is not None, "no penalty"
+    torch.testing.assert_close(rv.last_penalty, reference(x, sigmoid), rtol=0.01, atol=0)
+
+
+def tensors(value: Any) -> list[Tensor]:
+    if isinstance(value, Tensor):
+        return [value]
+    return [t for each in (value.values() if isinstance(value, dict) else value) for t in tensors(each)]
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_it_joins_whichever_related_output_is_trained_on(name: str) -> None:
+    """The gradient of an output's sum differs by L_c's, once, for one of the outputs at least; never by more."""
+    result, sigmoid = SHAPES[name]
+    x = torch.rand(8, 12, generator=torch.Generator().manual_seed(1))
+    reference_model = VAE((lambda y, *rest: torch.sigmoid(y)) if sigmoid else (lambda y, *rest: y), False)
+    y = (explicit := rvconvert.convert(reference_model, output="distribution"))(x)
+    rvconvert.variance_penalty(y).backward()
+    wanted = explicit.decoder.weight.grad
+    joined = 0
+    count = len(tensors(rvconvert.convert(VAE(result, False))(x)))
+    for index in range(count):
+        grads = []
+        for penalty in (50.0, 0.0):
+            rv = rvconvert.convert(VAE(result, False), penalty=penalty)
+            torch.manual_seed(2)
+            leaf = tensors(rv(x))[index]
+            if not leaf.requires_grad:
+                break
+            leaf.sum().backward()
+            grad = rv.decoder.weight.grad
+            grads.append(torch.zeros_like(wanted) if grad is None else grad)
+        if len(grads) == 2 and not torch.allclose(*grads, atol=1e-9):
+            joined += 1
+            torch.testing.assert_close(grads[0] - grads[1], wanted, rtol=0.02, atol=1e-6)
+    both = ("logits and sigmoid", "sigmoid, loss of the logits", "beside a view", "mse_loss beside it")
+    assert joined >= (2 if name in both else 1)
+
+
+def test_a_decoder_without_parameters_has_a_reconstruction() -> None:
+    for function in (lambda z: torch.sigmoid(z @ z.t()), lambda z: (-torch.cdist(z, z)).exp()):
+        vae = VAE(lambda y, x, z, mu, std, m, f=function: (f(z), mu), False)
+        rv = rvconvert.convert(vae)
+        rv(torch.rand(6, 12))
+        y = rvconvert.convert(vae, output="distribution")(torch.rand(6, 12))[0]
+        assert rv.last_penalty > 0 and isinstance(y, rvconvert.RandomVariable)
+
+
+NUISANCE: dict[str, Callable[[Tensor], Tensor]] = {
+    "pixel mask": lambda x: x * (torch.rand_like(x) > 0.1),
+    "DropPath": lambda x: x * x.new_empty(len(x), 1).bernoulli_(0.9) / 0.9,
+    "Bernoulli mask": lambda x: x * torch.bernoulli(torch.full_like(x, 0.8)),
+    "dither": lambda x: x + (torch.rand_like(x) - 0.5) / 256,
+    "dequantisation": lambda x: (x * 255 + torch.rand_like(x)) / 256,
+    "Gaussian noise": lambda x: x + 0.1 * torch.randn_like(x),
+    "mixup": lambda x: torch.distributions.Beta(0.5, 0.5).sample() * x + 0.1 * x.flip(0),
+    "crop by a mask": lambda x: x * (torch.arange(12) >= torch.randint(0, 3, (len(x), 1))),
+    "scale": lambda x: x * (1 + 0.1 * torch.rand(())),
+    "dropout": lambda x: F.dropout(x, 0.1),
+}
+
+
+@pytest.mark.parametrize("name", NUISANCE)
+@pytest.mark.parametrize("covariance", ["independent", "sampled"])
+def test_draws_that_are_no_latent_are_drawn(name: str, covariance: str) -> None:
+    class Noisy(VAE):
+        noise = True
+
+        def forward(self, x: Tensor) -> Any:
+            return super().forward(NUISANCE[name](x) if self.noise else x)
+
+    torch.manual_seed(3)
+    vae = Noisy(lambda y, x, z, mu, std, m: (y, mu), False)
+    x = torch.rand(512, 12)
+    rv = rvconvert.convert(vae, example_inputs=x, covariance=covariance)
+    (_, first), (_, second) = rv(x), rv(x)
+    assert not torch.equal(first, second)
+    noisy = rv.last_penalty
+    vae.noise = False
+    clean = rvconvert.convert(vae, example_inputs=x, covariance=covariance)
+    clean(x)
+    torch.testing.assert_close(noisy, clean.last_penalty, rtol=0.25, atol=0)
+
+
+def test_samples_of_the_prior_inside_forward_stay_diverse() -> None:
+    vae = VAE(lambda y, x, z, mu, std, m: (y, m.decoder(torch.randn(len(x), 4))), False)
+    x = torch.rand(64, 12)
+    _, fakes = rvconvert.convert(vae, example_inputs=x)(x)
+    assert fakes.std(0).mean() > 0.5 * vae(x)[1].std(0).mean()
+
+
+def test_a_draw_of_the_prior_alone_is_refused_with_a_way_to_name_it() -> None:
+    class WAE(VAE):
+        def forward(self, x: Tensor) -> Any:
+            z = self.encoder(x)[:, :4]
+            prior = torch.randn_like(z)
+            return self.decoder(z), (-(z[:, None] - prior[None]).pow(2).sum(-1)).exp().mean()
+
+    x = torch.rand(8, 12)
+    with pytest.raises(ConversionError, match=r"no latent.*latent=\('test_roles.py:\d+',\)"):
+        rvconvert.convert(WAE(lambda *a: None, False), example_inputs=x)
+
+
+def test_a_person_may_name_the_latents() -> None:
+    vae = VAE(lambda y, x, z, mu, std, m: (y, m.decoder(torch.randn(len(x), 4))), False)
+    x = torch.rand(16, 12)
+    report = rvconvert.plan(vae, example_inputs=x)
+    drawn = {row.role: row.where for row in report if row.operation.startswith("torch.randn")}
+    assert set(drawn) == {"latent", "nuisance"}
+    both = rvconvert.convert(vae, example_inputs=x, latent=tuple(drawn.values()))
+    _, fakes = both(x)
+    torch.testing.assert_close(fakes, both.decoder.bias.expand(16, 12))
+
+
+def test_a_call_in_training_without_a_penalty_warns_once() -> None:
+    rv = rvconvert.convert(VAE(lambda y, x, z, mu, std, m: (z, mu), False))
+    with pytest.warns(UserWarning, match="attaches no variance penalty"):
+        rv(torch.rand(4, 12))
+    rv(torch.rand(4, 12))
