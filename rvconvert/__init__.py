@@ -5,7 +5,8 @@ from rvconvert.calibration import calibrate
 from rvconvert.core.random_variable import RandomVariable
 from rvconvert.core.registry import REGISTRY
 from rvconvert.errors import ConversionError
-from rvconvert.files.checkpoint import load, save
+from rvconvert.files.checkpoint import load, load_weights, save
+from rvconvert.files.export import export
 from rvconvert.losses import expected_squared_error, optimal_sigma_nll
 from rvconvert.options import Options
 from rvconvert.penalty import variance_penalty
@@ -21,7 +22,9 @@ __all__ = [
     "calibrate",
     "convert",
     "expected_squared_error",
+    "export",
     "load",
+    "load_weights",
     "optimal_sigma_nll",
     "plan",
     "rule",

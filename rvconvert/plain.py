@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import functools
 from collections import defaultdict
 from collections.abc import Mapping
 from typing import Any
@@ -66,12 +67,11 @@ def make_deterministic(model: nn.Module, methods: tuple[str, ...]) -> None:
     def deterministic(name: str) -> Any:
         original = getattr(cls, name)
 
+        @functools.wraps(original)
         def method(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
             with _MeanOfNoise():
                 return original(self, *args, **kwargs)
 
-        method.__name__ = name
-        method.__doc__ = original.__doc__
         return method
 
     def reduce(self: nn.Module, protocol: Any = None) -> Any:

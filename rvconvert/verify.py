@@ -27,7 +27,7 @@ from rvconvert.program.plan import node_row
 from rvconvert.rules.kinds import Elementwise, substitute, unique
 from rvconvert.rules.noise import all_entering, nth_source
 
-__all__ = ["Verification", "VerifiedNode", "truth_ratio", "verify"]
+__all__ = ["OutputVariances", "Verification", "VerifiedNode", "output_variances", "truth_ratio", "verify"]
 
 # How far a local ratio of variances may be from 1, beyond four standard errors.
 _TOLERANCE = {"exact": 0.01, "exact_if_independent": 0.01, "moment_matched": 0.02, "approximate": 0.25}
@@ -500,36 +500,68 @@ def truth_ratio(rv_model: nn.Module, *inputs: Any, pairs: int = 32, method: str 
     Raises:
         ConversionError: the model was not converted, or has no reconstruction.
     """
-    conversion = conversion_of(rv_model)
-    name = method or conversion.options.methods[0]
-    options = conversion.options
-    with torch.no_grad(), unchanged(rv_model):
-        own = _reconstruction_var(conversion, rv_model, options, name, inputs, kwargs)
-        sampled = options.in_mode("sampled", pairs=pairs)
-        ratio = _reconstruction_var(conversion, rv_model, sampled, name, inputs, kwargs) / own
+    found = output_variances(rv_model, *inputs, pairs=pairs, method=method, **kwargs)
+    ratio = found.true / found.propagated
     if ratio >= 10:
+        conversion = conversion_of(rv_model)
+        mode = conversion.options.covariance
         conversion.warn(
             "truth",
-            f"the true output variance is {ratio:.3g} times what covariance={options.covariance!r} propagates, so the variance "
+            f"the true output variance is {ratio:.3g} times what covariance={mode!r} propagates, so the variance "
             "penalty has not seen most of it, and a reconstruction from a sample is worse than one from the mean; "
             "rvconvert.verify(model, x) says where it is lost, covariance='sampled' trains against the true one",
         )
     return ratio
 
 
-def _reconstruction_var(conversion: Conversion, model: nn.Module, options: Options, name: str, args: Any, kwargs: Any) -> float:
+@dataclasses.dataclass(frozen=True)
+class OutputVariances:
+    """Variances of the reconstruction, each the mean over its elements.
+
+    Attributes:
+        propagated: what the model's own mode reports; ``true``: estimated from antithetic pairs of paths.
+        between: of the reconstruction's mean, between the inputs of the batch; near zero where the posterior collapsed.
+    """
+
+    propagated: float
+    true: float
+    between: float
+
+
+def output_variances(
+    rv_model: nn.Module, *inputs: Any, pairs: int = 32, method: str | None = None, **kwargs: Any
+) -> OutputVariances:
+    """The variance of the reconstruction as it is propagated and as it is, in eval mode; arguments as of ``truth_ratio``."""
+    conversion = conversion_of(rv_model)
+    options = conversion.options
+    name = method or options.methods[0]
+    with torch.no_grad(), unchanged(rv_model):
+        own = _reconstructions(conversion, rv_model, options, name, inputs, kwargs)
+        true = _reconstructions(conversion, rv_model, options.in_mode("sampled", pairs=pairs), name, inputs, kwargs)
+    elements = sum(y.mean.numel() for y in own)
+    between = sum(float(y.mean.double().var(0, correction=0).sum()) * len(y.mean) for y in own)
+    return OutputVariances(_total(own) / elements, _total(true) / elements, between / elements)
+
+
+def _total(variables: Sequence[RandomVariable]) -> float:
+    return sum(float(y.var.double().sum()) for y in variables)
+
+
+def _reconstructions(
+    conversion: Conversion, model: nn.Module, options: Options, name: str, args: Any, kwargs: Any
+) -> list[RandomVariable]:
     copy = convert_copy(plain_copy(model), dataclasses.replace(options, output="mean")).eval()
     own = conversion_of(copy)
-    seen: list[float] = []
+    seen: list[RandomVariable] = []
 
     def take(value: Any) -> Any:
         if not isinstance(value, RandomVariable):
             return value
-        seen.append(float(value.var.double().sum()))
+        seen.append(value)
         return value.mean
 
     own.take_reconstruction = take  # type: ignore[method-assign]
     getattr(copy, name)(*args, **kwargs)
     if not seen:
         raise ConversionError(f"{conversion.plain_class.__name__}.{name} returns no reconstruction that depends on the noise")
-    return sum(seen)
+    return seen

@@ -264,6 +264,41 @@ def test_two_sets_of_weights_are_asked_about(tmp_path: Path) -> None:
     assert torch.equal(chosen["encoder.weight"], second.encoder.weight)
 
 
+def test_one_state_dict_of_several_is_taken_by_its_key(tmp_path: Path) -> None:
+    raw, averaged = VAE(), VAE()
+    path = tmp_path / "both.ckpt"
+    content = {"generator": raw.state_dict(), "ema": {"decay": 0.999, "shadow": averaged.state_dict()}, "step": 3}
+    torch.save(content, path)
+    with pytest.raises(CheckpointError, match=r"several state_dicts: generator \(\d+ entries\), ema\.shadow .*--key generator"):
+        read(path)
+    with pytest.raises(CheckpointError, match=r"no state_dict at 'ema'; there is generator .*, ema\.shadow"):
+        read(path, key="ema")
+    target = VAE()
+    assert rvconvert.load_weights(target, path, key="ema.shadow") == []
+    assert_equal_states(target, averaged)
+    torch.save({"ema": {"shadow": averaged.state_dict()}}, path)
+    assert set(read(path).state) == set(averaged.state_dict()), "the only one is found by itself"
+
+
+@pytest.mark.parametrize("kind", WRAPPED)
+def test_weights_are_loaded_in_one_line_whatever_they_are_wrapped_in(kind: str, tmp_path: Path) -> None:
+    vae, target = VAE(latent_dim=3), VAE(latent_dim=3)
+    torch.save(WRAPPED[kind](vae.state_dict()), tmp_path / "plain.ckpt")
+    notes = rvconvert.load_weights(target, tmp_path / "plain.ckpt")
+    assert_equal_states(vae, target)
+    assert bool(notes) == (kind in ("DataParallel", "torch.compile", "compiled DataParallel", "Lightning"))
+    with pytest.raises(TransferError, match=r"plain\.ckpt: weights do not fit VAE"):
+        rvconvert.load_weights(VAE(latent_dim=5), tmp_path / "plain.ckpt")
+
+
+def test_weights_that_are_no_numbers_are_named(tmp_path: Path) -> None:
+    vae = VAE()
+    with torch.no_grad():
+        vae.encoder.weight[0, 0], vae.decoder[3].bias[1] = float("nan"), float("inf")
+    (note,) = rvconvert.load_weights(VAE(), write(vae.state_dict(), tmp_path / "plain.pt"))
+    assert note.startswith("NaN or infinite: encoder.weight, decoder.3.bias;")
+
+
 def test_a_plain_checkpoint_is_no_converted_model(tmp_path: Path) -> None:
     path = write(VAE().state_dict(), tmp_path / "plain.pt")
     with pytest.raises(CheckpointError, match="rvconvert convert MODEL"):

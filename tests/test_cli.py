@@ -58,6 +58,22 @@ def helper():
 """
 
 
+TOKENS = """
+import torch
+from torch import nn
+
+
+class VAE(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embedding, self.encoder, self.decoder = nn.Embedding(10, 4), nn.Linear(4, 4), nn.Linear(2, 10)
+
+    def forward(self, tokens):
+        mu, logvar = self.encoder(self.embedding(tokens)).chunk(2, -1)
+        return self.decoder(mu + torch.randn_like(mu) * torch.exp(0.5 * logvar)), mu, logvar
+"""
+
+
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A working folder with a model's file and its plain weights, for latent_dim=3."""
@@ -127,6 +143,46 @@ def test_lightning_hyper_parameters_construct_the_model(folder: Path, capsys) ->
     code, out, _ = run(capsys, "convert net.py:VAE light.ckpt rv.pt")
     assert code == 0 and "took the prefix 'model.' off" in out and "constructed with {'latent_dim': 3}" in out
     assert rvconvert.load("rv.pt").encoder.out_features == 6
+
+
+def test_the_constructors_arguments_are_taken_from_the_checkpoint_if_asked(folder: Path, capsys) -> None:
+    content = {"hyper_parameters": {"latent_dim": 3, "lr": 0.1}, "state_dict": checkpoint.read("plain.pt").state}
+    torch.save(content, "light.ckpt")
+    command = "convert net.py:VAE light.ckpt rv.pt --kwargs from-checkpoint"
+    assert "constructed with {'latent_dim': 3}" in run(capsys, command)[1]
+    code, _, err = run(capsys, "plan net.py:VAE --checkpoint plain.pt --kwargs from-checkpoint")
+    assert code == 1 and "plain.pt holds none: give them as JSON" in err
+    assert run(capsys, "plan net.py:VAE --checkpoint light.ckpt --kwargs from-checkpoint --example-shape 4,6")[0] == 0
+
+
+def test_a_key_chooses_among_several_state_dicts(folder: Path, capsys) -> None:
+    state = checkpoint.read("plain.pt").state
+    torch.save({"raw": state, "ema": {"shadow": {k: v + 1 for k, v in state.items()}}}, "both.pt")
+    code, _, err = run(capsys, CONVERT.replace("plain.pt", "both.pt"))
+    assert code == 1 and "raw (6 entries), ema.shadow (6 entries)" in " ".join(err.split())
+    assert run(capsys, CONVERT.replace("plain.pt", "both.pt") + " --key ema.shadow")[0] == 0
+    taken = checkpoint.read("rv.pt").state
+    assert all(torch.equal(taken[k], state[k] + 1) for k in state)
+
+
+def test_weights_that_are_no_numbers_are_named(folder: Path, capsys) -> None:
+    state = checkpoint.read("plain.pt").state
+    state["encoder.bias"][0] = float("nan")
+    checkpoint.write(state, "broken.pt")
+    assert "note: NaN or infinite: encoder.bias;" in run(capsys, CONVERT.replace("plain.pt", "broken.pt"))[1]
+
+
+def test_tokens_are_asked_for_as_integers(folder: Path, capsys) -> None:
+    (folder / "tokens.py").write_text(TOKENS)
+    code, _, err = run(capsys, "plan tokens.py:VAE --example-shape 4,7")
+    assert code == 1 and "such as tokens: --example-shape 4,7:int64" in " ".join(err.split())
+    assert run(capsys, "plan tokens.py:VAE --example-shape 4,7:int64")[0] == 0
+
+
+def test_a_shells_completion_is_printed(capsys) -> None:
+    pytest.importorskip("shtab")
+    code, out, _ = run(capsys, "--print-completion bash")
+    assert code == 0 and "rvconvert" in out and "--covariance" in out
 
 
 def test_nothing_is_overwritten_without_force(folder: Path, capsys) -> None:

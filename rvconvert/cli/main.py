@@ -1,12 +1,15 @@
-"""The command line: demo, plan, convert, transfer, verify, rules. Exit 0 done, 1 refused, 2 usage."""
+"""The command line: demo, plan, convert, transfer, export, verify, rules. Exit 0 done, 1 refused, 2 usage."""
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
+import importlib
 import inspect
 import json
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -21,8 +24,9 @@ from rvconvert.cli.images import read_images
 from rvconvert.converted import conversion_of
 from rvconvert.core.random_variable import RandomVariable
 from rvconvert.core.registry import REGISTRY
-from rvconvert.errors import ConversionError, TransferError
+from rvconvert.errors import ConversionError
 from rvconvert.files import checkpoint
+from rvconvert.files.export import SUFFIXES, export
 from rvconvert.files.recipe import Recipe, construct, import_class, library_version
 from rvconvert.options import Options
 from rvconvert.plain import transfer_weights
@@ -31,6 +35,7 @@ from rvconvert.verify import verify
 __all__ = ["main"]
 
 MODEL = "package.module:Class or path/file.py:Class"
+FROM_CHECKPOINT = "from-checkpoint"
 CHECKPOINT = ".pt, .pth, .ckpt or .safetensors"
 Result = tuple[dict[str, Any], Sequence[Any], int]  # data for --json, renderables for people, exit code
 
@@ -74,16 +79,16 @@ def run_demo(args: argparse.Namespace) -> Result:
 
 
 def run_plan(args: argparse.Namespace) -> Result:
-    model = _model(args)
-    if args.checkpoint:
-        _fill(model, args.checkpoint, args)
+    source = checkpoint.read(args.checkpoint, allow_pickle=args.allow_pickle, key=args.key) if args.checkpoint else None
+    model = _model(args, source)
+    notes = _fill(model, source, args) if source else []
     report = _guarded(args, lambda: plan(model, example_inputs=_examples(args), **_options(args)))
-    return report.to_dict(), [render.report_table(report)], 1 if report.unsupported else 0
+    return report.to_dict(), [render.report_table(report), *(f"note: {n}" for n in notes)], 1 if report.unsupported else 0
 
 
 def run_convert(args: argparse.Namespace) -> Result:
     checkpoint.check_destination(args.out, force=args.force)
-    source = checkpoint.read(args.source, allow_pickle=args.allow_pickle)
+    source = checkpoint.read(args.source, allow_pickle=args.allow_pickle, key=args.key)
     if source.recipe is not None:
         raise ConversionError(
             f"{args.source} holds a converted model already; take its plain weights first: rvconvert transfer {args.source} OUT"
@@ -132,7 +137,34 @@ def run_transfer(args: argparse.Namespace) -> Result:
     return data, [text, f"next: {name}(...).load_state_dict({loading}({str(args.out)!r}))"], 0
 
 
+def run_export(args: argparse.Namespace) -> Result:
+    checkpoint.check_destination(args.out, force=args.force, suffixes=SUFFIXES)
+    notes: list[str] = []
+    if args.checkpoint:
+        source = checkpoint.read(args.checkpoint, allow_pickle=args.allow_pickle, key=args.key)
+        if source.recipe is not None:
+            model = checkpoint.build(source, model=args.model, kwargs=args.kwargs)
+        else:
+            model = _model(args, source)
+            notes = _fill(model, source, args)
+    else:
+        model = _model(args)
+        notes.append("random weights: give --checkpoint for trained ones")
+    examples = _examples(args)
+    if examples is None:
+        raise ConversionError("nothing to run the model on: give --example-shape N,C,H,W")
+    options = {"deviation": args.deviation, "method": args.method, "force": args.force}
+    if args.deviation:
+        options |= {name: value for name in _OF_DEVIATIONS if (value := getattr(args, name)) is not None}
+    _guarded(args, lambda: export(model, args.out, examples, **options))
+    what = "deterministic, with the deviation of every pixel" if args.deviation else "deterministic"
+    data = {"model": args.model, "out": str(args.out), "method": args.method, "deviation": args.deviation, "notes": notes}
+    return data, [f"{args.out}: {type(model).__name__}.{args.method}, {what}", *(f"note: {n}" for n in notes)], 0
+
+
 def run_verify(args: argparse.Namespace) -> Result:
+    if args.kwargs == FROM_CHECKPOINT:
+        args.kwargs = None  # a converted model's file says itself how it was constructed
     if args.plot:
         checkpoint.check_destination(args.plot, force=args.force, suffixes=(".png", ".svg", ".pdf"))
     model = checkpoint.load(
@@ -177,27 +209,19 @@ def run_rules(args: argparse.Namespace) -> Result:
 
 
 def _model(args: argparse.Namespace, source: checkpoint.Checkpoint | None = None) -> nn.Module:
-    """The model that the arguments name; Lightning's hyper-parameters stand in for --kwargs."""
+    """The model that the arguments name; where they ask for it, or give none, with the arguments that Lightning saved."""
     cls = import_class(args.model)
-    if args.kwargs is None and source is not None and source.hyper_parameters:
-        taken = inspect.signature(cls).parameters
-        args.kwargs = {k: v for k, v in source.hyper_parameters.items() if k in taken}
+    if args.kwargs == FROM_CHECKPOINT and (source is None or not source.hyper_parameters):
+        what = "there is no checkpoint" if source is None else f"{source.path} holds none"
+        raise ConversionError(f"--kwargs {FROM_CHECKPOINT} takes Lightning's hyper_parameters, and {what}: give them as JSON")
+    if args.kwargs in (None, FROM_CHECKPOINT):
+        args.kwargs = checkpoint.constructor_arguments(source, cls) if source is not None and source.hyper_parameters else None
     return construct(cls, args.kwargs)
 
 
-def _fill(model: nn.Module, source: checkpoint.Checkpoint | str, args: argparse.Namespace) -> list[str]:
+def _fill(model: nn.Module, source: checkpoint.Checkpoint, args: argparse.Namespace) -> list[str]:
     """Load a plain checkpoint into the model; returns what a person should know about it."""
-    if isinstance(source, str):
-        source = checkpoint.read(source, allow_pickle=args.allow_pickle)
-    state, prefix = checkpoint.fit_keys(source, model, args.prefix)
-    try:
-        transfer_weights(state, model)
-    except TransferError as error:
-        raise TransferError(f"{source.path}: {error}") from None
-    notes = []
-    if prefix:
-        left = len(source.state) - len(state)
-        notes.append(f"took the prefix {prefix!r} off the keys" + (f", left out {left} entries without it" if left else ""))
+    notes = checkpoint.load_weights(model, source, args.prefix)
     if source.hyper_parameters and args.kwargs:
         notes.append(f"constructed with {args.kwargs}")
     return notes
@@ -247,9 +271,18 @@ def _guarded(args: argparse.Namespace, call: Callable[[], Any]) -> Any:
         shapes = ", ".join(str(tuple(s)) for s, _ in args.example_shape or ()) or "this input"
         text = (str(error).strip().splitlines() or [""])[0]
         raise ConversionError(
-            f"the model failed on {shapes}: {type(error).__name__}: {text}. Give the inputs it takes, one "
-            "--example-shape each, batch first; --traceback shows where"
+            f"the model failed on {shapes}: {type(error).__name__}: {text}. {_other_shapes(args, error)}; --traceback shows where"
         ) from error
+
+
+def _other_shapes(args: argparse.Namespace, error: Exception) -> str:
+    """What to type next: tokens where an embedding was given numbers, else any other inputs."""
+    asked = args.example_shape or ()
+    wants_integers = re.search(r"\b(expected|must be|indices)\b.*\b(long|int)\b", str(error), flags=re.S | re.I)
+    if wants_integers and any(dtype.is_floating_point for _, dtype in asked):
+        shapes = " ".join(f"--example-shape {','.join(map(str, shape))}:int64" for shape, _ in asked)
+        return f"It takes integers, such as tokens: {shapes}"
+    return "Give the inputs it takes, one --example-shape each, batch first"
 
 
 # --- arguments ----------------------------------------------------------------------------------------
@@ -269,6 +302,10 @@ def _json_object(text: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise argparse.ArgumentTypeError(f"""{text!r} is not a JSON object; write '{{"latent_dim": 128}}'""")
     return value
+
+
+def _constructor_arguments(text: str) -> dict[str, Any] | str:
+    return text if text == FROM_CHECKPOINT else _json_object(text)
 
 
 def _shape(text: str) -> tuple[tuple[int, ...], torch.dtype]:
@@ -301,6 +338,8 @@ def _parser() -> argparse.ArgumentParser:
         epilog="Exit codes: 0 done, 1 refused (one message on stderr), 2 wrong usage.",
     )
     parser.add_argument("--version", action="version", version=f"rvconvert {library_version()}, torch {torch.__version__}")
+    with contextlib.suppress(ImportError):  # rvconvert[completion]
+        importlib.import_module("shtab").add_argument_to(parser, help="print a script that completes commands in this shell")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     def add(name: str, command: Callable[[argparse.Namespace], Result], text: str, example: str) -> argparse.ArgumentParser:
@@ -371,6 +410,22 @@ def _parser() -> argparse.ArgumentParser:
     )
     transfer.add_argument("--allow-pickle", action="store_true", help="unpickle code in the file: only if you trust its author")
 
+    exporter = add(
+        "export",
+        run_export,
+        "write the plain model for other runtimes, deterministic: ONNX or torch.export",
+        "rvconvert export models/vae.py:VAE vae.onnx --checkpoint vae.pt --example-shape 4,3,64,64",
+    )
+    exporter.add_argument("model", metavar="MODEL", help=MODEL)
+    exporter.add_argument("out", metavar="OUT", help=".onnx or .pt2 to write")
+    exporter.add_argument("--force", action="store_true", help="replace OUT if it exists")
+    exporter.add_argument("--checkpoint", metavar="FILE", help=f"weights to load first, plain or converted, {CHECKPOINT}")
+    exporter.add_argument("--method", default="forward", metavar="NAME", help="the method to export (default: %(default)s)")
+    exporter.add_argument("--deviation", action="store_true", help="the deviation of every pixel as an output of its own")
+    _add_model_options(exporter)
+    _add_source_options(exporter)
+    _add_conversion_options(exporter, only=_OF_DEVIATIONS)
+
     verifier = add(
         "verify",
         run_verify,
@@ -406,9 +461,9 @@ def _parser() -> argparse.ArgumentParser:
 def _add_model_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--kwargs",
-        type=_json_object,
+        type=_constructor_arguments,
         metavar="JSON",
-        help="""the constructor's arguments: '{"latent_dim": 128}'""",
+        help=f"""the constructor's arguments: '{{"latent_dim": 128}}'; {FROM_CHECKPOINT}: those that Lightning saved""",
     )
     parser.add_argument(
         "--example-shape",
@@ -420,14 +475,18 @@ def _add_model_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_source_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--key", help="the state_dict to take where a file holds several: ema.shadow")
     parser.add_argument("--prefix", help="take the weights whose keys begin with this")
     parser.add_argument("--allow-pickle", action="store_true", help="unpickle code in the file: only if you trust its author")
 
 
-def _add_conversion_options(parser: argparse.ArgumentParser) -> None:
+_OF_DEVIATIONS = ("random_inputs", "latent", "covariance", "rank", "seed")  # the options that decide what a deviation is
+
+
+def _add_conversion_options(parser: argparse.ArgumentParser, only: Sequence[str] | None = None) -> None:
     group = parser.add_argument_group("conversion options, as of rvconvert.convert")
     for field in dataclasses.fields(Options):
-        if not field.metadata["in_files"]:
+        if not field.metadata["in_files"] or (only is not None and field.name not in only):
             continue
         flag = f"--{field.name.replace('_', '-')}"
         default, check, help = field.default, field.metadata["check"], field.metadata["help"]

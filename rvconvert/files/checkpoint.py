@@ -10,6 +10,7 @@ import argparse
 import contextlib
 import copy
 import dataclasses
+import inspect
 import io
 import os
 import tempfile
@@ -35,8 +36,10 @@ __all__ = [
     "Checkpoint",
     "build",
     "check_destination",
+    "constructor_arguments",
     "fit_keys",
     "load",
+    "load_weights",
     "read",
     "save",
     "write",
@@ -250,17 +253,64 @@ def fit_keys(checkpoint: Checkpoint, model: nn.Module, prefix: str | None = None
     return state, ""
 
 
+def load_weights(
+    model: nn.Module, source: Checkpoint | str | os.PathLike[str], prefix: str | None = None, **reading: Any
+) -> list[str]:
+    """Load a plain checkpoint into a plain model, whatever it was wrapped in; strict.
+
+    Args:
+        model: the plain model. source: a file, or one that has been read.
+        prefix: which part of the file to take; default: the one that fits, see ``fit_keys``.
+        reading: ``key`` and ``allow_pickle``, as of ``read``.
+
+    Returns:
+        What a person should know: the prefix that was taken off, weights that are NaN or infinite.
+
+    Raises:
+        CheckpointError, TransferError: see ``read``, ``fit_keys`` and ``transfer_weights``.
+    """
+    if not isinstance(source, Checkpoint):
+        source = read(source, **reading)
+    state, taken = fit_keys(source, model, prefix)
+    try:
+        transfer_weights(state, model)
+    except TransferError as error:
+        raise TransferError(f"{source.path}: {error}") from None
+    notes = []
+    if taken:
+        left = len(source.state) - len(state)
+        notes.append(f"took the prefix {taken!r} off the keys" + (f", left out {left} entries without it" if left else ""))
+    broken = [k for k, v in state.items() if isinstance(v, torch.Tensor) and v.is_floating_point() and not v.isfinite().all()]
+    if broken:
+        more = f" and {len(broken) - 3} more" if len(broken) > 3 else ""
+        notes.append(f"NaN or infinite: {', '.join(broken[:3])}{more}; what is computed from them will be too")
+    return notes
+
+
+def constructor_arguments(source: Checkpoint, cls: type[nn.Module]) -> dict[str, Any]:
+    """Lightning's hyper-parameters, those of them that the constructor of ``cls`` takes."""
+    parameters = inspect.signature(cls).parameters
+    anything = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
+    return {k: v for k, v in source.hyper_parameters.items() if anything or k in parameters}
+
+
 # --- reading ------------------------------------------------------------------------------------------
 
 
-def read(path: str | os.PathLike[str], *, allow_pickle: bool = False) -> Checkpoint:
+def read(path: str | os.PathLike[str], *, allow_pickle: bool = False, key: str | None = None) -> Checkpoint:
     """Read a converted model's file or a plain checkpoint, running no code from it.
 
     Plain checkpoints are a state_dict, or one under ``state_dict``, ``model_state_dict``, ``model`` and the
     like, as training scripts and Lightning write them.
 
+    Args:
+        path: the file.
+        allow_pickle: unpickle what is more than tensors and plain data. This runs code from the file.
+        key: where in the file the state_dict lies, ``"ema.shadow"``, if there are several.
+
     Raises:
-        CheckpointError: missing, truncated, foreign, or (without ``allow_pickle``) more than plain data.
+        CheckpointError: missing, truncated, foreign, or (without ``allow_pickle``) more than plain data; or there is
+            no state_dict at ``key``.
     """
     path = Path(path)
     try:
@@ -281,10 +331,12 @@ def read(path: str | os.PathLike[str], *, allow_pickle: bool = False) -> Checkpo
     if suffix == SAFETENSORS:
         if not is_safetensors:
             raise CheckpointError(f"{path} is not a safetensors file{_looks_like(start)}")
+        if key is not None:
+            raise CheckpointError(f"{path}: a safetensors file holds one set of tensors, so key={key!r} has no place in it")
         return _read_safetensors(path)
     if is_safetensors:
         raise CheckpointError(f"{path} is a safetensors file; rename it to {path.with_suffix(SAFETENSORS).name}")
-    return _interpret(path, _read_torch(path, start, allow_pickle))
+    return _interpret(path, _read_torch(path, start, allow_pickle), key)
 
 
 def _looks_like(start: bytes) -> str:
@@ -362,7 +414,7 @@ def _first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:150]
 
 
-def _interpret(path: Path, content: Any) -> Checkpoint:
+def _interpret(path: Path, content: Any, key: str | None = None) -> Checkpoint:
     if isinstance(content, nn.Module):  # only with allow_pickle
         return Checkpoint(path, dict(content.state_dict()))
     if not isinstance(content, Mapping):
@@ -371,17 +423,52 @@ def _interpret(path: Path, content: Any) -> Checkpoint:
         held: Any = content.get(GAINS_KEY)
         gains = dict(held) if _is_state_dict(held) else {}
         return Checkpoint(path, dict(content["state_dict"]), _recipe(path, content[RECIPE_KEY]), gains=gains)
+    given = content.get("hyper_parameters")
+    hyper_parameters = dict(given) if isinstance(given, Mapping) else {}
+    if key is not None:
+        return Checkpoint(path, _state_at(path, content, key), None, hyper_parameters)
     if _is_state_dict(content):
         return Checkpoint(path, dict(content))
-    for key in WRAPPERS:
-        inner: Any = content.get(key)
+    for wrapper in WRAPPERS:
+        inner: Any = content.get(wrapper)
         if isinstance(inner, nn.Module):
             inner = inner.state_dict()
         if _is_state_dict(inner):
-            given = content.get("hyper_parameters")
-            return Checkpoint(path, dict(inner), None, dict(given) if isinstance(given, Mapping) else {})
-    found = ", ".join(map(repr, list(content)[:6])) or "nothing"
-    raise CheckpointError(f"{path} holds no state_dict, neither itself nor under {', '.join(WRAPPERS)}; it holds {found}")
+            return Checkpoint(path, dict(inner), None, hyper_parameters)
+    found = _state_dicts(content)
+    if len(found) == 1:
+        return Checkpoint(path, dict(next(iter(found.values()))), None, hyper_parameters)
+    if found:
+        raise CheckpointError(
+            f"{path} holds several state_dicts: {_listed(found)}; choose one: --key {next(iter(found))} (Python: key=...)"
+        )
+    names = ", ".join(map(repr, list(content)[:6])) or "nothing"
+    raise CheckpointError(f"{path} holds no state_dict, neither itself nor under {', '.join(WRAPPERS)}; it holds {names}")
+
+
+def _state_at(path: Path, content: Mapping[str, Any], key: str) -> dict[str, Any]:
+    """The state_dict at ``key``, whose dots lead from mapping to mapping."""
+    found = _state_dicts(content)
+    if key in found:
+        return dict(found[key])
+    there = _listed(found) if found else "nothing at all: it holds " + ", ".join(map(repr, list(content)[:6]))
+    raise CheckpointError(f"{path} has no state_dict at {key!r}; there is {there}")
+
+
+def _state_dicts(content: Mapping[Any, Any], prefix: str = "") -> dict[str, Mapping[str, Any]]:
+    """Every state_dict in a file, by the way to it; an optimizer's numbers are none, for their keys are no names."""
+    found: dict[str, Mapping[str, Any]] = {}
+    for name, value in content.items():
+        inner = value.state_dict() if isinstance(value, nn.Module) else value
+        if _is_state_dict(inner) and isinstance(name, str):
+            found[f"{prefix}{name}"] = inner
+        elif isinstance(inner, Mapping):
+            found |= _state_dicts(inner, f"{prefix}{name}.")
+    return found
+
+
+def _listed(found: Mapping[str, Mapping[str, Any]]) -> str:
+    return ", ".join(f"{key} ({len(state)} entries)" for key, state in list(found.items())[:8])
 
 
 def _is_state_dict(value: Any) -> bool:

@@ -165,25 +165,22 @@ def test_pythaes_own_trainer_runs_an_epoch_on_a_converted_model(tmp_path: Path) 
     assert any(not torch.equal(v, before[k]) for k, v in rv.state_dict().items())
 
 
-def test_plain_model_after_conversion_exports_to_onnx(tmp_path: Path) -> None:
+@pytest.mark.parametrize("deviation", [False, True], ids=["mean", "deviation"])
+def test_diffusers_autoencoder_exports_to_onnx_and_draws_nothing(deviation: bool, tmp_path: Path) -> None:
     runtime = package("onnxruntime")
     package("onnxscript")
-    from tests.models import VanillaVAE
-
-    x = torch.rand(2, 3, 16, 16)
-    plain = rvconvert.to_plain(rvconvert.convert(VanillaVAE(), example_inputs=x), latent="mean").eval()
-    path = tmp_path / "decoder.onnx"
-    z = plain.encode(x)[0].detach()
-
-    class Decoder(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.vae = plain
-
-        def forward(self, z: Tensor) -> Tensor:
-            return self.vae.decode(z)
-
-    torch.onnx.export(Decoder(), (z,), str(path), dynamo=True, verbose=False)
+    torch.manual_seed(0)
+    model, (x,), kwargs = MODELS["diffusers.AutoencoderKL"]()
+    model.eval()
+    expected = rvconvert.to_plain(rvconvert.convert(model, example_inputs=x, example_kwargs=kwargs), latent="mean")(x, **kwargs)
+    path = rvconvert.export(model, tmp_path / "vae.onnx", x, example_kwargs=kwargs, deviation=deviation)
     session = runtime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-    (found,) = session.run(None, {session.get_inputs()[0].name: z.numpy()})
-    torch.testing.assert_close(torch.from_numpy(found), plain.decode(z).detach(), rtol=1e-4, atol=1e-5)
+    assert [each.name for each in session.get_outputs()] == ["output", "deviation"][: 1 + deviation]
+    found = [torch.from_numpy(each) for each in session.run(None, {session.get_inputs()[0].name: x.numpy()})]
+    if not deviation:
+        torch.testing.assert_close(found[0], expected.sample.detach(), rtol=1e-4, atol=1e-4)
+        return
+    rv = rvconvert.convert(model, example_inputs=x, example_kwargs=kwargs, output="distribution", attach=False)
+    propagated = rv(x, **kwargs).sample
+    torch.testing.assert_close(found[0], propagated.mean.detach(), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(found[1], propagated.std.detach(), rtol=1e-3, atol=1e-4)
