@@ -67,6 +67,7 @@ class Origin:
     is propagated as SiLU and ``x - x`` as 0. ``kinks`` are points of the parent's axis where the function
     is not smooth; ``whole_line`` is False where the function is not defined on all of it (a logarithm, a root).
     ``line`` is (slope, shift) where the function is a line of plain numbers, through which kinks are found back.
+    ``affine``: a sum or product with constants, which leaves a Gaussian Gaussian.
     """
 
     parent: RandomVariable
@@ -74,6 +75,7 @@ class Origin:
     kinks: tuple[float, ...] = ()
     whole_line: bool = True
     line: tuple[float, float] | None = None
+    affine: bool = False
 
 
 class RandomVariable:
