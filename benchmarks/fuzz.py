@@ -4,8 +4,8 @@
 
 Random decoders (branches, skips, norms, reuse of modules and values, in-place writes, views, dtypes, train and eval) are
 converted with a recording of each lifetime and compared line by line with a slow reference in float64, with the plain
-decoder, with Monte Carlo and, at small variance, with the Jacobian. A mismatch is printed with its seed and its program, and the exit
-code is 1. A refusal is no mismatch; refusals are counted by reason.
+decoder, with Monte Carlo and, at small variance, with the Jacobian. A mismatch is printed with its seed and its program, and
+the exit code is 1. A refusal is no mismatch; refusals are counted by reason.
 """
 
 from __future__ import annotations

@@ -54,7 +54,8 @@ def optimal_sigma_nll(y: RandomVariable, x: torch.Tensor) -> torch.Tensor:
 def _squared_errors(y: RandomVariable, x: torch.Tensor, name: str) -> torch.Tensor:
     if not isinstance(y, RandomVariable):
         raise ConversionError(
-            f"{name} takes a RandomVariable, not {type(y).__name__}; convert with output='distribution' to have the model return one"
+            f"{name} takes a RandomVariable, not {type(y).__name__}; convert with "
+            "output='distribution' to have the model return one"
         )
     if y.shape != x.shape:
         raise ConversionError(f"{name}: the output is {tuple(y.shape)}, the data {tuple(x.shape)}")

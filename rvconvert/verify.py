@@ -16,13 +16,16 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from rvconvert.calibration import renew
 from rvconvert.capture import intercept
 from rvconvert.capture.recorder import Recording, unchanged
 from rvconvert.converted import Conversion, Examined, conversion_of, convert_copy, plain_copy
 from rvconvert.core.random_variable import RandomVariable, Settings
 from rvconvert.core.tree import flatten
+from rvconvert.covariance.calibrated import calibrated, level_of
 from rvconvert.errors import ConversionError
 from rvconvert.options import Options
+from rvconvert.program.gains import gain_keys
 from rvconvert.program.plan import node_row
 from rvconvert.rules.kinds import Elementwise, substitute, unique
 from rvconvert.rules.noise import all_entering, nth_source
@@ -69,6 +72,13 @@ class VerifiedNode:
     local_error: float | None = None
     local_shift: float | None = None
 
+    def interval(self, mode: str) -> tuple[float, float]:
+        """95 % confidence bounds of ``ratio[mode]``, from the Monte Carlo error of the true variance."""
+        error, ratio = 1.96 * self.standard_error, self.ratio[mode]
+        if math.isnan(error):
+            return math.nan, math.nan
+        return ratio / (1 + error), ratio / (1 - error) if error < 1 else math.inf
+
     @property
     def holds(self) -> bool | None:
         """Whether the rule keeps what its exactness declares, within the standard error; None where it is not asked."""
@@ -101,6 +111,18 @@ class Verification:
         """Propagated over true variance of the last random output, the reconstruction."""
         return (self.outputs or self.rows)[-1].ratio[mode]
 
+    def worst(self, mode: str) -> VerifiedNode | None:
+        """The operation whose variance is the furthest from the true one, in either direction, beyond its confidence bounds."""
+
+        def distance(row: VerifiedNode) -> float:
+            low, high = row.interval(mode)
+            if not (low > 0 and math.isfinite(high)):
+                return 0.0
+            return max(math.log(low), -math.log(high), 0.0)
+
+        rows = [row for row in self.rows if distance(row) > 0]
+        return max(rows, key=distance) if rows else None
+
     def ranked(self, mode: str) -> list[tuple[float, VerifiedNode]]:
         """Operations by what they do to the ratio of variances: (ratio after / least ratio before, row), worst first."""
         by_name = {row.name: row for row in self.rows}
@@ -117,14 +139,24 @@ class Verification:
         Blamed is the worst loss, or the worst overstatement where more than the true variance arrives at the output.
         """
         total, ranked = self.ratio(mode), self.ranked(mode)
-        line = f"{mode}: the propagated variance of the output is {total:.3g} of the true one"
+        low, high = (self.outputs or self.rows)[-1].interval(mode)
+        line = f"{mode}: the propagated variance of the output is {total:.3g} of the true one (95 %: {low:.3g} to {high:.3g})"
+        if mode == "calibrated":
+            return line + self._worst_text(mode)
         if not ranked or (0.8 < total < 1.25 and ranked[0][0] > 0.8):
             return line + "."
         change, row = ranked[-1] if total >= 1.25 else ranked[0]
-        where = " ".join(part for part in (row.module, row.operation, f"({row.where})" if row.where else "") if part)
+        where = _where(row)
         if total >= 1.25:
             return line + f"; most is overstated at {where}, by a factor of {change:.3g}."
         return line + f"; most is lost at {where}, which keeps {change:.3g} of what reaches it."
+
+    def _worst_text(self, mode: str) -> str:
+        row = self.worst(mode)
+        if row is None:
+            return "; it is within the error of Monte Carlo at every operation."
+        low, high = row.interval(mode)
+        return f"; calibration is worst at {_where(row)}: {row.ratio[mode]:.3g} ({low:.3g} to {high:.3g})."
 
     @property
     def broken(self) -> tuple[VerifiedNode, ...]:
@@ -133,7 +165,10 @@ class Verification:
 
     def to_dict(self) -> dict[str, Any]:
         """The result as plain data, for ``--json``."""
-        return {**dataclasses.asdict(self), "summary": {mode: self.summary(mode) for mode in self.modes}}
+        data = {**dataclasses.asdict(self), "summary": {mode: self.summary(mode) for mode in self.modes}}
+        for row, each in zip(self.rows, data["rows"], strict=True):
+            each["interval"] = {mode: row.interval(mode) for mode in self.modes}
+        return data
 
     def __iter__(self) -> Iterator[VerifiedNode]:
         return iter(self.rows)
@@ -192,6 +227,10 @@ class Verification:
         figure.savefig(path, dpi=150)
 
 
+def _where(row: VerifiedNode) -> str:
+    return " ".join(part for part in (row.module, row.operation, f"({row.where})" if row.where else "") if part)
+
+
 def _local_text(row: VerifiedNode) -> str:
     if row.local_ratio is None:
         return ""
@@ -211,10 +250,11 @@ def _walk(
     leaves: Sequence[Any],
     settings: Settings | None,
     visit: Visit,
+    gains: Callable[[fx.Node, Any], Any] | None = None,
 ) -> None:
     """Run the recording, plainly (``settings`` None) or with random variables; values are dropped after their last use.
 
-    ``visit(node, value, args, kwargs)`` is called at each node that computes something.
+    ``visit(node, value, args, kwargs)`` is called at each node that computes something, ``gains(node, value)`` before it.
     """
     remaining = {node: len(node.users) for node in recording.graph.nodes}
     values: dict[fx.Node, Any] = {}
@@ -238,6 +278,8 @@ def _walk(
         else:
             value = node.target(*args, **kwargs)
         if node.op not in ("placeholder", "get_attr"):
+            if gains is not None:
+                value = gains(node, value)
             visit(node, value, args, kwargs)
         if node.users:
             values[node] = value
@@ -303,7 +345,7 @@ def verify(
     rv_model: nn.Module,
     *inputs: Any,
     samples: int = 1000,
-    modes: Sequence[str] = ("independent", "lowrank"),
+    modes: Sequence[str] | None = None,
     seed: int = 0,
     method: str | None = None,
     **kwargs: Any,
@@ -314,7 +356,7 @@ def verify(
         rv_model: what ``convert`` returned; it is left as it was.
         inputs, kwargs: of the converted method, a batch of real ones; a random input as ``RandomVariable(mean, var)``.
         samples: Monte Carlo runs of the plain model.
-        modes: covariance modes to compare; the model's own need not be among them.
+        modes: covariance modes to compare; default independent, calibrated if that is the model's own, and lowrank.
         seed: of the Monte Carlo draws.
         method: the converted method; default the first one.
 
@@ -322,10 +364,15 @@ def verify(
         Rows, one for each random operation (for a model without a graph, one for each output); prints as a table.
 
     Raises:
-        ConversionError: the model was not converted.
+        ConversionError: the model was not converted, or ``modes`` has ``"calibrated"`` and the model is in another mode.
     """
     conversion = conversion_of(rv_model)
     name = method or conversion.options.methods[0]
+    own = conversion.settings.covariance == "calibrated"
+    if modes is None:
+        modes = ("independent", "calibrated", "lowrank") if own else ("independent", "lowrank")
+    if "calibrated" in modes and not own:
+        raise ConversionError("a model has gains to verify only if it was converted with covariance='calibrated'")
     training = {module: module.training for module in rv_model.modules()}
     rv_model.eval()
     try:
@@ -340,15 +387,38 @@ def verify(
             if examined.recording.once:
                 rows = _outputs_only(conversion, rv_model, name, args, kwargs, samples, modes)
             else:
-                rows = _node_by_node(conversion, examined, rv_model, leaves, samples, modes)
+                if "calibrated" in modes:
+                    renew(conversion, name, rv_model, args, kwargs)
+                rows = _node_by_node(conversion, name, examined, rv_model, leaves, samples, modes)
     finally:
         for module, mode in training.items():
             module.training = mode
     return Verification(conversion.plain_class.__name__, name, samples, tuple(modes), tuple(rows))
 
 
+def _gains_of(conversion: Conversion, name: str, examined: Examined) -> Callable[[fx.Node, Any], Any]:
+    """What multiplies each operation's variance in calibrated mode, as the rewritten graph does."""
+    keys = gain_keys(examined.recording, examined.roles, name, conversion.settings)
+    levels: list[Any] = []
+
+    def gains(node: fx.Node, value: Any) -> Any:
+        if node not in keys:
+            return value
+        if not levels:
+            levels.append(level_of(value))
+        return calibrated(conversion, keys[node], value, levels[0])
+
+    return gains
+
+
 def _node_by_node(
-    conversion: Conversion, examined: Examined, model: nn.Module, leaves: list[Any], samples: int, modes: Sequence[str]
+    conversion: Conversion,
+    name: str,
+    examined: Examined,
+    model: nn.Module,
+    leaves: list[Any],
+    samples: int,
+    modes: Sequence[str],
 ) -> list[VerifiedNode]:
     recording = examined.recording
     latents = examined.roles.latents
@@ -362,7 +432,8 @@ def _node_by_node(
                 local = _local(node, value, args, kwargs, model) if mode == modes[0] else None
                 found[mode][node] = _Moments(value.mean, float(value.var.double().sum()), local)
 
-        _walk(recording, latents, model, list(all_entering(leaves, settings)), settings, propagated)
+        gains = _gains_of(conversion, name, examined) if mode == "calibrated" else None
+        _walk(recording, latents, model, list(all_entering(leaves, settings)), settings, propagated, gains)
 
     nodes = [node for node in found[modes[0]] if all(node in found[mode] for mode in modes)]
     truth = {node: _Spread(found[modes[0]][node].mean) for node in nodes}

@@ -12,7 +12,9 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 import rvconvert
+from rvconvert import RandomVariable
 from rvconvert.covariance.calibrated import Gain, Gains
+from tests.exact import relu_network_moments
 
 IMAGES = torch.rand(192, 12, generator=torch.Generator().manual_seed(1))
 
@@ -92,7 +94,7 @@ def test_gains_measured_at_one_posterior_width_serve_half_and_twice_it(trained, 
 def test_a_linear_map_of_independent_latents_has_gain_one():
     torch.manual_seed(0)
     model = rvconvert.convert(nn.Linear(5, 7), covariance="calibrated", random_inputs=("input",), output="distribution").eval()
-    z = rvconvert.RandomVariable(torch.randn(64, 5), torch.rand(64, 5) + 0.1)
+    z = RandomVariable(torch.randn(64, 5), torch.rand(64, 5) + 0.1)
     (row,) = rvconvert.calibrate(model, (z,), pairs=200)
     assert row.before == pytest.approx(1, abs=4 * row.standard_error + 0.02)
     assert row.gain == pytest.approx(1, abs=0.05)
@@ -106,7 +108,7 @@ def test_a_variance_that_is_wrong_by_a_known_factor_is_put_right():
     model.weight.fill_(0.5)
     net[1].weight.fill_(1.0)
     rv = rvconvert.convert(net, covariance="calibrated", random_inputs=("input",), output="distribution").eval()
-    z = rvconvert.RandomVariable(torch.randn(64, 1), torch.rand(64, 1) + 0.1)
+    z = RandomVariable(torch.randn(64, 1), torch.rand(64, 1) + 0.1)
     first, second = rvconvert.calibrate(rv, (z,), pairs=100)
     assert first.gain == pytest.approx(1, abs=0.1)
     assert second.gain == pytest.approx(8, rel=0.02)
@@ -219,9 +221,9 @@ def test_renewal_leaves_statistics_random_state_and_penalty_alone():
 
 def test_a_gain_is_taken_by_channel_where_the_picture_has_another_size():
     gain = Gain(torch.tensor([[0.0, 2.0], [1.0, 3.0]]), torch.zeros(2, 2))
-    x = rvconvert.RandomVariable(torch.zeros(1, 2, 3), torch.ones(1, 2, 3))
+    x = RandomVariable(torch.zeros(1, 2, 3), torch.ones(1, 2, 3))
     torch.testing.assert_close(gain(x, None).var.log(), torch.tensor([1.0, 2.0])[None, :, None].expand(1, 2, 3))
-    x = rvconvert.RandomVariable(torch.zeros(1, 5), torch.ones(1, 5))
+    x = RandomVariable(torch.zeros(1, 5), torch.ones(1, 5))
     torch.testing.assert_close(gain(x, None).var.log(), torch.full((1, 5), 1.5))
 
 
@@ -243,7 +245,7 @@ def test_products_with_an_activation_of_the_same_value_are_one_function():
             return h * torch.sigmoid(h)
 
     torch.manual_seed(0)
-    z = rvconvert.RandomVariable(torch.randn(64, 3), torch.ones(64, 3))
+    z = RandomVariable(torch.randn(64, 3), torch.ones(64, 3))
     net = Swish()
     kinds = {"random_inputs": ("z",), "output": "distribution"}
     with torch.no_grad(), warnings.catch_warnings():
@@ -252,3 +254,83 @@ def test_products_with_an_activation_of_the_same_value_are_one_function():
         calibrated = rvconvert.convert(net, covariance="calibrated", recalibrate=0, **kinds).eval()(z)
     torch.testing.assert_close(calibrated.var, independent.var)
     torch.testing.assert_close(calibrated.mean, independent.mean)
+
+
+def relu_network():
+    torch.manual_seed(2)
+    net = nn.Sequential(nn.Linear(2, 12), nn.ReLU(), nn.Linear(12, 3))
+    with torch.no_grad():
+        net[2].weight.abs_()  # features that rise together add up, which independence does not see
+    return net.double()
+
+
+def test_the_closed_form_is_that_of_many_samples():
+    net = relu_network()
+    z = RandomVariable(torch.tensor([0.3, -0.5], dtype=torch.float64), torch.tensor([0.8, 0.4], dtype=torch.float64))
+    mean, var = relu_network_moments(net[0], net[2], z.mean, z.var)
+    with torch.no_grad():
+        y = net(z.mean + z.std * torch.randn(400_000, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0)))
+    torch.testing.assert_close(mean, y.mean(0), rtol=0, atol=float(5 * y.std(0).max() / 400_000**0.5))
+    torch.testing.assert_close(var, y.var(0), rtol=0.015, atol=0)
+
+
+@torch.no_grad()
+def test_against_the_exact_moments_of_a_relu_network():
+    """Calibrated on some Gaussian inputs, held against the closed form on others."""
+    net = relu_network()
+    draw = torch.Generator().manual_seed(3)
+    mean = torch.randn(160, 2, dtype=torch.float64, generator=draw)
+    var = 0.1 + 0.4 * torch.rand(160, 2, dtype=torch.float64, generator=draw)
+    rv = rvconvert.convert(net, covariance="calibrated", random_inputs=("input",), output="distribution").eval()
+    report = rvconvert.calibrate(rv, (RandomVariable(mean[:128], var[:128]),), pairs=64)
+    each = [relu_network_moments(net[0], net[2], m, v) for m, v in zip(mean[128:], var[128:], strict=True)]
+    exact = [torch.stack(moments) for moments in zip(*each, strict=True)]
+    y = rv(RandomVariable(mean[128:], var[128:]))
+    torch.testing.assert_close(y.mean, exact[0], rtol=0.02, atol=0.02)
+    assert 0.93 < float(y.var.sum() / exact[1].sum()) < 1.07
+    assert torch.corrcoef(torch.stack((y.var.flatten(), exact[1].flatten())))[0, 1] > 0.8
+    ratio = y.var / exact[1]
+    assert float(((ratio > 0.5) & (ratio < 2)).double().mean()) > 0.9
+    assert report.rows[-1].before < 0.7
+
+
+@torch.no_grad()
+def test_verify_covers_the_exact_variance_and_compares_the_modes_in_one_table():
+    net = relu_network()
+    z = RandomVariable(torch.randn(6, 2).double(), torch.full((6, 2), 0.3).double())
+    rv = rvconvert.convert(net, covariance="calibrated", random_inputs=("input",)).eval()
+    draw = torch.Generator().manual_seed(3)
+    data = RandomVariable(torch.randn(128, 2, dtype=torch.float64, generator=draw), torch.full((128, 2), 0.3).double())
+    rvconvert.calibrate(rv, (data,))
+    result = rvconvert.verify(rv, z, samples=800)
+    assert result.modes == ("independent", "calibrated", "lowrank")
+    row = result.outputs[-1]
+    exact = float(sum(relu_network_moments(net[0], net[2], m, v)[1].sum() for m, v in zip(z.mean, z.var, strict=True)))
+    assert abs(row.true_var - exact) < 4 * row.standard_error * exact
+    for mode in result.modes:
+        low, high = row.interval(mode)
+        assert low < row.ratio[mode] < high
+        assert high / low == pytest.approx(1 + 4 * row.standard_error, rel=0.1)
+    assert row.ratio["independent"] < 0.7 and row.ratio["calibrated"] == pytest.approx(1, abs=0.15)
+    text = str(result)
+    assert all(f"{mode}: the propagated variance" in text for mode in result.modes)
+    assert "95 %" in result.summary("independent")
+    assert result.to_dict()["rows"][-1]["interval"]["calibrated"] == row.interval("calibrated")
+
+
+@torch.no_grad()
+def test_verify_names_where_calibration_is_worst(trained):
+    model = converted(trained)
+    rvconvert.calibrate(model, IMAGES[:128])
+    gains = model.__dict__["_rvconvert"].gains
+    key = next(key for key in gains.evaluation if "up/" in key)
+    gains.evaluation[key] = dataclasses.replace(gains.evaluation[key], offset=gains.evaluation[key].offset + 3, limits=None)
+    result = rvconvert.verify(model, IMAGES[128:160], samples=300)
+    worst = result.worst("calibrated")
+    assert worst is not None and worst.ratio["calibrated"] > 10
+    assert f"calibration is worst at {worst.module}" in result.summary("calibrated")
+
+
+def test_verify_refuses_gains_of_a_model_that_has_none(trained):
+    with pytest.raises(rvconvert.ConversionError, match=r"only if it was converted with covariance='calibrated'"):
+        rvconvert.verify(rvconvert.convert(trained), IMAGES[:4], modes=("independent", "calibrated"))

@@ -332,3 +332,27 @@ def test_help_names_every_command(capsys) -> None:
         assert command in out
         code, text, _ = run(capsys, f"{command} --help")
         assert code == 0 and f"Example: rvconvert {command}" in " ".join(text.split())
+
+
+def test_calibrate_rewrites_the_file_whole_or_not_at_all(folder: Path, capsys) -> None:
+    vae = import_class("net.py:Images")()
+    rvconvert.save(rvconvert.convert(vae, covariance="calibrated"), "rv.pt", model="net.py:Images", kwargs={})
+    np.save("images.npy", np.random.default_rng(0).random((24, 3, 4, 4)).astype("float32"))
+    np.save("other.npy", np.zeros((4, 3, 9, 9), "float32"))
+    before = Path("rv.pt").read_bytes()
+    code, _, err = run(capsys, "calibrate rv.pt --images other.npy --pairs 2")
+    assert code == 1 and "(4, 3, 9, 9)" in err and Path("rv.pt").read_bytes() == before
+    code, out, err = run(capsys, "calibrate rv.pt --images images.npy --pairs 4 --count 20")
+    assert code == 0 and "ratio after" in out and "20 samples" in out and "rv.pt: rewritten" in out, err
+    assert all(torch.equal(v, vae.state_dict()[k]) for k, v in checkpoint.read("rv.pt").state.items())
+    model = rvconvert.load("rv.pt").eval()
+    gains = model.__dict__["_rvconvert"].gains
+    assert gains.evaluation and not gains.stale
+    code, out, _ = run(capsys, "calibrate rv.pt --images images.npy --pairs 1 --json")
+    assert code == 0 and json.loads(out)["rows"][0]["operation"] == "Linear"
+    code, out, _ = run(capsys, "verify rv.pt --images images.npy --samples 30")
+    assert code == 0 and "calibrated: the propagated variance" in out
+
+    rvconvert.save(rvconvert.convert(vae), "independent.pt", model="net.py:Images", kwargs={})
+    code, _, err = run(capsys, "calibrate independent.pt --images images.npy")
+    assert code == 1 and "covariance='independent'" in err and "--covariance calibrated" in err

@@ -1,4 +1,4 @@
-"""The command line: demo, plan, convert, transfer, export, verify, rules. Exit 0 done, 1 refused, 2 usage."""
+"""The command line: demo, plan, convert, transfer, export, verify, calibrate, rules. Exit 0 done, 1 refused, 2 usage."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from torch import nn
 
 from rvconvert import render
 from rvconvert._convert import convert, plan
+from rvconvert.cli.calibrate import add_arguments, run_calibrate
 from rvconvert.cli.images import read_images
 from rvconvert.converted import conversion_of
 from rvconvert.core.random_variable import RandomVariable
@@ -452,6 +453,15 @@ def _parser() -> argparse.ArgumentParser:
     verifier.add_argument("--force", action="store_true", help="replace the plot if it exists")
     verifier.add_argument("--seed", type=int, default=0, help="of the samples (default: %(default)s)")
     verifier.add_argument("--allow-pickle", action="store_true", help="unpickle code in the file: only if you trust its author")
+
+    calibrator = add(
+        "calibrate",
+        run_calibrate,
+        "measure the gains of a model in calibrated mode and write them into its file",
+        "rvconvert calibrate rv_vae.pt --model models/vae.py:VAE --images photos/ --size 64",
+    )
+    add_arguments(calibrator, _at_least_one)
+    _add_model_options(calibrator)
 
     rules = add("rules", run_rules, "list the operations that have rules", "rvconvert rules conv")
     rules.add_argument("filter", nargs="?", metavar="NAME", help="only those whose name contains it")

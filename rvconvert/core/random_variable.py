@@ -66,6 +66,7 @@ class Origin:
     is not smooth; ``whole_line`` is False where the function is not defined on all of it (a logarithm, a root).
     ``line`` is (slope, shift) where the function is a line of plain numbers, through which kinks are found back.
     ``joint`` marks a function that joins elements (a softmax), which is known of the root of a law alone.
+    ``affine``: a sum or product with constants, which leaves a Gaussian Gaussian.
     """
 
     parent: RandomVariable
@@ -74,6 +75,7 @@ class Origin:
     whole_line: bool = True
     line: tuple[float, float] | None = None
     joint: bool = False
+    affine: bool = False
 
 
 class Density(Protocol):

@@ -209,7 +209,7 @@ class Shape:
         if like.density is not None and len(present) == 1 and isinstance(made, RandomVariable):
             made.distributed(like.density.moved(lambda x: self.call(func, dict.fromkeys(present, x), rest, options)))
         if self.same and isinstance(made, RandomVariable):
-            made.derived(origin=Origin(like.snapshot(), lambda x: func(x, *rest, **options), line=(1.0, 0.0)))
+            made.derived(origin=Origin(like.snapshot(), lambda x: func(x, *rest, **options), line=(1.0, 0.0), affine=True))
         return made
 
     def call(self, func: Function, values: dict[str, Any], rest: tuple[Any, ...], options: dict[str, Any]) -> Any:
@@ -359,6 +359,20 @@ def _ancestors(x: RandomVariable) -> Iterator[Ancestor]:
         origin = origin.parent.origin
 
 
+def _gaussian_ancestor(x: RandomVariable) -> Ancestor | None:
+    """The farthest variable that ``x`` is a function of, if the function is bent and defined on the whole line."""
+    found, origin = None, x.origin
+    bent = False
+    for ancestor in _ancestors(x):
+        if not ancestor[3]:
+            return None
+        found = ancestor
+    while origin is not None:
+        bent = bent or not origin.affine
+        origin = origin.parent.origin
+    return found if bent else None
+
+
 def _identity(x: torch.Tensor) -> torch.Tensor:
     return x
 
@@ -471,6 +485,12 @@ class Elementwise:
                 )
 
             direct = len(random_variables(args, kwargs)) == 1
+            affine = direct and self.line is not None and ("div" not in func.__name__ or isinstance(args[0], RandomVariable))
+            if direct and whole_line and not affine:
+                chain = _gaussian_ancestor(like)
+                if chain is not None:  # its closed form would take what is bent already as Gaussian
+                    parent, inner, kinks, _, _ = chain
+                    functions, direct = [inner], False
             if direct and self.kinks is not None:
                 kinks = self.kinks(args, kwargs)
             if direct and self.moments is not None:
@@ -483,7 +503,7 @@ class Elementwise:
                     lambda value: _as_float(function(value), value), parent.mean.expand(shape), parent.var.expand(shape), kinks
                 )
         line = self.line(args, kwargs) if direct and self.line is not None else None
-        return like.with_moments(mean, var).derived(origin=Origin(parent.snapshot(), function, kinks, whole_line, line))
+        return like.with_moments(mean, var).derived(origin=Origin(parent.snapshot(), function, kinks, whole_line, line, affine))
 
     @staticmethod
     def of_a_draw(

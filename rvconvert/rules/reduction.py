@@ -12,6 +12,7 @@ from torch import Tensor
 
 from rvconvert.core.random_variable import RandomVariable
 from rvconvert.core.registry import Exactness
+from rvconvert.moments import sigmoid, softplus
 from rvconvert.rules.extrema import by_pairs
 from rvconvert.rules.kinds import Composite, FixedLinear, add_rule, same_map
 from rvconvert.rules.normalization import standardized
@@ -185,9 +186,20 @@ def _exponentials(input: Any, dim: Any) -> tuple[Any, Tensor]:
 
 
 def _logsumexp(input: Any, dim: Any, keepdim: bool = False) -> Any:
-    terms, top = _exponentials(input, dim)
-    out = torch.log(torch.sum(terms, dim, keepdim=True)) + top
-    return out if keepdim else torch.squeeze(out, dim)
+    dims = dims_of(input, dim)
+    out = input.with_moments(*by_pairs(input.mean, input.var, dims, _log_add))
+    return out if keepdim else torch.squeeze(out, dims)
+
+
+def _log_add(a: Tensor, a_var: Tensor, b: Tensor, b_var: Tensor) -> tuple[Tensor, Tensor]:
+    """log(e^a + e^b) = a + softplus(b - a) of independent Gaussians; Stein's lemma gives the covariance of the two terms."""
+    finite = torch.isfinite(a) & torch.isfinite(b)
+    difference, spread = torch.where(finite, b - a, 0), a_var + b_var
+    more, more_var = softplus(difference, spread)
+    share = sigmoid(difference, spread)[0]
+    mean = torch.where(finite, torch.where(finite, a, 0) + more, torch.logaddexp(a, b))
+    var = (a_var * (1 - 2 * share) + more_var).clamp_min(0)
+    return mean, torch.where(finite, var, torch.where(a > b, a_var, b_var))
 
 
 def _logcumsumexp(input: Any, dim: int) -> Any:
@@ -195,6 +207,7 @@ def _logcumsumexp(input: Any, dim: int) -> Any:
     return torch.log(torch.cumsum(terms, dim)) + top
 
 
+_BY_TWOS = "elements are Gaussian and independent; two at a time, each result taken as Gaussian"
+add_rule("logsumexp", Composite(_logsumexp, joins=True), Exactness.APPROXIMATE, _BY_TWOS)
 _LOGNORMAL = "elements are Gaussian and independent; the sum of their exponentials is taken as lognormal"
-add_rule("logsumexp", Composite(_logsumexp, joins=True), Exactness.APPROXIMATE, _LOGNORMAL)
 add_rule("logcumsumexp", Composite(_logcumsumexp, joins=True), Exactness.APPROXIMATE, _LOGNORMAL)

@@ -1,0 +1,44 @@
+"""A composition of bounded functions stays bounded, however wide its input is."""
+
+import pytest
+import torch
+
+from rvconvert import RandomVariable
+
+
+def gaussian_bump(z, centres, width=0.57):
+    return torch.exp(-(((z - centres) / width) ** 2))
+
+
+@pytest.mark.parametrize("deviation", [0.1, 0.3, 0.6, 1.5, 30.0])
+def test_bumps_are_one_function_of_what_they_are_bumps_of(deviation):
+    """exp(-u^2) with u Gaussian, through broadcast constants; the exact mean is a Gaussian integral."""
+    torch.manual_seed(0)
+    z = RandomVariable(torch.randn(6, 1).double(), torch.full((6, 1), deviation**2).double())
+    centres = torch.linspace(-2, 2, 8).double()
+    y = gaussian_bump(z, centres)
+    assert bool((y.mean >= 0).all() and (y.mean <= 1).all() and (y.var >= 0).all() and (y.var <= 0.25).all())
+    if deviation < 2:
+        total = 0.57**2 + 2 * deviation**2
+        exact = 0.57 / total**0.5 * torch.exp(-((z.mean - centres) ** 2) / total)
+        torch.testing.assert_close(y.mean, exact, rtol=0, atol=0.01)
+
+
+@pytest.mark.parametrize("deviation", [1.0, 9.5, 50.0, 1e4])
+def test_logsumexp_of_wide_values_is_finite_and_no_less_than_that_of_the_means(deviation):
+    torch.manual_seed(0)
+    mean = torch.randn(5, 3).double()
+    x = RandomVariable(mean, torch.full((5, 3), deviation**2).double())
+    y = torch.logsumexp(x, 1)
+    assert bool((y.mean >= torch.logsumexp(mean, 1)).all())  # Jensen
+    samples = torch.logsumexp(mean + deviation * torch.randn(200_000, 5, 3, dtype=torch.float64), 2)
+    torch.testing.assert_close(y.mean, samples.mean(0), rtol=0, atol=0.02 * deviation)
+    torch.testing.assert_close(y.var, samples.var(0), rtol=0.05, atol=0)
+
+
+def test_logsumexp_leaves_out_what_is_masked():
+    mean = torch.tensor([[0.5, -torch.inf], [-torch.inf, -torch.inf]]).double()
+    x = RandomVariable(mean, torch.full((2, 2), 0.3).double())
+    y = torch.logsumexp(x, 1)
+    torch.testing.assert_close(y.mean, torch.tensor([0.5, -torch.inf]).double())
+    torch.testing.assert_close(y.var[0], torch.tensor(0.3).double())
