@@ -14,15 +14,18 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from rvconvert.calibration import renew
 from rvconvert.capture import intercept
 from rvconvert.capture.recorder import Kept, Recording, record, unchanged
 from rvconvert.capture.replay import each_mode, replay_differs
 from rvconvert.core.random_variable import RandomVariable, random_variables
 from rvconvert.core.tree import Structure, flatten
+from rvconvert.covariance.calibrated import Gains
 from rvconvert.errors import ConversionError, NonGaussianError, NoReparameterizationError, TracingError
 from rvconvert.options import Options, described
 from rvconvert.penalty import attach_penalty, variance_penalty
 from rvconvert.places import short_place
+from rvconvert.program.gains import gain_keys
 from rvconvert.program.plan import refuse_unsupported, report_graph
 from rvconvert.program.rewrite import compile_graph, to_random_variables
 from rvconvert.program.roles import Roles, assign
@@ -74,6 +77,7 @@ class Conversion:
         self._penalty: torch.Tensor | None = None  # of the call under way
         self._places = ""
         self.penalty_scale: float = 1.0
+        self.gains = Gains()  # of covariance="calibrated"
         self.calls = 0
         self.warned: set[str] = set()
 
@@ -108,6 +112,8 @@ class Conversion:
         """Call the converted method ``name``."""
         args, kwargs = self.normalized(name, args, kwargs)
         leaves, structure = flatten((args, kwargs))
+        if self.settings.covariance == "calibrated":
+            renew(self, name, model, args, kwargs)
         if random_variables(leaves):
             leaves = list(all_entering(leaves, self.settings))
             args, kwargs = structure.build(iter(leaves))
@@ -160,12 +166,22 @@ class Conversion:
         """The model's plain method, bound."""
         return types.MethodType(self.own.get(name) or getattr(self.plain_class, name), model)
 
-    def normalized(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The same call spelled one way, positional first, so that equal calls share a program."""
+    def signature(self, name: str) -> inspect.Signature:
+        """Of the plain class's own method, ``self`` first."""
         if name not in self.signatures:
             self.signatures[name] = inspect.signature(self.own.get(name) or getattr(self.plain_class, name))
+        return self.signatures[name]
+
+    def ready(self, name: str, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Record the method for this kind of call unless it is recorded already."""
+        leaves, structure = flatten(self.normalized(name, args, kwargs))
+        if self.find(name, model, leaves, structure) is None:
+            self.prepare(name, model, args, kwargs, to_run=False)
+
+    def normalized(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The same call spelled one way, positional first, so that equal calls share a program."""
         try:
-            bound = self.signatures[name].bind(None, *args, **kwargs)
+            bound = self.signature(name).bind(None, *args, **kwargs)
         except (TypeError, ValueError):
             return args, kwargs  # the model itself says what is wrong with the call
         return bound.args[1:], bound.kwargs
@@ -222,17 +238,19 @@ class Conversion:
             if examined.recording.once:
                 if examined.again:
                     self.once.add(key)
-                return self.recorded_once(name, model, args, kwargs) if to_run else self.program(examined)
-            program = self.program(examined)
+                return self.recorded_once(name, model, args, kwargs) if to_run else self.program(name, examined)
+            program = self.program(name, examined)
             self.programs[self.key(name, model, leaves, structure, batch=program.fixed_batch)] = program
             if len(self.programs) > MOST_PROGRAMS:
                 self.programs.popitem(last=False)
             return program
 
-    def program(self, examined: Examined) -> Program:
+    def program(self, name: str, examined: Examined) -> Program:
         """The runnable form of a recording."""
         recording, roles = examined.recording, examined.roles
-        graph = to_random_variables(recording, roles, output=self.options.output)
+        calibrated = self.options.covariance == "calibrated"
+        gains = gain_keys(recording, roles, name, self.options.settings) if calibrated else None
+        graph = to_random_variables(recording, roles, output=self.options.output, gains=gains)
         run = _interpreter(graph) if recording.once else compile_graph(graph)
         fixed = bool(recording.fixed)
         return Program(run, recording.outputs, recording.kept, fixed, bool(roles.reconstructions), examined.report)
@@ -253,7 +271,7 @@ class Conversion:
         refusal = self.refusal(recording, roles, name)
         if refusal is not None and not isinstance(refusal, NoReparameterizationError):
             raise refusal
-        program = self.program(Examined(recording, roles, None))
+        program = self.program(name, Examined(recording, roles, None))
         program.run = _forgetting(program.run, self.constants, tuple(recording.constants))
         return program
 
@@ -422,16 +440,24 @@ class ConvertedModel:
         return f"{head}  # {described(conversion_of(self).options)}{line}{rest}"
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return convert_copy, (plain_copy(self), conversion_of(self).options)  # type: ignore[arg-type]
+        conversion = conversion_of(self)
+        return _rebuilt, (plain_copy(self), conversion.options, conversion.gains.to_tensors())  # type: ignore[arg-type]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         conversion = conversion_of(self)
         made = convert_copy(plain_copy(self, memo), conversion.options)  # type: ignore[arg-type]
         copied = conversion_of(made)
         copied.programs, copied.constants = OrderedDict(conversion.programs), conversion.constants
+        copied.gains = Gains.from_tensors(conversion.gains.to_tensors())
         copied.once, copied.penalty_scale = set(conversion.once), conversion.penalty_scale
         memo[id(self)] = made
         return made
+
+
+def _rebuilt(plain: nn.Module, options: Options, gains: dict[str, torch.Tensor]) -> nn.Module:
+    model = convert_copy(plain, options)
+    conversion_of(model).gains = Gains.from_tensors(gains)
+    return model
 
 
 def conversion_of(model: Any) -> Conversion:

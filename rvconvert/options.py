@@ -20,7 +20,7 @@ from rvconvert.errors import ConversionError
 
 __all__ = ["COVARIANCES", "Options", "described"]
 
-COVARIANCES = ("independent", "sampled", "lowrank")
+COVARIANCES = ("independent", "calibrated", "sampled", "lowrank")
 Check = Callable[[Any], "str | None"]  # says what the value should be; None where it is
 
 
@@ -57,6 +57,10 @@ def _weight(value: Any) -> str | None:
 
 def _count(value: Any) -> str | None:
     return None if type(value) is int and value >= 1 else "a whole number, 1 or more"
+
+
+def _steps(value: Any) -> str | None:
+    return None if type(value) is int and value >= 0 else "a whole number of steps, 0 or more"
 
 
 def _count_or_none(value: Any) -> str | None:
@@ -99,6 +103,7 @@ class Options:
     covariance: str = _option("independent", _one_of(*COVARIANCES), "how covariance is carried")
     rank: int | None = _option(None, _count_or_none, "pairs of nodes in low-rank mode", mode="lowrank")
     pairs: int = _option(1, _count, "antithetic pairs in sampled mode", mode="sampled")
+    recalibrate: int = _option(20, _steps, "training steps between renewed gains; 0: never by themselves", mode="calibrated")
     seed: int | None = _option(None, _seed, "fixes the draws of the sampled and low-rank modes")
     strict: bool = _option(False, _flag, "refuse operations without a rule of their own")
     variance_dtype: torch.dtype | None = _option(None, _floating, "dtype of the variance's matrix work")

@@ -23,7 +23,7 @@ class Settings:
 
     Attributes:
         registry: the rule table.
-        covariance: ``"independent"``, ``"lowrank"`` or ``"sampled"``.
+        covariance: ``"independent"``, ``"calibrated"``, ``"lowrank"`` or ``"sampled"``.
         rank: pairs of nodes in ``"lowrank"`` mode (None: one per latent, from 16 to 64).
         pairs: antithetic pairs of paths in ``"sampled"`` mode.
         seed: fixes the directions of sampled paths and of nodes; None draws them afresh.
@@ -44,7 +44,7 @@ class Settings:
     @property
     def needs_rules(self) -> bool:
         """False where plain functions run on paths, so that any operation goes."""
-        return self.covariance == "independent"
+        return self.covariance in ("independent", "calibrated")
 
     def rule_for(self, func: Callable[..., Any]) -> Rule | None:
         """The rule for a torch function, a declared approximate one if ``strict`` allows, or None."""

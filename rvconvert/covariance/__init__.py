@@ -1,5 +1,5 @@
 """Ways of carrying covariance beyond independence. Importing this package adds them to the noise sources."""
 
-from rvconvert.covariance import lowrank, sampled
+from rvconvert.covariance import calibrated, lowrank, sampled
 
-__all__ = ["lowrank", "sampled"]
+__all__ = ["calibrated", "lowrank", "sampled"]

@@ -25,8 +25,9 @@ import torch
 from torch import nn
 
 from rvconvert._convert import convert
-from rvconvert.converted import is_converted
+from rvconvert.converted import conversion_of, is_converted
 from rvconvert.core.registry import Registry
+from rvconvert.covariance.calibrated import Gains
 from rvconvert.errors import CheckpointError, ConversionError, TransferError
 from rvconvert.files.recipe import Recipe, construct, import_class, imported_class
 from rvconvert.plain import to_plain, transfer_weights
@@ -49,6 +50,7 @@ TORCH_SUFFIXES = (".pt", ".pth")
 READ_ONLY_SUFFIXES = (".ckpt", ".bin")  # what Lightning and the Hugging Face hub call the same format
 SAFETENSORS = ".safetensors"
 RECIPE_KEY = "rvconvert"
+GAINS_KEY = "rvconvert.gains"  # of a model in calibrated mode; in safetensors the prefix of their names
 WRAPPERS = ("state_dict", "model_state_dict", "model", "module", "net", "network", "weights")
 # Plain data that training scripts put beside the weights; building them runs no code.
 _HARMLESS: list[Any] = [
@@ -68,12 +70,14 @@ class Checkpoint:
         state: the state_dict, on the CPU, keys as in the file.
         recipe: of a converted model; None in a plain checkpoint.
         hyper_parameters: what Lightning saved of the constructor's arguments.
+        gains: of a converted model in calibrated mode, by name.
     """
 
     path: Path
     state: dict[str, Any]
     recipe: Recipe | None = None
     hyper_parameters: dict[str, Any] = dataclasses.field(default_factory=dict)
+    gains: dict[str, torch.Tensor] = dataclasses.field(default_factory=dict)
 
 
 def save(
@@ -108,7 +112,8 @@ def save(
             "torch.save(model.state_dict(), path)"
         )
     recipe = Recipe.of(rv_model, model, kwargs)
-    return write(rv_model.state_dict(), path, recipe=recipe, force=force)
+    gains = conversion_of(rv_model).gains.to_tensors()
+    return write(rv_model.state_dict(), path, recipe=recipe, gains=gains, force=force)
 
 
 def load(
@@ -174,6 +179,7 @@ def build(
         guessed = not isinstance(model, nn.Module) and kwargs is None and recipe.kwargs is None
         hint = "\nThe file does not say how the model was constructed: give its kwargs" if guessed else ""
         raise TransferError(f"{path}: {error}{hint}") from None
+    conversion_of(made).gains = Gains.from_tensors(checkpoint.gains)
     return made
 
 
@@ -351,9 +357,11 @@ def _read_safetensors(path: Path) -> Checkpoint:
         with safetensors.safe_open(path, framework="pt", device="cpu") as file:
             metadata = file.metadata() or {}
             state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - a handle, not a dict
+            prefix = f"{GAINS_KEY}."
+            gains = {key.removeprefix(prefix): state.pop(key) for key in list(state) if key.startswith(prefix)}
     except Exception as error:
         raise CheckpointError(f"{path} is damaged or cut off ({_first_line(error)}); copy or download it again") from None
-    return Checkpoint(path, state, _recipe(path, metadata.get(RECIPE_KEY)))
+    return Checkpoint(path, state, _recipe(path, metadata.get(RECIPE_KEY)), gains=gains)
 
 
 def _read_torch(path: Path, start: bytes, allow_pickle: bool) -> Any:
@@ -412,7 +420,9 @@ def _interpret(path: Path, content: Any, key: str | None = None) -> Checkpoint:
     if not isinstance(content, Mapping):
         raise CheckpointError(f"{path} holds a {type(content).__name__}, not a state_dict, a mapping of names to tensors")
     if isinstance(content.get(RECIPE_KEY), str) and _is_state_dict(content.get("state_dict")):
-        return Checkpoint(path, dict(content["state_dict"]), _recipe(path, content[RECIPE_KEY]))
+        held: Any = content.get(GAINS_KEY)
+        gains = dict(held) if _is_state_dict(held) else {}
+        return Checkpoint(path, dict(content["state_dict"]), _recipe(path, content[RECIPE_KEY]), gains=gains)
     given = content.get("hyper_parameters")
     hyper_parameters = dict(given) if isinstance(given, Mapping) else {}
     if key is not None:
@@ -493,6 +503,7 @@ def write(
     path: str | os.PathLike[str],
     *,
     recipe: Recipe | None = None,
+    gains: Mapping[str, torch.Tensor] | None = None,
     force: bool = False,
 ) -> Path:
     """Write a state_dict, as it is if there is no recipe: then ``load_state_dict`` of the plain class takes it.
@@ -508,10 +519,13 @@ def write(
             raise CheckpointError(f"{path}: safetensors holds tensors only, and {others[0]!r} is none; write a .pt file")
         # clones: the format refuses tensors that share memory, as tied weights do
         tensors = {key: value.clone(memory_format=torch.contiguous_format) for key, value in tensors.items()}
+        tensors |= {f"{GAINS_KEY}.{key}": value for key, value in (gains or {}).items()}
         metadata = {"format": "pt"} | ({RECIPE_KEY: recipe.to_json()} if recipe else {})
         content = _safetensors(path).torch.save(tensors, metadata)
         return write_atomically(path, lambda file: file.write(content), force=force)
     saved = tensors if recipe is None else {RECIPE_KEY: recipe.to_json(), "state_dict": tensors}
+    if gains:
+        saved[GAINS_KEY] = dict(gains)
     return write_atomically(path, lambda file: torch.save(saved, file), force=force)
 
 

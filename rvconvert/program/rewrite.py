@@ -5,13 +5,14 @@ from __future__ import annotations
 import heapq
 import linecache
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from itertools import count
 from typing import Any
 
 from torch import fx
 
 from rvconvert.capture.recorder import Recording
+from rvconvert.program.gains import insert_gains
 from rvconvert.program.roles import Roles
 from rvconvert.rules.noise import nth_source
 
@@ -30,11 +31,14 @@ def compile_graph(graph: fx.Graph) -> Callable[..., tuple[Any, ...]]:
     return scope["forward"]  # type: ignore[no-any-return]
 
 
-def to_random_variables(recording: Recording, roles: Roles, *, output: str) -> fx.Graph:
+def to_random_variables(
+    recording: Recording, roles: Roles, *, output: str, gains: Mapping[fx.Node, str] | None = None
+) -> fx.Graph:
     """The recording's graph with its latents as random variables, and its values leaving as their roles say.
 
     Args:
         recording, roles: of the method.
+        gains: the nodes whose variance is multiplied by a gain, with the keys of these.
         output: ``"mean"``: random outputs leave as their mean; ``"distribution"``: as they are.
     """
     graph = fx.Graph()
@@ -51,6 +55,8 @@ def to_random_variables(recording: Recording, roles: Roles, *, output: str) -> f
         copied.op, copied.target = "call_function", node.meta["draw"].random_variable
         copied.kwargs = {**copied.kwargs, "settings": settings}
 
+    if gains:
+        insert_gains(graph, nodes, gains)
     collapsed: dict[fx.Node, fx.Node] = {}
     for main in roles.reconstructions if output == "mean" else ():
         together = [value for value, of in roles.beside if of is main]

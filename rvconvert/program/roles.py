@@ -33,6 +33,7 @@ class Roles:
             elementwise function, so that L_c joins whichever is trained on.
         at_mean: (value, user) pairs: what a loss inside the method takes at its mean.
         losses: outputs that are a loss or a term of one.
+        decoded: the random nodes with a decoder behind them.
         unused: random nodes whose value nothing uses, such as a check of a distribution's arguments.
     """
 
@@ -42,6 +43,7 @@ class Roles:
     beside: tuple[tuple[fx.Node, fx.Node], ...]
     at_mean: frozenset[tuple[fx.Node, fx.Node]]
     losses: frozenset[fx.Node]
+    decoded: frozenset[fx.Node]
     unused: frozenset[fx.Node]
 
     def of(self, node: fx.Node) -> str:
@@ -259,6 +261,7 @@ class _Graph:
             tuple(dict(reversed(beside)).items()),
             frozenset(at_mean),
             losses,
+            frozenset(decoded),
             self.unused(random),
         )
 

@@ -1,0 +1,254 @@
+"""covariance="calibrated": gains that make the independent pass report the true variance."""
+
+import copy
+import dataclasses
+import pickle
+import warnings
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, TensorDataset
+
+import rvconvert
+from rvconvert.covariance.calibrated import Gain, Gains
+
+IMAGES = torch.rand(192, 12, generator=torch.Generator().manual_seed(1))
+
+
+class VAE(nn.Module):
+    """Upsampling and convolutions without activation between, where independence loses most of the variance."""
+
+    def __init__(self, norm=False):
+        super().__init__()
+        self.encoder = nn.Linear(12, 6)
+        self.first = nn.Linear(3, 16)
+        self.up = nn.ConvTranspose1d(4, 8, 4, 2, 1)
+        self.norm = nn.BatchNorm1d(8) if norm else nn.Identity()
+        self.last = nn.Conv1d(8, 2, 3, padding=1)
+
+    def forward(self, x):
+        mu, logvar = self.encoder(x).chunk(2, 1)
+        z = mu + torch.randn_like(mu) * torch.exp(0.5 * logvar - 0.5)
+        h = self.norm(F.silu(self.up(self.first(z).view(-1, 4, 4))))
+        return torch.sigmoid(self.last(h)).flatten(1)[:, :12], mu
+
+
+@pytest.fixture(scope="module")
+def trained():
+    """A net trained to reconstruct, so that its weights are not random."""
+    torch.manual_seed(0)
+    model = VAE()
+    optimizer = torch.optim.Adam(model.parameters(), 5e-3)
+    for step in range(300):
+        x = IMAGES[64 * (step % 2) : 64 * (step % 2) + 64]
+        loss = F.mse_loss(model(x)[0], x.sort().values) * 20
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return model.eval()
+
+
+def true_moments(model, x, pairs=4000):
+    torch.manual_seed(3)
+    paths = torch.stack([model(x)[0] for _ in range(pairs)])
+    return paths.mean(0), paths.var(0)
+
+
+def converted(model, **options):
+    return rvconvert.convert(model, covariance="calibrated", output="distribution", attach=False, **options).eval()
+
+
+@torch.no_grad()
+def test_reports_the_true_variance_of_samples_it_was_not_calibrated_on(trained):
+    held_out = IMAGES[128:]
+    _, true = true_moments(trained, held_out, 2000)
+    independent = rvconvert.convert(trained, output="distribution", attach=False).eval()(held_out)[0].var
+    model = converted(trained)
+    report = rvconvert.calibrate(model, IMAGES[:128])
+    var = model(held_out)[0].var
+    assert not 0.8 < independent.sum() / true.sum() < 1.25
+    assert 0.95 < var.sum() / true.sum() < 1.05
+    inside = ((var / true > 0.7) & (var / true < 1.4)).float().mean()
+    assert inside > 0.9
+    assert 0.95 < report.rows[-1].after < 1.05 and report.rows[-1].standard_error < 0.05
+    assert report.rows[-1].before == pytest.approx(float(independent.sum() / true.sum()), rel=0.15)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("scale", [0.5, 2.0])
+def test_gains_measured_at_one_posterior_width_serve_half_and_twice_it(trained, scale):
+    model = converted(trained)
+    rvconvert.calibrate(model, IMAGES[:128])
+    wider = copy.deepcopy(trained)
+    wider.encoder.bias[3:] += 2 * torch.log(torch.tensor(scale))
+    model.load_state_dict(wider.state_dict())
+    _, true = true_moments(wider, IMAGES[128:], 2000)
+    assert 0.7 < model(IMAGES[128:])[0].var.sum() / true.sum() < 1.4
+
+
+@torch.no_grad()
+def test_a_linear_map_of_independent_latents_has_gain_one():
+    torch.manual_seed(0)
+    model = rvconvert.convert(nn.Linear(5, 7), covariance="calibrated", random_inputs=("input",), output="distribution").eval()
+    z = rvconvert.RandomVariable(torch.randn(64, 5), torch.rand(64, 5) + 0.1)
+    (row,) = rvconvert.calibrate(model, (z,), pairs=200)
+    assert row.before == pytest.approx(1, abs=4 * row.standard_error + 0.02)
+    assert row.gain == pytest.approx(1, abs=0.05)
+
+
+@torch.no_grad()
+def test_a_variance_that_is_wrong_by_a_known_factor_is_put_right():
+    """The sum of k copies of one variable: true variance k^2 v, independent k v."""
+    model = nn.Linear(1, 8, bias=False)
+    net = nn.Sequential(model, nn.Linear(8, 1, bias=False))
+    model.weight.fill_(0.5)
+    net[1].weight.fill_(1.0)
+    rv = rvconvert.convert(net, covariance="calibrated", random_inputs=("input",), output="distribution").eval()
+    z = rvconvert.RandomVariable(torch.randn(64, 1), torch.rand(64, 1) + 0.1)
+    first, second = rvconvert.calibrate(rv, (z,), pairs=100)
+    assert first.gain == pytest.approx(1, abs=0.1)
+    assert second.gain == pytest.approx(8, rel=0.02)
+    assert second.before == pytest.approx(1 / 8, rel=0.1)
+    torch.testing.assert_close(rv(z).var, 16 * z.var, rtol=0.1, atol=0)
+
+
+@torch.no_grad()
+def test_calibrating_changes_nothing_but_the_gains(trained):
+    model = converted(copy.deepcopy(trained), example_inputs=IMAGES[:4]).train()
+    before = copy.deepcopy(model.state_dict())
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    rvconvert.calibrate(model, IMAGES[:64], pairs=2)
+    assert torch.equal(torch.rand(3), expected)
+    assert model.training and all(m.training for m in model.modules())
+    assert list(model.state_dict()) == list(VAE().state_dict())
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+@torch.no_grad()
+def test_data_may_be_a_loader_with_labels_and_is_read_until_there_are_enough(trained):
+    read = []
+
+    class Counted(TensorDataset):
+        def __getitem__(self, index):
+            read.append(index)
+            return super().__getitem__(index)
+
+    loader = DataLoader(Counted(IMAGES, torch.zeros(len(IMAGES))), batch_size=48)
+    report = rvconvert.calibrate(converted(trained), loader, pairs=2, images=96)
+    assert report.samples == 96 and len(read) == 96
+    assert len(report) == len(rvconvert.calibrate(converted(trained), (IMAGES[:40],), pairs=2))
+    assert rvconvert.calibrate(converted(trained), IMAGES, pairs=1, images=70).samples == 70
+
+
+def test_refusals_say_what_to_do(trained):
+    with pytest.raises(rvconvert.ConversionError, match="not a plain VAE"):
+        rvconvert.calibrate(trained, IMAGES)
+    with pytest.raises(rvconvert.ConversionError, match=r"covariance='independent' has no gains.*covariance='calibrated'"):
+        rvconvert.calibrate(rvconvert.convert(trained), IMAGES)
+    with pytest.raises(rvconvert.ConversionError, match="empty"):
+        rvconvert.calibrate(converted(trained), [])
+    with pytest.raises(rvconvert.ConversionError, match="not int"):
+        rvconvert.calibrate(converted(trained), 3)
+    with pytest.raises(rvconvert.ConversionError, match="1 or more"):
+        rvconvert.calibrate(converted(trained), IMAGES, pairs=0)
+    with pytest.raises(rvconvert.ConversionError, match="recalibrate=-1"):
+        converted(trained, recalibrate=-1)
+
+
+@torch.no_grad()
+def test_gains_survive_files_pickle_and_deepcopy(trained, tmp_path):
+    model = converted(trained)
+    rvconvert.calibrate(model, IMAGES[:64], pairs=4)
+    expected = model(IMAGES[:8])[0].var
+    copies = [copy.deepcopy(model), pickle.loads(pickle.dumps(model))]
+    for suffix in ("pt", "safetensors"):
+        path = rvconvert.save(model, tmp_path / f"model.{suffix}", kwargs={})
+        copies.append(rvconvert.load(path, model=VAE).eval())
+    for each in copies:
+        torch.testing.assert_close(each(IMAGES[:8])[0].var, expected)
+        assert list(each.state_dict()) == list(trained.state_dict())
+    rvconvert.calibrate(copies[0], IMAGES[:64], pairs=1, seed=9)
+    torch.testing.assert_close(model(IMAGES[:8])[0].var, expected)
+
+
+def test_in_training_gains_follow_the_weights(trained):
+    """Weights that hide the variance from the independent pass are found out at the next renewal."""
+    torch.manual_seed(0)
+    model = converted(copy.deepcopy(trained), recalibrate=5).train()
+    optimizer = torch.optim.Adam(model.parameters(), 1e-3)
+    for step in range(41):
+        x = IMAGES[64 * (step % 2) : 64 * (step % 2) + 64]
+        y, _ = model(x)
+        loss = F.mse_loss(y.mean, x) + y.var.mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    plain = rvconvert.to_plain(model)
+    with torch.no_grad():
+        _, true = true_moments(plain, IMAGES[:64], 1000)
+        assert 0.75 < model(IMAGES[:64])[0].var.sum() / true.sum() < 1.35
+        _, true = true_moments(plain.eval(), IMAGES[128:], 1000)
+        assert 0.75 < model.eval()(IMAGES[128:])[0].var.sum() / true.sum() < 1.35  # measured at the first call
+
+
+def test_renewal_leaves_statistics_random_state_and_penalty_alone():
+    torch.manual_seed(0)
+    plain = VAE(norm=True)
+    due = rvconvert.convert(plain, covariance="calibrated", recalibrate=1, example_inputs=IMAGES[:16]).train()
+    never = rvconvert.convert(plain, covariance="calibrated", recalibrate=0, example_inputs=IMAGES[:16]).train()
+    for model in (due, never):
+        torch.manual_seed(4)
+        model(IMAGES[:16])
+        model.state_after = torch.rand(2)
+    assert due.norm.num_batches_tracked == never.norm.num_batches_tracked == 1
+    assert torch.equal(due.state_after, never.state_after)
+    # once: the mean of an activation, which the gain before it changes a little, is taken in at momentum 0.1
+    torch.testing.assert_close(due.norm.running_mean, never.norm.running_mean, rtol=0, atol=1e-3)
+    assert float(due.norm.running_mean.abs().max()) > 1e-3
+    seen = due.last_penalty.clone()
+    conversion = due.__dict__["_rvconvert"]
+    conversion.options = dataclasses.replace(conversion.options, recalibrate=0)
+    due(IMAGES[:16])
+    torch.testing.assert_close(due.last_penalty, seen)  # of the call itself, with the gains just measured
+    assert seen != never.last_penalty
+
+
+def test_a_gain_is_taken_by_channel_where_the_picture_has_another_size():
+    gain = Gain(torch.tensor([[0.0, 2.0], [1.0, 3.0]]), torch.zeros(2, 2))
+    x = rvconvert.RandomVariable(torch.zeros(1, 2, 3), torch.ones(1, 2, 3))
+    torch.testing.assert_close(gain(x, None).var.log(), torch.tensor([1.0, 2.0])[None, :, None].expand(1, 2, 3))
+    x = rvconvert.RandomVariable(torch.zeros(1, 5), torch.ones(1, 5))
+    torch.testing.assert_close(gain(x, None).var.log(), torch.full((1, 5), 1.5))
+
+
+def test_foreign_entries_are_no_gains():
+    made = Gains.from_tensors({"evaluation|a/b/c/0|slopes": torch.zeros(2, 1), "nonsense": torch.zeros(1)})
+    assert made.evaluation == {} and made.stale
+
+
+def test_products_with_an_activation_of_the_same_value_are_one_function():
+    """x sigmoid(x) by hand: the gain on sigmoid(x) must not hide that both factors are functions of x."""
+
+    class Swish(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(3, 4)
+
+        def forward(self, z):
+            h = self.linear(z)
+            return h * torch.sigmoid(h)
+
+    torch.manual_seed(0)
+    z = rvconvert.RandomVariable(torch.randn(64, 3), torch.ones(64, 3))
+    net = Swish()
+    kinds = {"random_inputs": ("z",), "output": "distribution"}
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        independent = rvconvert.convert(net, **kinds).eval()(z)
+        calibrated = rvconvert.convert(net, covariance="calibrated", recalibrate=0, **kinds).eval()(z)
+    torch.testing.assert_close(calibrated.var, independent.var)
+    torch.testing.assert_close(calibrated.mean, independent.mean)
