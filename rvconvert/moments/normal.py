@@ -6,6 +6,7 @@ Notation: phi and Phi the density and distribution function, M(t) = Phi(-t)/phi(
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -61,23 +62,32 @@ def tail(t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     t = torch.clamp(t, max=limit)
     q = 1.0 / (t + k)
     u = (t - k) * q
-    h2 = torch.full_like(u, coefficients[-1])
-    for c in reversed(coefficients[:-1]):
-        h2 = h2 * u + c
+    h2 = coefficients[-1] * u + coefficients[-2]
+    for c in _constants(u, coefficients[-3::-1]):
+        h2 = torch.addcmul(c, h2, u) if isinstance(c, Tensor) else h2 * u + c
     h2 = h2 * (q * q * q)
     h1 = (1.0 - t * h2) / (1.0 + t * t)
     return h2 + t * h1, h1, h2
+
+
+def _constants(like: Tensor, values: tuple[float, ...]) -> Sequence[Tensor | float]:
+    """Numbers as tensors of no dimension on a processor, where that makes a product and a sum one operation."""
+    return like.new_tensor(values).unbind() if like.is_cpu and not torch.compiler.is_compiling() else values
 
 
 def ndtr(x: Tensor) -> Tensor:
     """Phi(x), relative accuracy kept in the lower tail; no gradient."""
     t = x.abs()
     below = density(t) * tail(t)[0]
-    return torch.where(x > 0, 1.0 - below, below)
+    return torch.lerp(below, 1.0 - below, step(x))
 
 
-def standardize(mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
-    """s and t = abs(mean)/s, where var = 0 is put far into the tail (with s = 1, so that nothing divides by 0)."""
-    random = var > 0
-    s = torch.sqrt(torch.where(random, var, torch.ones_like(var)))
-    return s, torch.where(random, mean.abs() / s, torch.full_like(var, 1e4))
+def standardize(mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """s, 1/s and t = abs(mean)/s; where var = 0, t lies far in the tail, at a mean of 0 too, and 1/s stays finite."""
+    inverse = torch.rsqrt(var + 1e-37)
+    return var * inverse, inverse, (mean.abs() + 2e-17) * inverse
+
+
+def step(mean: Tensor) -> Tensor:
+    """1 where mean > 0, else 0, as a float: torch.where takes a processor twenty times as long as torch.lerp."""
+    return torch.clamp(torch.sign(mean), min=0.0)

@@ -24,17 +24,16 @@ class _Exceedance(torch.autograd.Function):
     @staticmethod
     def forward(ctx, mean, var):
         ctx.save_for_backward(mean, var)
-        _, t = standardize(mean, var)
+        *_, t = standardize(mean, var)
         below = density(t) * tail(t)[0]
         return torch.where(mean > 0, 1.0 - below, below)
 
     @staticmethod
     def backward(ctx, grad):
         mean, var = ctx.saved_tensors
-        s, t = standardize(mean, var)
-        slope = density(t) / s
-        a = torch.where(mean > 0, t, -t)
-        return grad * slope, grad * (-0.5 * a * slope / s)
+        _, inverse, t = standardize(mean, var)
+        slope = density(t) * inverse
+        return grad * slope, grad * (-0.5 * mean * inverse) * (slope * inverse)
 
 
 def _jump(mean: Tensor, var: Tensor, height: float) -> Moments:

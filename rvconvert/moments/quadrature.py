@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from rvconvert.moments.compilation import fused
 
-INV_SQRT_2PI = 0.3989422804014327
+INV_SQRT_2PI, LOG2_E = 0.3989422804014327, 1.4426950408889634
 SMOOTH_NODES = 14  # per panel, two panels: functions as smooth as the sigmoid
 STEEP_NODES = 17  # as steep as tanh
 KINKED_NODES = 18  # a panel may have to cover the whole window
@@ -37,7 +37,7 @@ _RULES = {n: legendre(n) for n in (SMOOTH_NODES, STEEP_NODES, KINKED_NODES, DOUB
 
 def density(z: Tensor) -> Tensor:
     """Standard normal density."""
-    return torch.exp(-0.5 * z * z) * INV_SQRT_2PI
+    return torch.exp2((-0.5 * LOG2_E) * z * z) * INV_SQRT_2PI  # torch's exp2 takes a processor a quarter of the time of its exp
 
 
 def panel(left: Tensor, right: Tensor, n: int) -> Iterator[tuple[Tensor, Tensor]]:

@@ -3,7 +3,7 @@
 X ~ N(m, v). With c the width on which f bends and S² = c² + v, the half-plane of (m, v) is covered by p = m/S in [-8, 8], beyond
 which a Gaussian sees f's asymptotes only, and q = 1 - c/S in [0, 1]. Each cell of (p, q) holds quadratics of
 
-    g = E[f'(X)],    L = log((K + MIX g²) N),    K = (Var f(X) - v g²) S²/v²,
+    g = E[f'(X)],    L = log2((K + MIX g²) N),    K = (Var f(X) - v g²) S²/v²,
 
 N = S²/c² where f has one slope at both ends (K falls as 1/S² then), else 1, and a quadratic in q of E[f(X)]/S, whose
 dependence on p is the integral of g. So Var = v (g² + K v/S²): the linear part of f and the rest, neither negative, without
@@ -115,7 +115,7 @@ def fill(f: Function, width: float) -> Table:
     slopes = (far[1] - far[0]) / width, (far[3] - far[2]) / width
     level = bool(abs(slopes[0] - slopes[1]) < 1e-6)
     spread = rest * root**2 / var + _MIX * gain**2
-    logarithm = np.log((spread * (root / width) ** 2 if level else spread) + 1e-300)
+    logarithm = np.log2((spread * (root / width) ** 2 if level else spread) + 1e-300)
     quadratic, cubic, in_q = _maps()
     made = [each @ (expected / root) @ quadratic[0].T for each in in_q]
     for value, in_p in ((gain, cubic), (logarithm, quadratic)):
@@ -155,7 +155,7 @@ def _quadratic(c: list[Tensor], d: Tensor, e: Tensor) -> Tensor:
 
 def _spread(coefficients: Tensor, cell: Tensor, d: Tensor, e: Tensor, inverse2: Tensor, width: float, level: bool) -> Tensor:
     """K + MIX g²."""
-    spread = torch.exp(_quadratic(_read(coefficients, cell, 10), d, e))
+    spread = torch.exp2(_quadratic(_read(coefficients, cell, 10), d, e))
     return spread * inverse2 * (width * width) if level else spread
 
 
@@ -189,14 +189,14 @@ def _backward(
     curvature = torch.addcmul(curvature, e, c[4]) * per_cell  # E[f'']
     third = torch.addcmul(c[2], d, c[6], value=3) * (per_cell * per_cell)  # dg/dv = E[f''']/2 (Stein)
     c = _read(coefficients, cell, 10)
-    spread = torch.exp(_quadratic(c, d, e))
-    by_p = torch.addcmul(torch.addcmul(c[1], d, c[2], value=2), e, c[4]) * _PER_CELL
+    spread = torch.exp2(_quadratic(c, d, e))
+    by_p = torch.addcmul(torch.addcmul(c[1], d, c[2], value=2), e, c[4]) * (math.log(2) * _PER_CELL)
     by_y = torch.addcmul(torch.addcmul(c[3], d, c[4]), e, c[5], value=2)
     # dp/dv = -p/(2S²); dy/dv = (1 + DENSER) CELLS c (1 + c/S)²/(2S³) over (1 + c/S + DENSER w)², with y the cell in q.
     ratio = width * inverse
     widened = 1 + ratio
     dense = widened / (widened + _DENSER * share)
-    log_by_var = (0.5 * inverse2) * (by_y * ((1 + _DENSER) * _CELLS_Q * ratio) * (dense * dense) - by_p * (mean * inverse))
+    log_by_var = (0.5 * inverse2) * (by_y * (math.log(2) * (1 + _DENSER) * _CELLS_Q * ratio) * (dense * dense) - by_p * (mean * inverse))
     if level:
         spread, log_by_var = spread * (ratio * ratio), log_by_var - inverse2
     # Of Var = v g² (1 - MIX w) + v w (K + MIX g²).

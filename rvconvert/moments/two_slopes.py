@@ -9,34 +9,33 @@ import torch
 from torch import Tensor
 
 from rvconvert.moments.compilation import fused
-from rvconvert.moments.normal import Moments, at_least_float32, standardize, tail
+from rvconvert.moments.normal import Moments, at_least_float32, standardize, step, tail
 from rvconvert.moments.quadrature import density, flushed
 
 
 def _sides(mean: Tensor, var: Tensor):
-    """E and Var of relu(X) and of relu(-X) on the side on which the mean is not and on the other one, with phi, s, Phi(-t)."""
-    s, t = standardize(mean, var)
+    """Of relu(X) and relu(-X): E on the side on which the mean is not, Var there and on the other; phi/s, Phi(-t), above."""
+    s, inverse, t = standardize(mean, var)
     phi = density(t)
     mills, h1, h2 = tail(t)
-    below = phi * mills
-    small = s * phi * h1
-    small_var = var * phi * (h2 - phi * h1 * h1)
-    large_var = (var - small_var) - 2 * (mean.abs() + small) * small  # relu(x) = x + relu(-x)
-    return s, phi, below, small, small_var, large_var
+    tail1 = phi * h1
+    small = s * tail1
+    small_var = var * phi * torch.addcmul(h2, tail1, h1, value=-1)
+    large_var = torch.addcmul(var - small_var, torch.add(small, mean.abs()), small, value=-2)  # relu(x) = x + relu(-x)
+    return small, small_var, large_var, phi * inverse, phi * mills, step(mean)
 
 
 def _relu_kernel(mean, var):
-    *_, small, small_var, large_var = _sides(mean, var)
-    return small + torch.clamp(mean, min=0.0), torch.where(mean > 0, large_var, small_var)
+    small, small_var, large_var, _, _, above = _sides(mean, var)
+    return small + torch.clamp(mean, min=0.0), torch.lerp(small_var, large_var, above)
 
 
 def _relu_backward(mean, var, grad_mean, grad_var):
-    s, phi, below, small, _, _ = _sides(mean, var)
-    above = torch.where(mean > 0, 1.0 - below, below)  # P(X > 0)
+    small, _, _, slope, below, above = _sides(mean, var)
+    above = torch.lerp(below, 1.0 - below, above)  # P(X > 0)
     expected = small + torch.clamp(mean, min=0.0)
-    slope = phi / s
-    by_mean = grad_mean * above + grad_var * (2 * expected * (1.0 - above))
-    by_var = grad_mean * (0.5 * slope) + grad_var * (above - expected * slope)
+    by_mean = torch.addcmul(grad_mean * above, grad_var, torch.addcmul(expected, expected, above, value=-1), value=2)
+    by_var = torch.addcmul(grad_mean * (0.5 * slope), grad_var, torch.addcmul(above, expected, slope, value=-1))
     return flushed(by_mean), flushed(by_var)
 
 
@@ -54,23 +53,23 @@ class _Relu(torch.autograd.Function):
 
 
 def _two_slopes_kernel(mean, var, c):
-    *_, small, small_var, large_var = _sides(mean, var)
-    positive = mean > 0
+    small, small_var, large_var, _, _, above = _sides(mean, var)
     up, down = small + torch.clamp(mean, min=0.0), small - torch.clamp(mean, max=0.0)
-    up_var, down_var = torch.where(positive, large_var, small_var), torch.where(positive, small_var, large_var)
-    return up - c * down, up_var + c * c * down_var + 2 * c * up * down
+    up_var = torch.lerp(small_var, large_var, above)
+    down_var = (small_var + large_var) - up_var
+    return up - c * down, up_var + (c * c) * down_var + (2 * c) * up * down
 
 
 def _two_slopes_partials(mean, var, c):
     """The gradients of mean and variance by mean, by var and by c."""
-    s, phi, below, small, small_var, large_var = _sides(mean, var)
-    positive = mean > 0
-    above, under = torch.where(positive, 1.0 - below, below), torch.where(positive, below, 1.0 - below)
+    small, small_var, large_var, slope, below, above = _sides(mean, var)
+    rest = 1.0 - below
+    under_var = torch.lerp(large_var, small_var, above)
+    above, under = torch.lerp(below, rest, above), torch.lerp(rest, below, above)
     up, down = small + torch.clamp(mean, min=0.0), small - torch.clamp(mean, max=0.0)
-    slope = phi / s
-    by_mean = above + c * under, 2 * (1.0 - c) * (up * under + c * down * above)
-    var_by_var = (above - up * slope) + c * c * (under - down * slope) + c * (up + down) * slope
-    by_c = -down, 2 * (c * torch.where(positive, small_var, large_var) + up * down)
+    by_mean = above + c * under, 2 * (1.0 - c) * (up * under + c * (down * above))
+    var_by_var = (above - up * slope) + (c * c) * (under - down * slope) + c * ((up + down) * slope)
+    by_c = -down, 2 * (c * under_var + up * down)
     return by_mean, (0.5 * (1.0 - c) * slope, var_by_var), by_c
 
 
