@@ -665,7 +665,7 @@ def unchanged(root: nn.Module) -> Iterator[None]:
                 record = vars(module)[key]
                 if isinstance(record, list):
                     record[:] = value
-                else:
+                elif isinstance(record, dict):
                     record.clear()
                     record.update(value)
             for table, entries in zip((module._buffers, module._parameters), tables[module], strict=True):

@@ -352,9 +352,14 @@ def propagate(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str,
     rule = settings.rule_for(func)
     if rule is None:
         name = getattr(func, "__name__", "")
+        if (getattr(func, "__module__", None) or "").startswith("torch.autograd"):
+            raise UnsupportedOperationError(
+                f"{operation_name(func)} takes a gradient inside the model, which means and variances do not have; "
+                'covariance="sampled" takes it along each path'
+            )
         raise UnsupportedOperationError(
             f"{operation_name(func)} has no rule for a random variable; register one:\n\n"
-            f"    @rvconvert.rule({operation_name(func)})\n    def {name or 'my_rule'}(x, ...): "
+            f"    @rvconvert.rule({operation_name(func)})\n    def {name if name.isidentifier() else 'my_rule'}(x, ...): "
             "return rvconvert.RandomVariable(mean, var)"
         )
     result = in_settings(carrier.apply(rule, func, args, kwargs), settings)

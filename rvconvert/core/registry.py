@@ -140,6 +140,8 @@ def spellings(name: str) -> Iterator[Callable[..., Any]]:
 @cache
 def operation_name(func: Callable[..., Any]) -> str:
     """A printable name for a torch function: ``torch.nn.functional.relu``, ``Tensor.view``."""
+    if isinstance(func, (torch._ops.OpOverload, torch._ops.OpOverloadPacket)):  # what a library adds to torch
+        return f"torch.ops.{func}"
     resolved: str | None = torch.overrides.resolve_name(func)
     if resolved:
         return resolved.replace("torch.Tensor.", "Tensor.")

@@ -19,7 +19,7 @@ from torch.utils import _pytree
 
 from rvconvert.core.random_variable import RandomVariable, Settings, is_in_place, random_variables
 from rvconvert.covariance.rows import Rows, moved, reordered, still
-from rvconvert.covariance.sampled import SampledVariable, drawn_paths
+from rvconvert.covariance.sampled import SampledVariable, drawn_paths, squared
 from rvconvert.rules.kinds import MOVES_ANY_LAYOUT, Collapse, Elementwise, Metadata, Shape, out_of_place, substitute
 from rvconvert.rules.noise import DRAWN, SOURCES, UNIFORMS, Sampler
 
@@ -88,7 +88,7 @@ class LowRankVariable(SampledVariable):
     def var(self) -> Tensor:
         """Variances: mean square of the odd part, and the variance of the pairs' centres."""
         centres, odd = self._halves()
-        return odd.square().mean(0) + _variance(centres)
+        return squared(odd).mean(0) + _variance(centres)
 
     _var = property(lambda self: self.var)
 
@@ -120,7 +120,8 @@ class LowRankVariable(SampledVariable):
 
     def apply(self, rule: Rule, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The plain function on every path; where it lets rows meet that share their nodes, on nodes of each row's own."""
-        if torch.compiler.is_compiling():  # no values to try it on: rows are on nodes of their own from the start
+        # While compiling there are no values to try it on: rows are on nodes of their own from the start.
+        if torch.compiler.is_compiling() or func is torch.autograd.grad:
             return super().apply(rule, func, args, kwargs)
         inputs = {id(x): x for x in random_variables(args, kwargs) if isinstance(x, LowRankVariable)}
         base = max((x._base for x in inputs.values()), default=0)
@@ -133,9 +134,12 @@ class LowRankVariable(SampledVariable):
         result = super().apply(rule, func, args, kwargs)
         where = next(iter(rows)) if len(rows) == 1 else None
         if not base and where is not None and not isinstance(rule.kind, _ROW_BY_ROW) and rule.name not in _ROW_BY_ROW_NAMES:
-            if isinstance(rule.kind, Shape) and len(inputs) == 1:
-                return _located(result, func, args, kwargs, next(iter(inputs.values())), where)
-            where = _rows_after(where, func, args, kwargs, inputs, result)
+            if isinstance(rule.kind, Shape) and len(inputs) == 1 and not _holds_floats(args, kwargs):
+                if _located(result, func, args, kwargs, next(iter(inputs.values())), where):
+                    return result
+                where = None
+            else:
+                where = _rows_after(where, func, args, kwargs, inputs, result)
             if where is None:
                 base = _largest(inputs.values())
                 args, kwargs = _apart(args, kwargs, base)
@@ -145,6 +149,14 @@ class LowRankVariable(SampledVariable):
                 made._base = base
                 made._rows = where if where is not None and where.fits(made.shape) and not base else None
         return result
+
+    def gradient(self, outputs: Any, inputs: Any, grad_outputs: Any = None, **options: Any) -> Any:
+        """``torch.autograd.grad`` along each path; a gradient has its rows where its variable has them."""
+        found = super().gradient(outputs, inputs, grad_outputs, **options)
+        for made, x in zip(found, random_variables(inputs), strict=True):
+            if isinstance(made, LowRankVariable) and isinstance(x, LowRankVariable):
+                made._rows, made._base = x._rows, x._base
+        return found
 
     def joined(self, variables: Sequence[SampledVariable]) -> tuple[list[Tensor], Callable[[Tensor], SampledVariable]]:
         """The variables' paths on common nodes, and how a result is made of paths."""
@@ -189,8 +201,13 @@ def _apart(args: Any, kwargs: Any, base: int) -> tuple[Any, Any]:
     return substitute(args, apart), substitute(kwargs, apart)
 
 
-def _located(result: Any, func: Any, args: Any, kwargs: Any, x: LowRankVariable, rows: Rows) -> Any:
-    """The result of a function that moves elements, each part knowing where its rows are."""
+def _holds_floats(*values: Any) -> bool:
+    """True for arguments with a plain floating-point tensor in them."""
+    return any(isinstance(x, Tensor) and x.is_floating_point() for x in _pytree.tree_leaves(values))
+
+
+def _located(result: Any, func: Any, args: Any, kwargs: Any, x: LowRankVariable, rows: Rows) -> bool:
+    """Tell each part of the result of a function that moves elements where its rows are; False if they lie nowhere whole."""
     func = MOVES_ANY_LAYOUT.get(func) or out_of_place(func)
     found = moved(
         rows, x.shape, lambda numbers: func(*substitute(args, lambda _: numbers), **substitute(kwargs, lambda _: numbers))
@@ -198,7 +215,7 @@ def _located(result: Any, func: Any, args: Any, kwargs: Any, x: LowRankVariable,
     for made, where in zip(random_variables(result), found, strict=False):
         if isinstance(made, LowRankVariable):
             made._rows = where
-    return result
+    return all(where is not None for where in found)
 
 
 def _rows_after(

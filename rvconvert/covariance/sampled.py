@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree
 
-from rvconvert.core.random_variable import RandomVariable, Settings, is_in_place, random_variables
+from rvconvert.core.random_variable import RandomVariable, Settings, is_in_place, propagate, random_variables
 from rvconvert.core.registry import Exactness
 from rvconvert.errors import ConversionError
 from rvconvert.rules.kinds import Collapse, Metadata, Read, substitute
@@ -29,6 +29,9 @@ __all__ = ["SampledVariable", "antithetic_normal"]
 
 # Statistics over the batch are those of all paths together, as the mixture law has it (paper eqs 10, 11).
 _JOINT_BATCH = frozenset(("batch_norm", "instance_norm"))
+# Their second result is made of lengths alone, the same on every path.
+_PACKING = frozenset(("_pack_padded_sequence", "_pad_packed_sequence"))
+_REAL, _IMAG = (getattr(torch.Tensor, name).__get__ for name in ("real", "imag"))
 _READ_VALUES = frozenset(
     ("item", "tolist", "numpy", "__bool__", "__int__", "__float__", "__index__", "__array__", "__contains__", "equal")
 ) | frozenset(("allclose", "is_nonzero", "nonzero", "unique"))
@@ -74,11 +77,14 @@ class SampledVariable(RandomVariable):
         over the paths. It lacks Var(mean), the even part's share / p.
         """
         values = self._paths_as_float()
-        return (values - values.mean(0)).square().mean(0)
+        return squared(values - values.mean(0)).mean(0)
 
     def _paths_as_float(self) -> Tensor:
         paths = self._paths
-        return paths if paths.is_floating_point() else paths.to(torch.get_default_dtype())
+        return paths if paths.is_floating_point() or paths.is_complex() else paths.to(torch.get_default_dtype())
+
+    real = property(lambda self: propagate(_REAL, (self,), {}))
+    imag = property(lambda self: propagate(_IMAG, (self,), {}))
 
     _mean = property(lambda self: self._paths[0])  # what is asked of shape, dtype and device, any path answers
     _var = property(lambda self: self.var)
@@ -104,6 +110,11 @@ class SampledVariable(RandomVariable):
             return func(*substitute(args, lambda x: x._mean), **substitute(kwargs, lambda x: x._mean))
         if rule.name == "setitem":
             func = setitem
+        if func is torch.autograd.grad:
+            return self.gradient(*args, **kwargs)
+        if name == "requires_grad_":
+            self._paths.requires_grad_(*args[1:], **kwargs)
+            return self
         settings = self.settings
         variables = {id(x): entering(x, settings) for x in random_variables(args, kwargs)}
         paths, made = self.joined(list(variables.values()))  # type: ignore[arg-type]
@@ -122,11 +133,42 @@ class SampledVariable(RandomVariable):
             result: Any = out.unflatten(0, (paths[0].shape[0], -1))
         else:
             result = _on_each(plain, paths)
+        if name in _PACKING:
+            data, sizes = result
+            return made(data), sizes[0]
         return _pytree.tree_map(lambda x: made(x) if isinstance(x, Tensor) else x, result)
+
+    def gradient(self, outputs: Any, inputs: Any, grad_outputs: Any = None, **options: Any) -> Any:
+        """``torch.autograd.grad`` along each path: no path hangs on another, so it is the gradient of the sum over paths."""
+        single = not isinstance(inputs, (list, tuple))
+        of, by = ((x,) if isinstance(x, RandomVariable) else tuple(x) for x in (outputs, inputs))
+        given = grad_outputs if isinstance(grad_outputs, (list, tuple)) else (grad_outputs,) * len(of)
+        if not all(isinstance(x, SampledVariable) for x in by):
+            raise ConversionError("autograd.grad of a random variable by a plain tensor differs between paths; take y.mean")
+        weights = [_weights(x, g) for x, g in zip(of, given, strict=True)]
+        values = [x._paths if isinstance(x, SampledVariable) else x for x in of]
+        kept = {k: v for k, v in options.items() if k in ("retain_graph", "create_graph", "allow_unused", "materialize_grads")}
+        found = torch.autograd.grad(values, [x._paths for x in by], weights, **kept)
+        made = self.joined([x for x in by if isinstance(x, SampledVariable)])[1]
+        results = tuple(None if each is None else made(each) for each in found)
+        return results[:1] if single else results
 
     def joined(self, variables: Sequence[SampledVariable]) -> tuple[list[Tensor], Callable[[Tensor], SampledVariable]]:
         """The variables' paths, and how a result is made of paths."""
         return [x.paths for x in variables], lambda paths: SampledVariable.of_paths(paths, self.settings)
+
+
+def squared(x: Tensor) -> Tensor:
+    """The squared modulus, real also of a complex tensor."""
+    return x.abs().square() if x.is_complex() else x.square()
+
+
+def _weights(output: Any, given: Any) -> Tensor:
+    """What a gradient of all paths of ``output`` is weighted with: 1, or what the caller gave for each path."""
+    paths = output._paths if isinstance(output, SampledVariable) else output
+    if isinstance(given, SampledVariable):
+        return given._paths
+    return torch.ones_like(paths) if given is None else given.expand_as(paths)
 
 
 def _on_each(function: Callable[..., Any], stacks: Sequence[Tensor]) -> Any:
@@ -135,7 +177,8 @@ def _on_each(function: Callable[..., Any], stacks: Sequence[Tensor]) -> Any:
     Returns what ``function`` returns, every tensor in it stacked along a new first dimension.
 
     Raises:
-        ConversionError: ``function`` returns something other than a tensor that differs along the stack.
+        ConversionError: ``function`` returns something other than a tensor that differs along the stack, or tensors of
+            shapes that do.
     """
     try:
         return torch.vmap(function, randomness="different")(*stacks)
@@ -145,6 +188,11 @@ def _on_each(function: Callable[..., Any], stacks: Sequence[Tensor]) -> Any:
     joined = []
     for values in zip(*leaves, strict=True):
         if isinstance(values[0], Tensor):
+            if len({each.shape for each in values}) > 1:
+                raise ConversionError(
+                    "an operation gives a tensor whose shape depends on a random value (it selects where a random condition "
+                    "holds), and paths must keep one shape; write it with torch.where(condition, a, b), which keeps them all"
+                )
             joined.append(torch.stack(values))
         elif all(each == values[0] for each in values):
             joined.append(values[0])

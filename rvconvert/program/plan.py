@@ -24,6 +24,14 @@ def row_for(operation: str, rule: Rule | None, place: dict[str, Any]) -> Row:
     """The row of a random operation: with its rule, or with why there is none and a stub to paste."""
     if rule is not None:
         return Row(operation, "random", **place, rule=rule.name, exactness=rule.exactness.value, assumption=rule.assumption)
+    if operation.startswith("torch.autograd"):
+        return Row(
+            operation,
+            "unsupported",
+            **place,
+            reason="a gradient inside the model: mean and variance have none along a draw",
+            hint='rvconvert.convert(model, covariance="sampled")  # takes it along each path',
+        )
     short = operation.rsplit(".", 1)[-1].strip("_") or "operation"
     return Row(
         operation,

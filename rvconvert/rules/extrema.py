@@ -11,6 +11,7 @@ from torch import Tensor
 from rvconvert import moments as gaussian
 from rvconvert.core.random_variable import RandomVariable
 from rvconvert.core.registry import Exactness
+from rvconvert.errors import UnsupportedOperationError
 from rvconvert.rules.kinds import Composite, Elementwise, add_rule, bind, moments
 
 __all__ = ["by_pairs", "clark_maximum", "constants", "maximum_over"]
@@ -146,16 +147,22 @@ def _in_order_of_means(function: Callable[..., Any]) -> Any:
 
 
 _ORDER = "the order is that of the means"
+_INDEX = "the index is that of the means (a codebook entry, a category); refused by strict=True"
 for _name in ("sort", "topk", "kthvalue"):
     add_rule(_name, Composite(_in_order_of_means(getattr(torch, _name))), Exactness.APPROXIMATE, _ORDER)
 
 
 def _index_at_mean(function: Callable[..., Any]) -> Any:
     def body(input: Any, *args: Any, **kwargs: Any) -> Any:
+        if input.settings.strict:
+            raise UnsupportedOperationError(
+                f"torch.{function.__name__} of a random variable is an index that differs with each draw; without strict=True "
+                'it is taken at the mean, and covariance="sampled" takes it on each path'
+            )
         return function(input.mean, *args, **kwargs)
 
     return body
 
 
 for _name in ("argmax", "argmin", "argsort"):
-    add_rule(_name, Composite(_index_at_mean(getattr(torch, _name))), Exactness.APPROXIMATE, _ORDER)
+    add_rule(_name, Composite(_index_at_mean(getattr(torch, _name))), Exactness.APPROXIMATE, _INDEX)

@@ -133,8 +133,10 @@ def is_differentiable(func: Callable[..., Any]) -> bool:
     writes = name.endswith("_") and not name.endswith("__") and plain is func
     reads = name.startswith(("__", "is", "to_", "fft", "rfft", "hfft", "stft")) or name in _REFUSED
     reads = reads or (getattr(func, "__module__", None) or "").startswith("torch.autograd")
+    # What a library adds to torch has no forward derivative, which torch takes for one of 0.
+    foreign = isinstance(func, (torch._ops.OpOverload, torch._ops.OpOverloadPacket)) and not str(func).startswith("aten")
     draws = DRAWS.get(func) is not None
-    return not (writes or reads or draws) and torch.overrides.resolve_name(func) is not None
+    return not (writes or reads or draws or foreign) and torch.overrides.resolve_name(func) is not None
 
 
 def chooser(func: Callable[..., Any]) -> Rule | None:
