@@ -16,7 +16,7 @@ from torch import fx, nn
 
 from rvconvert.calibration import renew
 from rvconvert.capture import intercept
-from rvconvert.capture.recorder import Kept, Recording, record, unchanged
+from rvconvert.capture.recorder import Kept, Recording, autocast_state, record, set_autocast, unchanged
 from rvconvert.capture.replay import each_mode, replay_differs
 from rvconvert.core.random_variable import RandomVariable, random_variables
 from rvconvert.core.tree import Structure, flatten
@@ -34,6 +34,7 @@ from rvconvert.rules.noise import all_entering
 
 __all__ = ["Conversion", "ConvertedModel", "conversion_of", "convert_copy", "is_converted", "plain_copy"]
 
+_PATIENCE = 50  # calls in training; gradients may be accumulated over some
 MOST_PROGRAMS = 64  # kept for each model; the one used longest ago goes
 
 
@@ -80,6 +81,7 @@ class Conversion:
         self.gains = Gains()  # of covariance="calibrated"
         self.calls = 0
         self.warned: set[str] = set()
+        self.versions: list[int] = []
 
     # --- the two ways a random variable leaves --------------------------------------------------
 
@@ -120,6 +122,8 @@ class Conversion:
         program = self.find(name, model, leaves, structure) or self.prepare(name, model, args, kwargs, to_run=True)
         self._penalty = None
         self.calls += 1
+        if model.training and torch.is_grad_enabled():
+            self.watch_parameters(model)
         results = program.run(model, *leaves)
         self.keep(program, model, results)
         if not program.penalised and model.training and torch.is_grad_enabled():
@@ -151,6 +155,20 @@ class Conversion:
                 "meets an input in it, is a random value with a decoder behind it. rvconvert.plan(model, example_inputs=x) "
                 "prints the roles; latent=('file.py:line',) names a draw",
             )
+
+    def watch_parameters(self, model: nn.Module) -> None:
+        """Say once that gradients arrive and no parameter moves: an optimizer made before ``convert`` holds the original's."""
+        if self.calls not in (1, _PATIENCE):
+            return
+        versions = [p._version for p in model.parameters()]
+        if self.calls == _PATIENCE and versions == self.versions and any(p.grad is not None for p in model.parameters()):
+            self.warn(
+                "optimizer",
+                f"{self.plain_class.__name__} was called {_PATIENCE} times in training, gradients arrive, and no parameter has "
+                "changed. An optimizer made before convert moves the original model: make it from the converted one's "
+                "parameters(), or convert with inplace=True",
+            )
+        self.versions = versions
 
     def warn(self, key: str, message: str) -> None:
         """Warn once a model."""
@@ -195,7 +213,7 @@ class Conversion:
         first_dim = 0 if batch else 1
         kinds = tuple([(isinstance(x, RandomVariable), tuple(x.shape)[first_dim:], x.ndim, x.dtype, x.device) for x in leaves])
         weights = None if first is None else (first.dtype, first.device)
-        return (name, batch, structure.signature(), kinds, training, hooked, weights)
+        return (name, batch, structure.signature(), kinds, training, hooked, weights, autocast_state())
 
     def find(self, name: str, model: nn.Module, leaves: list[Any], structure: Structure) -> Program | None:
         """The program that serves this call, if there is one already."""
@@ -252,6 +270,8 @@ class Conversion:
         gains = gain_keys(recording, roles, name, self.options.settings) if calibrated else None
         graph = to_random_variables(recording, roles, output=self.options.output, gains=gains)
         run = _interpreter(graph) if recording.once else compile_graph(graph)
+        if recording.sets_autocast:
+            run = _restoring_autocast(run)
         fixed = bool(recording.fixed)
         return Program(run, recording.outputs, recording.kept, fixed, bool(roles.reconstructions), examined.report)
 
@@ -328,7 +348,9 @@ class Conversion:
         if not recording.constants and self.checked.get((name, written)) is not None:
             recording.fixed += self.checked[name, written]  # as in the other mode, where it was compared
             return []
-        difference = replay_differs(compile_graph(recording.graph), recording, model, method, args, kwargs)
+        run = compile_graph(recording.graph)
+        run = _restoring_autocast(run) if recording.sets_autocast else run
+        difference = replay_differs(run, recording, model, method, args, kwargs)
         if difference is not None:
             return [difference]
         self.checked[name, written] = recording.fixed
@@ -384,6 +406,19 @@ def _read_refusal(label: str, place: str) -> ConversionError:
 def _chooses(node: fx.Node) -> bool:
     rule = node.meta.get("rule")
     return rule is not None and rule.name in ("argmin", "argmax")
+
+
+def _restoring_autocast(run: Callable[..., tuple[Any, ...]]) -> Callable[..., tuple[Any, ...]]:
+    """``run``, after which autocast is as it was before."""
+
+    def restoring(model: nn.Module, *leaves: Any) -> tuple[Any, ...]:
+        before = autocast_state()
+        try:
+            return run(model, *leaves)
+        finally:
+            set_autocast(before)
+
+    return restoring
 
 
 def _interpreter(graph: fx.Graph) -> Callable[..., tuple[Any, ...]]:

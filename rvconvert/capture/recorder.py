@@ -23,11 +23,12 @@ from rvconvert.capture.traced_number import TracedFloat, TracedInt, ignored, tra
 from rvconvert.core.random_variable import RandomVariable, Settings, in_settings, propagate, random_variables
 from rvconvert.core.registry import Registry, Rule
 from rvconvert.core.tree import Structure, flatten
+from rvconvert.places import short_place
 from rvconvert.rules.draws import DRAWS
 from rvconvert.rules.kinds import Metadata, Read, out_of_place
 from rvconvert.rules.shape import setitem
 
-__all__ = ["Kept", "Recording", "record", "unchanged", "user_frame", "where"]
+__all__ = ["Kept", "Recording", "autocast_state", "record", "set_autocast", "unchanged", "user_frame", "where"]
 
 _TENSOR_METHODS = {
     getattr(torch.Tensor, name): name for name in reversed(dir(torch.Tensor)) if callable(getattr(torch.Tensor, name))
@@ -70,6 +71,7 @@ class Recording:
         fixed: why the batch size is part of the graph (empty if it is not).
         overwritten: parameters that the run wrote to in place, with what they were.
         asks_grad_mode: the method asks whether gradients are on.
+        sets_autocast: the method turns autocast on or off.
     """
 
     graph: fx.Graph
@@ -85,6 +87,7 @@ class Recording:
     fixed: list[str] = field(default_factory=list)
     overwritten: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)
     asks_grad_mode: bool = False
+    sets_autocast: bool = False
 
     @property
     def output(self) -> fx.Node:
@@ -147,6 +150,7 @@ class _Recorder(TorchFunctionMode, Handler):
         self.attributes = _plain_tensor_attributes(root)
         self.stack: list[str] = []
         self.leaf: list[Any] | None = None
+        self.autocast = autocast_state()
 
     # --- values in, nodes out -------------------------------------------------------------------
 
@@ -228,10 +232,15 @@ class _Recorder(TorchFunctionMode, Handler):
     def line(self) -> str:
         """Where the model is, with the source line."""
         place, source = where(user_frame())
-        return f"{place}: {source}"
+        return f"{short_place(place)}: {source}"
 
     def add(self, op: str, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx.Node:
-        """A new node, with the model's own file and line."""
+        """A new node, with the model's own file and line; before it, autocast is set as it is by now."""
+        now = autocast_state()
+        if now != self.autocast:
+            self.autocast = now
+            self.graph.call_function(set_autocast, (now,)).meta["mutates"] = True
+            self.recording.sets_autocast = True
         node = self.graph.create_node(op, target, args, kwargs)
         node.meta["where"], node.meta["source"] = where(user_frame())
         node.meta["module"] = self.stack[-1] if self.stack else ""
@@ -564,6 +573,23 @@ def call_hooks(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any],
     return result
 
 
+AutocastState = tuple[tuple[str, bool, torch.dtype], ...]
+
+
+def autocast_state() -> AutocastState:
+    """Whether autocast is on for each kind of device, and to which dtype."""
+    kinds = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
+    return tuple((kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in kinds)
+
+
+def set_autocast(state: AutocastState) -> None:
+    """Turn autocast on or off, as ``torch.autocast`` does; what it has cast so far is forgotten."""
+    for kind, enabled, dtype in state:
+        torch.set_autocast_enabled(kind, enabled)
+        torch.set_autocast_dtype(kind, dtype)
+    torch.clear_autocast_cache()
+
+
 def assign_mean(target: torch.Tensor, value: Any) -> None:
     """Write the mean of a random variable, or a plain value, into a buffer."""
     with torch.no_grad():
@@ -662,12 +688,12 @@ def unchanged(root: nn.Module) -> Iterator[None]:
             vars(module).clear()
             vars(module).update(held)
             for key, value in containers[module].items():
-                record = vars(module)[key]
-                if isinstance(record, list):
-                    record[:] = value
-                elif isinstance(record, dict):
-                    record.clear()
-                    record.update(value)
+                held_now: Any = vars(module)[key]
+                if isinstance(held_now, list):
+                    held_now[:] = value
+                else:
+                    held_now.clear()
+                    held_now.update(value)
             for table, entries in zip((module._buffers, module._parameters), tables[module], strict=True):
                 table.clear()
                 table.update(entries)

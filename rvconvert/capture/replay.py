@@ -89,6 +89,8 @@ def replay_differs(run: Run, recording: Recording, model: nn.Module, method: Any
         except Exception as error:
             return f"{type(error).__name__}: {error}"
         for a, b in zip(expected, found, strict=False):
+            if a.dtype != b.dtype:
+                return f"an output of {b.dtype} instead of {a.dtype}"
             if a.shape != b.shape:
                 return f"an output of shape {tuple(b.shape)} instead of {tuple(a.shape)}"
             if not a.is_meta and not torch.allclose(a, b, rtol=1e-4, atol=1e-5, equal_nan=True):

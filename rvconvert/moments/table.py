@@ -196,7 +196,8 @@ def _backward(
     ratio = width * inverse
     widened = 1 + ratio
     dense = widened / (widened + _DENSER * share)
-    log_by_var = (0.5 * inverse2) * (by_y * (math.log(2) * (1 + _DENSER) * _CELLS_Q * ratio) * (dense * dense) - by_p * (mean * inverse))
+    y_by_var = by_y * (math.log(2) * (1 + _DENSER) * _CELLS_Q * ratio) * (dense * dense)
+    log_by_var = (0.5 * inverse2) * (y_by_var - by_p * (mean * inverse))
     if level:
         spread, log_by_var = spread * (ratio * ratio), log_by_var - inverse2
     # Of Var = v g² (1 - MIX w) + v w (K + MIX g²).

@@ -32,6 +32,14 @@ def row_for(operation: str, rule: Rule | None, place: dict[str, Any]) -> Row:
             reason="a gradient inside the model: mean and variance have none along a draw",
             hint='rvconvert.convert(model, covariance="sampled")  # takes it along each path',
         )
+    if operation.endswith("ScriptModule"):
+        return Row(
+            operation,
+            "unsupported",
+            **place,
+            reason="a scripted module has no Python to look into",
+            hint='use the nn.Module that it was made of, or rvconvert.convert(model, covariance="sampled")',
+        )
     short = operation.rsplit(".", 1)[-1].strip("_") or "operation"
     return Row(
         operation,
