@@ -498,6 +498,7 @@ class _Recorder(TorchFunctionMode, Handler):
         """A ``torch.autograd.Function`` is one node, so that its own backward is kept."""
         if self.leaf is not None or not _tensors(args):
             return original(*args)
+        draw = DRAWS.get(torch._sample_dirichlet) if function.__name__ == "_Dirichlet" else None  # torch draws inside it
         plain_args = _plain(args)
         mutable = _tensors(plain_args)
         versions = [_version(x) for x in mutable]
@@ -509,6 +510,10 @@ class _Recorder(TorchFunctionMode, Handler):
             self.leaf = None
         node = self.add("call_function", apply_function, node_args, {})
         node.meta["function"] = function
+        if draw is not None:
+            node.meta["draw"] = draw
+            self.recording.draws.append(node)
+            self.recording.depends.add(node)
         self.finish(node, result, [x for x, v in zip(mutable, versions, strict=True) if _version(x) != v])
         return result
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import fx
 
-from rvconvert.capture.recorder import Recording
+from rvconvert.capture.recorder import Recording, apply_function
 from rvconvert.program.gains import insert_gains
 from rvconvert.program.roles import Roles
 from rvconvert.rules.noise import nth_source
@@ -52,6 +52,8 @@ def to_random_variables(
             settings = graph.get_attr("_rvconvert.settings")
             if index:
                 settings = graph.call_function(nth_source, (settings, index))
+        if copied.target is apply_function:  # a draw inside a function of autograd, which stands first among its arguments
+            copied.args = copied.args[2:]
         copied.op, copied.target = "call_function", node.meta["draw"].random_variable
         copied.kwargs = {**copied.kwargs, "settings": settings}
 

@@ -236,7 +236,7 @@ class _Graph:
         for source in (n for n in self.nodes if n in candidates):
             if not any(self.same(source, n, random) or self.same(n, source, random) or self.behind(n, source) for n in chosen):
                 chosen.append(source)
-        at_mean = set(edges)
+        at_mean = {(source, user) for source, user in edges if source in candidates}
         drawn_from: list[fx.Node] = []
         for node in self.nodes:  # a loss function takes what it compares at the mean, a draw of the likelihood its parameters
             sources = [n for n in node.all_input_nodes if n in random]

@@ -51,7 +51,8 @@ def _activation(
     assumption: str = _GAUSSIAN,
 ) -> None:
     domain = not_everywhere if exactness is Exactness.APPROXIMATE else everywhere
-    kind = Elementwise(closed_form(function), kinks=kinks and kinks_of(kinks), whole_line=domain)
+    explodes = name in ("exp", "expm1", "sinh", "cosh")
+    kind = Elementwise(closed_form(function), kinks=kinks and kinks_of(kinks), whole_line=domain, explodes=explodes)
     add_rule(name, kind, exactness, assumption, modules=modules)
 
 

@@ -450,6 +450,8 @@ class Elementwise:
     a common one that is not defined on the ``whole_line``, since quadrature would leave its domain. ``kinks`` says where
     the function of one variable is not smooth, ``line`` gives its slope and shift where it is a line of plain numbers.
     A function that is ``meeting`` has a kink where two operands are equal, as maxima and comparisons have.
+    One that ``explodes``, as the exponential does, is one function with what bent its input, back to a Gaussian: the
+    closed form would give the tail of a Gaussian to what is bounded.
     A draw that is not Gaussian is integrated over its own law, but where the function is ``affine`` in it.
     """
 
@@ -460,6 +462,7 @@ class Elementwise:
     line: Callable[[tuple[Any, ...], dict[str, Any]], tuple[float, float] | None] | None = None
     meeting: bool = False
     affine: Callable[[tuple[Any, ...], dict[str, Any]], bool] = not_everywhere
+    explodes: bool = False
 
     def __call__(self, func: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> RandomVariable:
         kwargs = {key: value for key, value in kwargs.items() if key != "inplace"}
@@ -485,8 +488,8 @@ class Elementwise:
                 )
 
             direct = len(random_variables(args, kwargs)) == 1
-            affine = direct and self.line is not None and ("div" not in func.__name__ or isinstance(args[0], RandomVariable))
-            if direct and whole_line and not affine:
+            affine = direct and self.affine(args, kwargs)
+            if direct and whole_line and self.explodes:
                 chain = _gaussian_ancestor(like)
                 if chain is not None:  # its closed form would take what is bent already as Gaussian
                     parent, inner, kinks, _, _ = chain
