@@ -121,9 +121,8 @@ class Conversion:
             args, kwargs = structure.build(iter(leaves))
         program = self.find(name, model, leaves, structure) or self.prepare(name, model, args, kwargs, to_run=True)
         self._penalty = None
-        self.calls += 1
-        if model.training and torch.is_grad_enabled():
-            self.watch_parameters(model)
+        if not torch.compiler.is_compiling():
+            self.count_call(model)
         results = program.run(model, *leaves)
         self.keep(program, model, results)
         if not program.penalised and model.training and torch.is_grad_enabled():
@@ -156,9 +155,10 @@ class Conversion:
                 "prints the roles; latent=('file.py:line',) names a draw",
             )
 
-    def watch_parameters(self, model: nn.Module) -> None:
-        """Say once that gradients arrive and no parameter moves: an optimizer made before ``convert`` holds the original's."""
-        if self.calls not in (1, _PATIENCE):
+    def count_call(self, model: nn.Module) -> None:
+        """Count; say once that gradients arrive and no parameter moves: an optimizer made before ``convert`` moves others."""
+        self.calls += 1
+        if self.calls not in (1, _PATIENCE) or not (model.training and torch.is_grad_enabled()):
             return
         versions = [p._version for p in model.parameters()]
         if self.calls == _PATIENCE and versions == self.versions and any(p.grad is not None for p in model.parameters()):

@@ -35,6 +35,7 @@ __all__ = [
     "bind",
     "first_order",
     "full_precision",
+    "gaussian_ancestor",
     "is_same",
     "moments",
     "out_of_place",
@@ -359,7 +360,7 @@ def _ancestors(x: RandomVariable) -> Iterator[Ancestor]:
         origin = origin.parent.origin
 
 
-def _gaussian_ancestor(x: RandomVariable) -> Ancestor | None:
+def gaussian_ancestor(x: RandomVariable) -> Ancestor | None:
     """The farthest variable that ``x`` is a function of, if the function is bent and defined on the whole line."""
     found, origin = None, x.origin
     bent = False
@@ -490,7 +491,7 @@ class Elementwise:
             direct = len(random_variables(args, kwargs)) == 1
             affine = direct and self.affine(args, kwargs)
             if direct and whole_line and self.explodes:
-                chain = _gaussian_ancestor(like)
+                chain = gaussian_ancestor(like)
                 if chain is not None:  # its closed form would take what is bent already as Gaussian
                     parent, inner, kinks, _, _ = chain
                     functions, direct = [inner], False

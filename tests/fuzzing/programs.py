@@ -693,7 +693,8 @@ class Builder:
                 Part(total, f"{terms}.sum(-1)", (terms,), Law("linear")),
                 Part(out, f"torch.log({total})", (total,), Law("elementwise", partial=True, options={"lognormal": "log"})),
             )
-            self.add(f"{out} = torch.logsumexp({x}, -1)", out, parts)
+            del parts  # two at a time, each result a Gaussian: no law of one step
+            self.add(f"{out} = torch.logsumexp({x}, -1)", out, (Part(out, f"torch.logsumexp({x}, -1)", (x,), Law("laws")),))
 
     def choice(self) -> None:
         """where with a random condition."""
