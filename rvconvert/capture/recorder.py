@@ -693,13 +693,12 @@ def unchanged(root: nn.Module) -> Iterator[None]:
             vars(module).clear()
             vars(module).update(held)
             for key, value in containers[module].items():
-                held_now: Any = vars(module)[key]
-                if isinstance(held_now, list):
-                    held_now[:] = value
-                else:
-                    held_now.clear()
-                    held_now.update(value)
-            for table, entries in zip((module._buffers, module._parameters), tables[module], strict=True):
+                container: Any = vars(module)[key]
+                container.clear()
+                (container.extend if isinstance(container, list) else container.update)(value)
+            own: tuple[dict[str, Any], ...] = (module._buffers, module._parameters)
+            saved: tuple[dict[str, Any], ...] = tables[module]
+            for table, entries in zip(own, saved, strict=True):
                 table.clear()
                 table.update(entries)
 

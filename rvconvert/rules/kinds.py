@@ -210,7 +210,8 @@ class Shape:
         if like.density is not None and len(present) == 1 and isinstance(made, RandomVariable):
             made.distributed(like.density.moved(lambda x: self.call(func, dict.fromkeys(present, x), rest, options)))
         if self.same and isinstance(made, RandomVariable):
-            made.derived(origin=Origin(like.snapshot(), lambda x: func(x, *rest, **options), line=(1.0, 0.0), affine=True))
+            same = _of_no_gradient if getattr(func, "__name__", "") == "detach" else lambda x: func(x, *rest, **options)
+            made.derived(origin=Origin(like.snapshot(), same, line=(1.0, 0.0), affine=True))
         return made
 
     def call(self, func: Function, values: dict[str, Any], rest: tuple[Any, ...], options: dict[str, Any]) -> Any:
@@ -222,6 +223,30 @@ class Shape:
         if rest and names:
             raise TypeError(f"{func} got positional arguments behind a missing one")
         return func(*positional, *rest, **{n: values[n] for n in names if n in values}, **options)
+
+
+class _Detached(torch.autograd.Function):
+    """``detach`` for gradients, the identity for the slopes that a function is linearised by."""
+
+    @staticmethod
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        return x.clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        """Nothing is needed later."""
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> None:
+        return None
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: torch.Tensor) -> torch.Tensor:
+        return tangent.clone()
+
+
+def _of_no_gradient(x: torch.Tensor) -> torch.Tensor:
+    return _Detached.apply(x)  # type: ignore[no-any-return, no-untyped-call]
 
 
 # The variance may lie in memory in another order than the mean (an expanded one, say), where a view is refused.

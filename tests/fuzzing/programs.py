@@ -687,13 +687,6 @@ class Builder:
         x = self.pick(lambda v: v.probe.ndim > 2)
         if x:
             out = self.name()
-            terms, total = f"{out}_e", f"{out}_t"
-            parts = (
-                Part(terms, f"torch.exp({x})", (x,), Law("elementwise")),
-                Part(total, f"{terms}.sum(-1)", (terms,), Law("linear")),
-                Part(out, f"torch.log({total})", (total,), Law("elementwise", partial=True, options={"lognormal": "log"})),
-            )
-            del parts  # two at a time, each result a Gaussian: no law of one step
             self.add(f"{out} = torch.logsumexp({x}, -1)", out, (Part(out, f"torch.logsumexp({x}, -1)", (x,), Law("laws")),))
 
     def choice(self) -> None:
@@ -809,8 +802,6 @@ class Builder:
             return
         choices = {
             "reads a value": ["{x} if {x}.sum() > 0 else -{x}", "{x} * float({x}.max())"],
-            "another distribution": ["{x} + torch.rand_like({x})", "torch.bernoulli(torch.sigmoid({x}))",
-                                     "F.gumbel_softmax({x}, dim=1)"],
             "to integers": ["{x}.long().to({x}.dtype)", "{x}.int() * {x}"],
         }
         reason = self.rng.choice(sorted(choices))
