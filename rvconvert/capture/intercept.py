@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import sys
 import threading
-import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -126,7 +125,7 @@ def intercepting(handler: Handler) -> Iterator[None]:
         apply = torch.autograd.Function.__dict__["apply"]
 
         def function_apply(cls: type, *args: Any, **kwargs: Any) -> Any:
-            original = types.MethodType(apply.__func__, cls)
+            original = apply.__get__(None, cls)
             if not capturing() or kwargs:
                 return original(*args, **kwargs)
             if issubclass(cls, checkpoint.CheckpointFunction):
