@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -34,7 +34,7 @@ _MIX = 0.1  # keeps the logarithm smooth where f'' is 0
 
 
 class Table(NamedTuple):
-    """Fifteen coefficients of every cell, (15, cells), the width c, and whether f has the same slope at both ends."""
+    """Sixteen coefficients of every cell, (16, cells), the width c, and whether f has the same slope at both ends."""
 
     coefficients: Tensor
     width: float
@@ -130,84 +130,94 @@ def fill(f: Function, width: float) -> Table:
 # ---- reading -----------------------------------------------------------------------------------------------------
 
 
-def _cell(mean: Tensor, var: Tensor, width: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """1/S, the cell, and where in it, from -1/2 to 1/2 in p and q."""
+class _Place(NamedTuple):
+    """Where (m, v) lies: the cell, and from its middle d in p and from its start e in q, in cells."""
+
+    cell: Tensor
+    d: Tensor
+    e: Tensor
+    inverse: Tensor  # 1/S
+    by_mean: Tensor  # cells of p by m
+    share: Tensor  # v/S²
+    ratio: Tensor  # c/S
+    dense: Tensor  # (1 + c/S) over this + DENSER v/S²
+
+
+def _place(mean: Tensor, var: Tensor, width: float) -> _Place:
     inverse = torch.rsqrt(var + width * width)
-    x = mean * inverse * _PER_CELL
+    by_mean = inverse * _PER_CELL
+    ratio = inverse * width
     share = var * inverse * inverse  # q = v/(S (S + c)), without a difference
-    y = ((1 + _DENSER) * _CELLS_Q) * share / (1 + width * inverse + _DENSER * share)
+    widened = ratio + 1
+    denominator = torch.add(widened, share, alpha=_DENSER)
+    x = mean * by_mean
+    y = share / denominator * ((1 + _DENSER) * _CELLS_Q)
     i = torch.floor(x).clamp_(-_CELLS_P // 2, _CELLS_P // 2 - 1)
     j = torch.floor(y).clamp_(0, _CELLS_Q - 1)
-    return inverse, torch.add(i, j, alpha=_CELLS_P).add_(_CELLS_P // 2).to(torch.int32), x - i - 0.5, y - j
+    cell = torch.add(i, j, alpha=_CELLS_P).add_(_CELLS_P // 2).to(torch.int32)
+    return _Place(cell, (x - i).sub_(0.5), y - j, inverse, by_mean, share, ratio, widened / denominator)
 
 
-def _read(coefficients: Tensor, cell: Tensor, first: int, count: int = 6) -> list[Tensor]:
-    flat = cell.reshape(-1)
-    return [torch.index_select(coefficients[k], 0, flat).view(cell.shape) for k in range(first, first + count)]
+def _read(coefficients: Tensor, cell: Tensor, first: int, count: int) -> list[Tensor]:
+    read = torch.index_select(coefficients[first : first + count], 1, cell.reshape(-1))
+    return list(read.view(count, *cell.shape).unbind())
 
 
-def _quadratic(c: list[Tensor], d: Tensor, e: Tensor) -> Tensor:
+def _quadratic(c: Sequence[Tensor], d: Tensor, e: Tensor) -> Tensor:
     """Of six coefficients; a seventh is that of d³."""
     along = c[2] if len(c) < 7 else torch.addcmul(c[2], d, c[6])
     along = torch.addcmul(torch.addcmul(c[1], d, along), e, c[4])
     return torch.addcmul(torch.addcmul(c[0], d, along), e, torch.addcmul(c[3], e, c[5]))
 
 
-def _spread(coefficients: Tensor, cell: Tensor, d: Tensor, e: Tensor, inverse2: Tensor, width: float, level: bool) -> Tensor:
+def _spread(c: Sequence[Tensor], at: _Place, level: bool) -> Tensor:
     """K + MIX g²."""
-    spread = torch.exp2(_quadratic(_read(coefficients, cell, 10), d, e))
-    return spread * inverse2 * (width * width) if level else spread
+    spread = torch.exp2(_quadratic(c, at.d, at.e))
+    return spread * at.ratio * at.ratio if level else spread
 
 
 def _kernel(mean: Tensor, var: Tensor, coefficients: Tensor, width: float, level: bool) -> tuple[Tensor, Tensor]:
-    inverse, cell, d, e = _cell(mean, var, width)
-    c = _read(coefficients, cell, 3, 7)
-    gain = _quadratic(c, d, e)
+    at = _place(mean, var, width)
+    d, e = at.d, at.e
+    a0, a1, a2, *c = _read(coefficients, at.cell, 0, 16)
+    gain = _quadratic(c[:7], d, e)
     # The integral of g along d: d (g0 + g3 e + g5 e² + d/2 (g1 + g4 e + d (2/3 g2 + d g6/2))).
-    slope = torch.addcmul(c[1], d, torch.addcmul((2 / 3) * c[2], d, c[6], value=0.5))
+    slope = torch.addcmul(c[1], d, torch.addcmul(c[2], d, c[6], value=0.75), value=2 / 3)
     along = torch.addcmul(c[0], e, torch.addcmul(c[3], e, c[5]))
     along = torch.addcmul(along, d, torch.addcmul(slope, e, c[4]), value=0.5)
-    a = _read(coefficients, cell, 0, 3)
-    out = torch.addcmul(a[0], e, torch.addcmul(a[1], e, a[2]))
-    out = torch.addcmul(out, d, along, value=1 / _PER_CELL) / inverse
-    gain2, inverse2 = gain * gain, inverse * inverse
-    rest = torch.sub(_spread(coefficients, cell, d, e, inverse2, width, level), gain2, alpha=_MIX)
-    return out, torch.addcmul(gain2, inverse2 * var, rest) * var
-
-
+    out = torch.addcmul(a0, e, torch.addcmul(a1, e, a2))
+    out = torch.addcmul(out, d, along, value=1 / _PER_CELL) / at.inverse
+    gain2 = gain * gain
+    rest = torch.sub(_spread(c[7:], at, level), gain2, alpha=_MIX)
+    return out, torch.addcmul(gain2, at.share, rest) * var
 
 
 def _backward(
     mean: Tensor, var: Tensor, grad_mean: Tensor, grad_var: Tensor, coefficients: Tensor, width: float, level: bool
 ) -> tuple[Tensor, Tensor]:
-    inverse, cell, d, e = _cell(mean, var, width)
-    inverse2, per_cell = inverse * inverse, inverse * _PER_CELL  # per_cell: cells by m
-    share = var * inverse2  # w = v/S²
-    c = _read(coefficients, cell, 3, 7)
-    gain = _quadratic(c, d, e)
-    curvature = torch.addcmul(c[1], d, torch.addcmul(2 * c[2], d, c[6], value=3))
-    curvature = torch.addcmul(curvature, e, c[4]) * per_cell  # E[f'']
-    third = torch.addcmul(c[2], d, c[6], value=3) * (per_cell * per_cell)  # dg/dv = E[f''']/2 (Stein)
-    c = _read(coefficients, cell, 10)
-    spread = torch.exp2(_quadratic(c, d, e))
-    by_p = torch.addcmul(torch.addcmul(c[1], d, c[2], value=2), e, c[4]) * (math.log(2) * _PER_CELL)
-    by_y = torch.addcmul(torch.addcmul(c[3], d, c[4]), e, c[5], value=2)
-    # dp/dv = -p/(2S²); dy/dv = (1 + DENSER) CELLS c (1 + c/S)²/(2S³) over (1 + c/S + DENSER w)², with y the cell in q.
-    ratio = width * inverse
-    widened = 1 + ratio
-    dense = widened / (widened + _DENSER * share)
-    y_by_var = by_y * (math.log(2) * (1 + _DENSER) * _CELLS_Q * ratio) * (dense * dense)
-    log_by_var = (0.5 * inverse2) * (y_by_var - by_p * (mean * inverse))
-    if level:
-        spread, log_by_var = spread * (ratio * ratio), log_by_var - inverse2
-    # Of Var = v g² (1 - MIX w) + v w (K + MIX g²).
-    mixed, gain2 = 1 - _MIX * share, gain * gain
-    var_by_mean = var * (2 * gain * curvature * mixed + share * spread * by_p * inverse)
-    var_by_var = mixed * (gain2 + 2 * var * gain * third) - _MIX * gain2 * share * (1 - share)
-    var_by_var = var_by_var + share * spread * ((2 - share) + var * log_by_var)
+    at = _place(mean, var, width)
+    d, e, share, by_mean = at.d, at.e, at.share, at.by_mean
+    c = _read(coefficients, at.cell, 3, 13)
+    gain = _quadratic(c[:7], d, e)
+    curvature = torch.addcmul(c[1], d, torch.addcmul(c[2], d, c[6], value=1.5), value=2)
+    curvature = torch.addcmul(curvature, e, c[4]) * by_mean  # E[f'']
+    third = torch.addcmul(c[2], d, c[6], value=3) * by_mean * by_mean  # dg/dv = E[f''']/2 (Stein)
+    _, l1, l2, l3, l4, l5 = c[7:]
+    rest = share * _spread(c[7:], at, level)
+    log_by_mean = torch.addcmul(torch.addcmul(l1, d, l2, value=2), e, l4) * by_mean  # of L, a logarithm to the base of 2
+    log_by_y = torch.addcmul(torch.addcmul(l3, d, l4), e, l5, value=2)
+    # dy/dv = (1 + DENSER) CELLS c dense²/(2S³), dp/dv = -p/(2S²): the logarithm by v, times -2S².
+    down = torch.addcmul(mean * log_by_mean, log_by_y * at.ratio, at.dense * at.dense, value=-(1 + _DENSER) * _CELLS_Q)
+    # Of Var = v (g² (1 - MIX w) + w (K + MIX g²)), w = v/S².
+    mixed, gain2 = torch.rsub(share, 1, alpha=_MIX), gain * gain
+    var_by_mean = torch.addcmul(gain * curvature * mixed, rest, log_by_mean, value=0.5 * math.log(2))
+    var_by_var = mixed * torch.addcmul(gain2, var, gain * third, value=2)
+    var_by_var = torch.addcmul(var_by_var, gain2, torch.addcmul(share, share, share, value=-1), value=-_MIX)
+    falls = torch.add(torch.rsub(share, 2, alpha=2 if level else 1), share * down, alpha=-0.5 * math.log(2))
+    var_by_var = torch.addcmul(var_by_var, rest, falls)
     return (
-        flushed(torch.addcmul(grad_mean * gain, grad_var, var_by_mean)),
-        flushed(torch.addcmul(grad_mean * (0.5 * curvature), grad_var, var_by_var)),
+        flushed(torch.addcmul(grad_mean * gain, grad_var * var, var_by_mean, value=2)),
+        flushed(torch.addcmul(grad_var * var_by_var, grad_mean, curvature, value=0.5)),
     )
 
 

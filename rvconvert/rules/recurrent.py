@@ -1,59 +1,120 @@
-"""Recurrent cells and layers, written out in operations that have rules."""
+"""Recurrent cells and layers: a step is written on means and variances, and a layer is a loop over it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
+from rvconvert import moments as gaussian
+from rvconvert.core.random_variable import RandomVariable, random_variables
 from rvconvert.core.registry import Exactness
-from rvconvert.rules.kinds import Composite, Shape, add_rule
-
-State = tuple[Any, ...]
-Step = Callable[[Any, State, Any, Any, Any, Any], State]
+from rvconvert.rules.kinds import Composite, Shape, add_rule, full_precision
 
 
-# ---- one step: (x, state, w_ih, w_hh, b_ih, b_hh) -> state; the first of the state is the output ------------------
+class Pair(NamedTuple):
+    """Mean and variance of equal shape."""
+
+    mean: Tensor
+    var: Tensor
 
 
-def _lstm_step(x: Any, state: State, w_ih: Any, w_hh: Any, b_ih: Any, b_hh: Any) -> State:
-    h, c = state
-    i, f, g, o = torch.chunk(F.linear(x, w_ih, b_ih) + F.linear(h, w_hh, b_hh), 4, -1)
-    c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)
-    return torch.sigmoid(o) * torch.tanh(c), c
+State = tuple[Pair, ...]
+Hidden = Callable[[Pair], Pair]  # the map from the hidden state to the gates
 
 
-def _gru_step(x: Any, state: State, w_ih: Any, w_hh: Any, b_ih: Any, b_hh: Any) -> State:
-    (h,) = state
-    (r_x, z_x, n_x), (r_h, z_h, n_h) = (
-        torch.chunk(each, 3, -1) for each in (F.linear(x, w_ih, b_ih), F.linear(h, w_hh, b_hh))
+# ---- one step: (gates of the input, state, map of the hidden state) -> state; its first is the output ---------------
+
+
+def _sum(a: Pair, b: Pair) -> Pair:
+    return Pair(a.mean + b.mean, a.var + b.var)
+
+
+def _product(a: Pair, b: Pair) -> Pair:
+    var = torch.addcmul(a.mean.square() * b.var, a.var, torch.addcmul(b.var, b.mean, b.mean))
+    return Pair(a.mean * b.mean, var)
+
+
+def _between(a: Pair, b: Pair, w: Pair) -> Pair:
+    """a + w (b - a)."""
+    apart, rest = b.mean - a.mean, 1 - w.mean
+    var = torch.addcmul(w.mean.square() * b.var, rest.square(), a.var)
+    return Pair(
+        torch.addcmul(a.mean, w.mean, apart), torch.addcmul(var, w.var, torch.addcmul(a.var + b.var, apart, apart))
     )
-    n = torch.tanh(n_x + torch.sigmoid(r_x + r_h) * n_h)
-    return (torch.lerp(n, h, torch.sigmoid(z_x + z_h)),)
 
 
-def _plain_step(activation: Callable[..., Any]) -> Step:
-    def step(x: Any, state: State, w_ih: Any, w_hh: Any, b_ih: Any, b_hh: Any) -> State:
-        return (activation(F.linear(x, w_ih, b_ih) + F.linear(state[0], w_hh, b_hh)),)
-
-    return step
+def _chunks(x: Pair, count: int) -> list[Pair]:
+    return [Pair(*each) for each in zip(x.mean.chunk(count, -1), x.var.chunk(count, -1), strict=True)]
 
 
-_STEPS: dict[str, Step] = {
-    "lstm": _lstm_step,
-    "gru": _gru_step,
-    "rnn_tanh": _plain_step(torch.tanh),
-    "rnn_relu": _plain_step(torch.relu),
+def _lstm_step(gates: Pair, state: State, hidden: Hidden) -> State:
+    h, c = state
+    i, f, half, o = _chunks(Pair(*gaussian.sigmoid(*_sum(gates, hidden(h)))), 4)
+    g = Pair(2 * half.mean - 1, 4 * half.var)  # tanh x = 2 sigmoid(2x) - 1: the weights of this gate are doubled
+    c = _sum(_product(f, c), _product(i, g))
+    return _product(o, Pair(*gaussian.tanh(*c))), c
+
+
+def _gru_step(gates: Pair, state: State, hidden: Hidden) -> State:
+    (h,) = state
+    of_h, width = hidden(h), h.mean.shape[-1]
+    both = _sum(*(Pair(x.mean[..., : 2 * width], x.var[..., : 2 * width]) for x in (gates, of_h)))
+    r, z = _chunks(Pair(*gaussian.sigmoid(*both)), 2)
+    n_x, n_h = (Pair(x.mean[..., 2 * width :], x.var[..., 2 * width :]) for x in (gates, of_h))
+    n = Pair(*gaussian.tanh(*_sum(n_x, _product(r, n_h))))
+    return (_between(n, h, z),)
+
+
+def _tanh_step(gates: Pair, state: State, hidden: Hidden) -> State:
+    return (Pair(*gaussian.tanh(*_sum(gates, hidden(state[0])))),)
+
+
+def _relu_step(gates: Pair, state: State, hidden: Hidden) -> State:
+    return (Pair(*gaussian.relu(*_sum(gates, hidden(state[0])))),)
+
+
+class Step(NamedTuple):
+    """One step of a cell, and what the rows of weights of each of its gates are multiplied by."""
+
+    run: Callable[[Pair, State, Hidden], State]
+    scales: tuple[float, ...] | None = None
+
+
+_STEPS = {
+    "lstm": Step(_lstm_step, (1.0, 1.0, 2.0, 1.0)),
+    "gru": Step(_gru_step),
+    "rnn_tanh": Step(_tanh_step),
+    "rnn_relu": Step(_relu_step),
 }
 
 
+def _map(step: Step, weight: Tensor, bias: Tensor | None) -> Hidden:
+    """The linear map to a cell's gates, its weights squared once."""
+    if step.scales is not None:
+        scale = weight.new_tensor(step.scales).repeat_interleave(len(weight) // len(step.scales))
+        weight, bias = weight * scale[:, None], None if bias is None else bias * scale
+    squared = weight.square()
+    return lambda x: Pair(F.linear(x.mean, weight, bias), F.linear(x.var, squared))
+
+
+def _pair(x: Any, dtype: torch.dtype) -> Pair:
+    if isinstance(x, RandomVariable):
+        return Pair(x.mean.to(dtype), x.var.to(dtype))
+    return Pair(x.to(dtype), torch.zeros_like(x, dtype=dtype))
+
+
 def _cell(step: Step) -> Callable[..., Any]:
-    def cell(input: Any, hx: Any, w_ih: Any, w_hh: Any, b_ih: Any = None, b_hh: Any = None) -> Any:
-        state = step(input, tuple(hx) if isinstance(hx, (list, tuple)) else (hx,), w_ih, w_hh, b_ih, b_hh)
-        return state if len(state) > 1 else state[0]
+    def cell(input: Any, hx: Any, w_ih: Tensor, w_hh: Tensor, b_ih: Any = None, b_hh: Any = None) -> Any:
+        like = random_variables(input, hx)[0]
+        with full_precision(like):
+            state = tuple(_pair(h, w_hh.dtype) for h in (hx if isinstance(hx, (list, tuple)) else (hx,)))
+            state = step.run(_map(step, w_ih, b_ih)(_pair(input, w_ih.dtype)), state, _map(step, w_hh, b_hh))
+        found = [like.with_moments(*each) for each in state]
+        return tuple(found) if len(found) > 1 else found[0]
 
     return cell
 
@@ -61,48 +122,41 @@ def _cell(step: Step) -> Callable[..., Any]:
 # ---- layers ------------------------------------------------------------------------------------------------------
 
 
-def _direction(step: Step, inputs: list[Any], state: State, weights: list[Any], reverse: bool) -> tuple[list[Any], State]:
-    """One layer in one direction. Inputs may have ever fewer rows (a packed sequence, longest first)."""
+def _rows(x: Pair, start: int | None, end: int | None) -> Pair:
+    return Pair(x.mean[start:end], x.var[start:end])
+
+
+def _stacked(pairs: Sequence[Pair], join: Callable[..., Tensor] = torch.cat, dim: int = 0) -> Pair:
+    mean, var = (join(each, dim) for each in zip(*pairs, strict=True))
+    return Pair(mean, var)
+
+
+def _direction(step: Step, x: Pair, sizes: list[int], start: State, weights: list[Tensor], reverse: bool) -> tuple[Pair, State]:
+    """One layer in one direction, on the rows of all times, one after the other; ``sizes`` of them never grow.
+
+    A packed sequence, longest first, has ever fewer of them.
+    """
     w_ih, w_hh, *rest = weights
-    biases = rest[:2] if len(rest) > 1 else [None, None]
-    projection = rest[-1] if len(rest) % 2 else None
-    rows = [x.shape[0] for x in inputs]
-    start, outputs, ended = state, [], []
-    state = tuple(s[: rows[-1 if reverse else 0]] for s in start)
-    for t in reversed(range(len(inputs))) if reverse else range(len(inputs)):
-        have = state[0].shape[0]
-        if rows[t] < have:
-            ended.append(tuple(s[rows[t] :] for s in state))
-            state = tuple(s[: rows[t]] for s in state)
-        elif rows[t] > have:
-            state = tuple(torch.cat((s, each[have : rows[t]])) for s, each in zip(state, start, strict=True))
-        state = step(inputs[t], state, w_ih, w_hh, *biases)
-        if projection is not None:
-            state = (F.linear(state[0], projection), *state[1:])
+    b_ih, b_hh = rest[:2] if len(rest) > 1 else (None, None)
+    project = _map(Step(step.run), rest[-1], None) if len(rest) % 2 else None
+    hidden, gates = _map(step, w_hh, b_hh), _map(step, w_ih, b_ih)(x)
+    inputs = [Pair(*each) for each in zip(gates.mean.split(sizes), gates.var.split(sizes), strict=True)]
+    outputs, ended = [], []
+    state = tuple(_rows(s, None, sizes[-1 if reverse else 0]) for s in start)
+    for t in reversed(range(len(sizes))) if reverse else range(len(sizes)):
+        have = len(state[0].mean)
+        if sizes[t] < have:
+            ended.append(tuple(_rows(s, sizes[t], None) for s in state))
+            state = tuple(_rows(s, None, sizes[t]) for s in state)
+        elif sizes[t] > have:
+            state = tuple(_stacked((s, _rows(each, have, sizes[t]))) for s, each in zip(state, start, strict=True))
+        state = step.run(inputs[t], state, hidden)
+        if project is not None:
+            state = (project(state[0]), *state[1:])
         outputs.append(state[0])
     for each in reversed(ended):
-        state = tuple(torch.cat(pair) for pair in zip(state, each, strict=True))
-    return (outputs[::-1] if reverse else outputs), state
-
-
-def _layers(
-    step: Step, inputs: list[Any], hx: State, params: Any, layers: int, dropout: float, train: bool, both: bool
-) -> tuple[list[Any], State]:
-    directions = 2 if both else 1
-    per_layer = len(params) // (layers * directions)
-    ends: list[State] = []
-    for layer in range(layers):
-        if layer and train and dropout > 0:
-            inputs = [F.dropout(x, dropout, True) for x in inputs]
-        results = []
-        for direction in range(directions):
-            index = layer * directions + direction
-            weights = list(params[index * per_layer : (index + 1) * per_layer])
-            outputs, end = _direction(step, inputs, tuple(h[index] for h in hx), weights, bool(direction))
-            results.append(outputs)
-            ends.append(end)
-        inputs = results[0] if directions == 1 else [torch.cat(pair, -1) for pair in zip(*results, strict=True)]
-    return inputs, tuple(torch.stack(each) for each in zip(*ends, strict=True))
+        state = tuple(_stacked(pair) for pair in zip(state, each, strict=True))
+    return _stacked(outputs[::-1] if reverse else outputs), state
 
 
 def _layer(step: Step) -> Callable[..., Any]:
@@ -111,12 +165,29 @@ def _layer(step: Step) -> Callable[..., Any]:
     def run(input: Any, *args: Any) -> Any:
         packed = isinstance(args[2], (list, tuple))
         hx, params, *options = args[1:] if packed else args
-        state = tuple(hx) if isinstance(hx, (list, tuple)) else (hx,)
+        hx = tuple(hx) if isinstance(hx, (list, tuple)) else (hx,)
         _, layers, dropout, train, both, *batch_first = options  # the first: has_biases
+        like, dtype, directions = random_variables(input, hx)[0], params[0].dtype, 2 if both else 1
+        per_layer = len(params) // (layers * directions)
         time = 1 if batch_first and batch_first[0] else 0
-        inputs = list(torch.split(input, args[0].tolist()) if packed else torch.unbind(input, time))
-        outputs, end = _layers(step, inputs, state, params, layers, dropout, train, both)
-        return (torch.cat(outputs) if packed else torch.stack(outputs, time), *end)
+        x = input if packed else input.transpose(0, time)
+        sizes = args[0].tolist() if packed else [x.shape[1]] * len(x)
+        x = x if packed else x.flatten(0, 1)
+        ends: list[State] = []
+        for layer in range(layers):
+            if layer and train and dropout > 0:
+                x = F.dropout(x, dropout, True)
+            found = []
+            with full_precision(like):
+                for index in range(layer * directions, (layer + 1) * directions):
+                    state = tuple(_pair(h[index], dtype) for h in hx)
+                    weights = list(params[index * per_layer : (index + 1) * per_layer])
+                    output, end = _direction(step, _pair(x, dtype), sizes, state, weights, index % directions == 1)
+                    found.append(output)
+                    ends.append(end)
+                x = like.with_moments(*_stacked(found, torch.cat, -1))
+        last = (like.with_moments(*_stacked(each, torch.stack)) for each in zip(*ends, strict=True))
+        return (x if packed else x.unflatten(0, (len(sizes), -1)).transpose(0, time), *last)
 
     return run
 
