@@ -11,8 +11,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from rvconvert.moments.quadrature import density
-
 Moments = tuple[Tensor, Tensor]
 
 
@@ -73,13 +71,6 @@ def tail(t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def _constants(like: Tensor, values: tuple[float, ...]) -> Sequence[Tensor | float]:
     """Numbers as tensors of no dimension on a processor, where that makes a product and a sum one operation."""
     return like.new_tensor(values).unbind() if like.is_cpu and not torch.compiler.is_compiling() else values
-
-
-def ndtr(x: Tensor) -> Tensor:
-    """Phi(x), relative accuracy kept in the lower tail; no gradient."""
-    t = x.abs()
-    below = density(t) * tail(t)[0]
-    return torch.lerp(below, 1.0 - below, step(x))
 
 
 def standardize(mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,12 +1,16 @@
-"""Functions in pieces: bounded below or above, shrunk to 0 in the middle, with a jump, hardswish."""
+"""Functions in pieces: bounded below or above, shrunk to 0 in the middle, with a jump, hardswish, elu and its kin."""
 
 from __future__ import annotations
 
+import math
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from rvconvert.moments.normal import Moments, at_least_float32, ndtr, standardize, tail
-from rvconvert.moments.quadrature import SMOOTH_NODES, WeightedMoments, density, floored, panel, smallest_deviation
+from rvconvert.moments.kinked import CURVES, Kinked, Shape, kinked_moments
+from rvconvert.moments.normal import Moments, at_least_float32, standardize, tail
+from rvconvert.moments.quadrature import density, quadrature
 from rvconvert.moments.two_slopes import relu
 
 
@@ -64,69 +68,13 @@ def threshold(mean: Tensor, var: Tensor, threshold: float, value: float) -> Mome
     return up + value, up_var
 
 
-def _reach(t: Tensor) -> Tensor:
-    """How far beyond t >= 0 the normal density matters: u with t u + u²/2 = 28."""
-    return 56.0 / (t + torch.sqrt(t * t + 56.0))
+def _clamped(mean: Tensor, var: Tensor, lo: float | Tensor, hi: float | Tensor) -> Moments:
+    return quadrature(lambda x: torch.clamp(x, lo, hi), mean, var, (lo, hi))  # type: ignore[arg-type]
 
 
-def _between(lower: Tensor, upper: Tensor):
-    """Nodes z and weights of the standard normal law on [lower, upper], wherever that lies: two panels."""
-    left, right = torch.clamp(lower, min=0.0), torch.clamp(-upper, min=0.0)
-    top = torch.minimum(upper, left + _reach(left))
-    bottom = torch.maximum(lower, -right - _reach(right))
-    middle = torch.minimum(torch.maximum(torch.zeros_like(bottom), bottom), top)
-    yield from panel(bottom, middle, SMOOTH_NODES)
-    yield from panel(middle, top, SMOOTH_NODES)
-
-
-def _clamp_geometry(mean, var, lo, hi):
-    s = torch.sqrt(floored(var, smallest_deviation(mean.dtype, 1e-6, 1e-9)))
-    lower, upper = (lo - mean) / s, (hi - mean) / s
-    at_mean = torch.minimum(torch.maximum(mean, lo), hi)
-    return s, lower, upper, at_mean, ndtr(lower), ndtr(-upper)
-
-
-class _Clamp(torch.autograd.Function):
-    """Moments of min(max(X, lo), hi), lo < hi tensors of the shape of mean.
-
-    Two atoms of known weight and one panel between them, centred at f(mean): the closed form's truncated second
-    moments cancel in float32.
-    """
-
-    @staticmethod
-    def forward(ctx, mean, var, lo, hi):
-        ctx.save_for_backward(mean, var, lo, hi)
-        s, lower, upper, at_mean, below, above = _clamp_geometry(mean, var, lo, hi)
-        ratio = var / (s * s)
-        moments = WeightedMoments(mean)
-        moments.add(below, lo - at_mean)
-        moments.add(above, hi - at_mean)
-        offset = mean - at_mean
-        for z, w in _between(lower, upper):
-            moments.add(w, offset + s * z)
-        return at_mean + ratio * moments.mean, ratio * moments.var
-
-    @staticmethod
-    def backward(ctx, grad_mean, grad_var):
-        mean, var, lo, hi = ctx.saved_tensors
-        s, lower, upper, at_mean, below, above = _clamp_geometry(mean, var, lo, hi)
-        offset = mean - at_mean
-        total = first = cross = torch.zeros_like(mean)
-        for z, w in _between(lower, upper):
-            weighted = w * (offset + s * z)
-            total, first, cross = total + w, first + weighted, cross + weighted * z
-        # Var by mean = 2 Cov(f, f'), by var = E[(f - E) f' Z] / s, with f' = 1 inside.
-        expected = first + below * (lo - at_mean) + above * (hi - at_mean)
-        edge = density(lower) - density(upper)
-        mean_by_var, var_by_var = edge / (2 * s), (cross - expected * edge) / s
-        var_by_mean = 2 * (first - expected * total)
-        lo_dev, hi_dev = lo - at_mean - expected, hi - at_mean - expected
-        return (
-            grad_mean * total + grad_var * var_by_mean,
-            grad_mean * mean_by_var + grad_var * var_by_var,
-            below * (grad_mean + 2 * grad_var * lo_dev),
-            above * (grad_mean + 2 * grad_var * hi_dev),
-        )
+_CLAMP = Kinked(
+    lambda t: t.clamp(0.0, 2.0), Shape(left=0.0, right=1.0, width=1.0, level=True, fold="odd"), middle=1.0
+)
 
 
 @at_least_float32
@@ -134,16 +82,20 @@ def clamp(
     mean: Tensor, var: Tensor, min: float | Tensor | None = None, max: float | Tensor | None = None
 ) -> Moments:
     """min(max(x, min), max), exact; either bound may be None; tensors broadcast and get their gradient."""
-    if min is None and max is None:
-        return mean, var
-    if min is not None and max is None:
-        up, up_var = relu(mean - min, var)
-        return up + min, up_var
-    if max is not None and min is None:
+    if min is None or (isinstance(min, float) and min == -math.inf):
+        if max is None or (isinstance(max, float) and max == math.inf):
+            return mean, var
         down, down_var = relu(max - mean, var)
         return max - down, down_var
-    lo, hi = (torch.as_tensor(b, dtype=mean.dtype, device=mean.device).expand_as(mean) for b in (min, max))
-    return _Clamp.apply(mean, var, lo, hi)
+    if max is None or (isinstance(max, float) and max == math.inf):
+        up, up_var = relu(mean - min, var)
+        return up + min, up_var
+    if isinstance(min, Tensor) or isinstance(max, Tensor):
+        lo, hi = (torch.as_tensor(b, dtype=mean.dtype, device=mean.device).expand_as(mean) for b in (min, max))
+        return _clamped(mean, var, lo, hi)
+    if mean.dtype == torch.float64 or not min < max:
+        return _clamped(mean, var, min, max)
+    return kinked_moments(_CLAMP, mean, var, (float(min), float(max)), width=(max - min) / 2)
 
 
 def relu6(mean: Tensor, var: Tensor) -> Moments:
@@ -162,60 +114,71 @@ def hardsigmoid(mean: Tensor, var: Tensor) -> Moments:
     return clamped / 6.0, clamped_var / 36.0
 
 
-class _HardswishLower(torch.autograd.Function):
-    """Moments and E[f'] of x relu6(x + 3)/6 for mean <= 0: an atom, a panel of the parabola, a linear tail."""
-
-    @staticmethod
-    def _parts(mean, var):
-        s = torch.sqrt(floored(var, smallest_deviation(mean.dtype, 1e-6, 1e-9)))
-        lower, upper = (-3.0 - mean) / s, (3.0 - mean) / s
-        start = torch.clamp(mean, min=-3.0)
-        at_mean = start * (start + 3.0) / 6.0
-        phi, (mills, h1, h2) = density(upper), tail(upper)
-        nodes = ((z, w, (mean - start) + s * z) for z, w in _between(lower, upper))
-        return s, lower, upper, start, at_mean, phi, mills, h1, h2, nodes
-
-    @staticmethod
-    def forward(ctx, mean, var):
-        ctx.save_for_backward(mean, var)
-        s, lower, _, start, at_mean, phi, mills, h1, h2, nodes = _HardswishLower._parts(mean, var)
-        moments, slopes = WeightedMoments(mean), phi * mills
-        moments.add(ndtr(lower), -at_mean)
-        excess = h1 / mills
-        moments.add(phi * mills, 3.0 - at_mean + s * excess, s * s * (h2 / mills - excess * excess))
-        for _, w, d in nodes:
-            moments.add(w, d * ((2 * start + 3.0) + d) / 6.0)
-            slopes = slopes + w * (2 * (start + d) + 3.0) / 6.0
-        ratio = var / (s * s)
-        return at_mean + ratio * moments.mean, ratio * moments.var, slopes
-
-    @staticmethod
-    def backward(ctx, grad_mean, grad_var, grad_slope):
-        mean, var = ctx.saved_tensors
-        s, lower, upper, start, at_mean, phi, mills, h1, h2, nodes = _HardswishLower._parts(mean, var)
-        above, step = phi * mills, 3.0 - at_mean
-        d1 = step * above + s * phi * h1 - at_mean * ndtr(lower)
-        g, gz = above, phi
-        dg, dgz = step * above + s * phi * h1, step * phi + s * phi * (upper * h1 + h2)
-        inside = torch.zeros_like(mean)
-        for z, w, d in nodes:
-            increment, slope = d * ((2 * start + 3.0) + d) / 6.0, (2 * (start + d) + 3.0) / 6.0
-            d1, g, gz, inside = d1 + w * increment, g + w * slope, gz + w * slope * z, inside + w
-            dg, dgz = dg + w * increment * slope, dgz + w * increment * slope * z
-        # f'' = 1/3 inside, and f' jumps by -1/2 at -3 and at 3.
-        curvature = inside / 3.0 - 0.5 * (density(lower) + phi) / s
-        by_mean = grad_mean * g + grad_var * 2 * (dg - d1 * g) + grad_slope * curvature
-        third = (density(lower) - phi) / (3.0 * s) - 0.5 * (lower * density(lower) + upper * phi) / (s * s)
-        by_var = grad_mean * 0.5 * curvature + grad_var * (dgz - d1 * gz) / s + grad_slope * 0.5 * third
-        return by_mean, by_var
+_HARDSWISH = Kinked(
+    lambda t: (t - 3.0) * t.clamp(0.0, 6.0) / 6.0,
+    Shape(left=0.0, right=-0.5, width=3.0, fold="even", beyond="parabola"),
+    middle=3.0,
+)
 
 
 @at_least_float32
 def hardswish(mean: Tensor, var: Tensor) -> Moments:
-    """x relu6(x + 3) / 6, exact; f(x) = x + f(-x) brings mean > 0 to the lower half."""
-    lower, lower_var, slope = _HardswishLower.apply(torch.where(mean > 0, -mean, mean), var)
-    positive = mean > 0
-    return (
-        torch.where(positive, mean + lower, lower),
-        torch.where(positive, (var + lower_var) - 2 * var * slope, lower_var),
-    )
+    """x relu6(x + 3) / 6, exact."""
+    if mean.dtype == torch.float64:
+        return quadrature(F.hardswish, mean, var, (-3.0, 3.0))
+    return kinked_moments(_HARDSWISH, mean, var, (-3.0, 3.0))
+
+
+def _elu(x: Tensor, alpha: float, rate: float) -> Tensor:
+    return torch.clamp(x, min=0.0) + alpha * torch.expm1(rate * torch.clamp(x, max=0.0))
+
+
+_ELU: dict[float, int] = {}
+
+
+@torch.compiler.assume_constant_result
+def _elu_curve(slope: float) -> int:
+    """The number of the curve that is x above 0, slope (e^x - 1) below."""
+    if slope not in _ELU:
+        shape = Shape(left=slope, right=1.0, width=2.0, smooth=slope == 1.0, beyond="exponential")
+        _ELU[slope] = Kinked(lambda x: _elu(x, slope, 1.0), shape).number
+    return _ELU[slope]
+
+
+@at_least_float32
+def elu(
+    mean: Tensor, var: Tensor, alpha: float = 1.0, scale: float = 1.0, input_scale: float = 1.0
+) -> Moments:
+    """scale (x above 0, alpha (e^(input_scale x) - 1) below)."""
+    if mean.dtype == torch.float64 or input_scale <= 0:
+        out, out_var = quadrature(lambda x: _elu(x, alpha, input_scale), mean, var, (0.0,))
+        return scale * out, scale * scale * out_var
+    curve, ratio = CURVES[_elu_curve(alpha * input_scale)], scale / input_scale
+    if input_scale != 1:
+        mean, var = mean * input_scale, var * input_scale**2
+    out, out_var = kinked_moments(curve, mean, var)
+    return (out, out_var) if ratio == 1 else (ratio * out, ratio * ratio * out_var)
+
+
+SELU_ALPHA, SELU_SCALE = 1.6732632423543772, 1.0507009873554805
+
+
+def selu(mean: Tensor, var: Tensor) -> Moments:
+    """SELU: elu with Klambauer's alpha and scale."""
+    return elu(mean, var, SELU_ALPHA, SELU_SCALE)
+
+
+def celu(mean: Tensor, var: Tensor, alpha: float = 1.0) -> Moments:
+    """x above 0, alpha (e^(x/alpha) - 1) below."""
+    return elu(mean, var, alpha, 1.0, 1.0 / alpha)
+
+
+def _softsign_increment(m: Tensor, d: Tensor) -> Tensor:
+    x = m + d
+    return (d + (x * m.abs() - m * x.abs())) / ((1 + m.abs()) * (1 + x.abs()))
+
+
+@at_least_float32
+def softsign(mean: Tensor, var: Tensor) -> Moments:
+    """x/(1 + abs(x)), by quadrature."""
+    return quadrature(F.softsign, mean, var, (0.0,), _softsign_increment)

@@ -1,15 +1,9 @@
-"""Moments of f(X), X ~ N(mean, var), by Gauss-Legendre panels split at a function's feature or kinks.
-
-Two ways in. `Activation` holds a function as an exact *increment* f(m + d) - f(m) and its derivative, so that
-the variance keeps its relative accuracy in float32 however small var is, and its gradients come from Stein's
-identities instead of from stored nodes. `quadrature` takes any elementwise callable.
-"""
+"""Moments of f(X), X ~ N(mean, var), for any elementwise f, by Gauss-Legendre panels split at its feature or kinks."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -17,12 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from rvconvert.moments.compilation import fused
-
 INV_SQRT_2PI, LOG2_E = 0.3989422804014327, 1.4426950408889634
-SMOOTH_NODES = 14  # per panel, two panels: functions as smooth as the sigmoid
-STEEP_NODES = 17  # as steep as tanh
-KINKED_NODES = 18  # a panel may have to cover the whole window
+STEEP_NODES = 17  # per panel, two panels: functions as steep as tanh
+KINKED_NODES = 22  # a panel may have to cover the whole window
 DOUBLE_NODES = 32  # of every panel in float64
 
 
@@ -32,7 +23,7 @@ def legendre(n: int) -> list[tuple[float, float]]:
     return [(float(x), float(w)) for x, w in zip(nodes, weights, strict=True)]
 
 
-_RULES = {n: legendre(n) for n in (SMOOTH_NODES, STEEP_NODES, KINKED_NODES, DOUBLE_NODES)}
+_RULES = {n: legendre(n) for n in (STEEP_NODES, KINKED_NODES, DOUBLE_NODES)}
 
 
 def density(z: Tensor) -> Tensor:
@@ -54,18 +45,6 @@ def window(mean: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
     return -half - shift, half - shift
 
 
-def _split(mean: Tensor, s: Tensor, n: int, kinked: bool) -> Iterator[tuple[Tensor, Tensor]]:
-    """Nodes and weights of N(0, 1) over two panels that meet at x = 0 where that lies in the window."""
-    low, high = window(mean, s)
-    zero = -mean / s
-    if kinked:
-        middle = torch.where((zero > low) & (zero < high), zero, torch.zeros_like(zero))
-    else:
-        middle = torch.clamp(zero, -2.5, 2.5)
-    yield from panel(low, middle, n)
-    yield from panel(middle, high, n)
-
-
 class WeightedMoments:
     """Mean and variance of weighted values in one pass (West 1979); the variance is a sum of squares."""
 
@@ -74,33 +53,16 @@ class WeightedMoments:
         self.mean = torch.zeros_like(like)
         self.sum_of_squares = torch.zeros_like(like)
 
-    def add(self, weight: Tensor, value: Tensor, inner_var: Tensor | None = None) -> None:
+    def add(self, weight: Tensor, value: Tensor) -> None:
         before, self.total = self.total, self.total + weight
         inverse = 1.0 / self.total
         deviation = value - self.mean
         self.mean = self.mean + (weight * inverse) * deviation
-        square = deviation * deviation * (before * inverse)
-        self.sum_of_squares = self.sum_of_squares + weight * (
-            square if inner_var is None else square + inner_var
-        )
+        self.sum_of_squares = self.sum_of_squares + weight * (deviation * deviation * (before * inverse))
 
     @property
     def var(self) -> Tensor:
         return self.sum_of_squares / self.total
-
-
-class Activation(NamedTuple):
-    """A scalar function for quadrature; `p` are its float parameters.
-
-    value(x, *p) = f(x); increment(m, d, *p) = f(m + d) - f(m) without cancellation; slope(x, *p) = f'(x).
-    nodes: per panel, of two. kinked: f' or f'' jumps at x = 0, so no panel may cross it.
-    """
-
-    value: Callable[..., Tensor]
-    increment: Callable[..., Tensor]
-    slope: Callable[..., Tensor]
-    nodes: int = SMOOTH_NODES
-    kinked: bool = False
 
 
 def flushed(grad: Tensor) -> Tensor:
@@ -116,71 +78,13 @@ def smallest_deviation(dtype: torch.dtype, single: float, double: float) -> floa
     return double if dtype == torch.float64 else single
 
 
-def floored(var: Tensor, least_deviation: float) -> Tensor:
-    return torch.clamp(var, min=least_deviation**2)
-
-
-def _moments_kernel(mean, var, activation, p):
-    # Below the floor both moments are linear in var, which gives var = 0 its exact value.
-    v = floored(var, smallest_deviation(mean.dtype, 1e-6, 1e-9))
-    s, ratio = torch.sqrt(v), var / v
-    total = first = second = torch.zeros_like(mean)
-    for z, w in _split(mean, s, activation.nodes, activation.kinked):
-        increment = activation.increment(mean, s * z, *p)
-        weighted = w * increment
-        total, first, second = total + w, first + weighted, second + weighted * increment
-    # The increment is 0 at the median of a monotonic f, and a mean lies within one deviation of the median: so the
-    # second moment is at most twice the variance, and the difference is good to a rounding or two.
-    first = first / total
-    return activation.value(mean, *p) + ratio * first, ratio * (second / total - first * first)
-
-
-def _moments_backward(mean, var, grad_mean, grad_var, activation, p):
-    # The floor keeps rounding of f' from being divided by a vanishing deviation.
-    v = floored(var, smallest_deviation(mean.dtype, 1e-3, 1e-6))
-    s = torch.sqrt(v)
-    centre = activation.slope(mean, *p)
-    total = d = g = gz = dg = dgz = torch.zeros_like(mean)
-    for z, w in _split(mean, s, activation.nodes, activation.kinked):
-        increment, slope = activation.increment(mean, s * z, *p), activation.slope(mean + s * z, *p)
-        total, d = total + w, d + w * increment
-        g, gz = g + w * (slope - centre), gz + w * (slope - centre) * z
-        dg, dgz = dg + w * increment * slope, dgz + w * increment * slope * z
-    d, g, gz, dg, dgz = d / total, g / total, gz / total, dg / total, dgz / total
-    g = g + centre
-    mean_by_mean, mean_by_var = g, gz / (2 * s)
-    var_by_mean, var_by_var = 2 * (dg - d * g) * (var / v), (dgz - d * gz) / s
-    by_var = grad_mean * mean_by_var + grad_var * var_by_var
-    return flushed(grad_mean * mean_by_mean + grad_var * var_by_mean), flushed(by_var)
-
-
-
-class _Moments(torch.autograd.Function):
-    """(mean, var) of an Activation; saves the two inputs only."""
-
-    @staticmethod
-    def forward(ctx, mean, var, activation, p):
-        ctx.save_for_backward(mean, var)
-        ctx.constants = (activation, p)
-        return fused(_moments_kernel, mean, var, constants=ctx.constants)
-
-    @staticmethod
-    def backward(ctx, grad_mean, grad_var):
-        grads = fused(_moments_backward, *ctx.saved_tensors, grad_mean, grad_var, constants=ctx.constants)
-        return *grads, None, None
-
-
-def activation_moments(activation: Activation, mean: Tensor, var: Tensor, *p: float) -> tuple[Tensor, Tensor]:
-    return _Moments.apply(mean, var, activation, p)
-
-
-def _generic_panels(
-    mean: Tensor, s: Tensor, kinks: Sequence[float | Tensor]
-) -> Iterator[tuple[Tensor, Tensor]]:
-    if not kinks:
-        yield from _split(mean, s, STEEP_NODES, kinked=False)
-        return
+def _panels(mean: Tensor, s: Tensor, kinks: Sequence[float | Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
     low, high = window(mean, s)
+    if not kinks:
+        middle = torch.clamp(-mean / s, -2.5, 2.5)
+        yield from panel(low, middle, STEEP_NODES)
+        yield from panel(middle, high, STEEP_NODES)
+        return
     if not any(isinstance(kink, Tensor) for kink in kinks):
         kinks = sorted(kinks)
     ends = [low, *(torch.minimum(torch.maximum((kink - mean) / s, low), high) for kink in kinks), high]
@@ -188,42 +92,46 @@ def _generic_panels(
         yield from panel(left, right, KINKED_NODES)
 
 
-def _generic_deviation(mean: Tensor, var: Tensor, kinks: Sequence[float | Tensor]) -> tuple[Tensor, Tensor]:
+def _deviation(mean: Tensor, var: Tensor, kinks: Sequence[float | Tensor], *, exact: bool) -> tuple[Tensor, Tensor]:
     """Deviation to integrate with, and var over its square.
 
     Nodes closer than a floor would lose f(x) - f(mean) to rounding; below it both moments of a smooth f are linear in
     var. Near a kink they are not (E[relu(X)] grows as s), so there the floor is next to nothing.
     """
-    floor = torch.full_like(var, smallest_deviation(var.dtype, 1e-2, 1e-4) ** 2)
+    least = smallest_deviation(var.dtype, 1e-6, 1e-9) ** 2
+    floor = torch.full_like(var, least if exact else smallest_deviation(var.dtype, 1e-2, 1e-4) ** 2)
     for kink in kinks:
-        floor = torch.where(
-            (mean - kink) ** 2 < 64 * floor, smallest_deviation(var.dtype, 1e-6, 1e-9) ** 2, floor
-        )
+        floor = torch.where((mean - kink) ** 2 < 64 * floor, least, floor)
     v = torch.maximum(var, floor)
     return torch.sqrt(v), var / v
 
 
-def _quadrature(f, mean, var, kinks):
-    s, ratio = _generic_deviation(mean.detach(), var, kinks)
+def _quadrature(f, mean, var, kinks, increment):
+    s, ratio = _deviation(mean.detach(), var, kinks, exact=increment is not None)
     at_mean = f(mean)
     moments = WeightedMoments(at_mean)
-    for z, w in _generic_panels(mean.detach(), s.detach(), kinks):
-        moments.add(w, f(mean + s * z) - at_mean)
+    for z, w in _panels(mean.detach(), s.detach(), kinks):
+        moments.add(w, f(mean + s * z) - at_mean if increment is None else increment(mean, s * z))
     return at_mean + ratio * moments.mean, ratio * moments.var
 
 
 def quadrature(
-    f: Callable[[Tensor], Tensor], mean: Tensor, var: Tensor, kinks: Sequence[float | Tensor] = ()
+    f: Callable[[Tensor], Tensor],
+    mean: Tensor,
+    var: Tensor,
+    kinks: Sequence[float | Tensor] = (),
+    increment: Callable[[Tensor, Tensor], Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Moments of f(X) for any elementwise f.
 
     f maps a tensor of the shape of `mean` to one of the same shape, and may close over tensors that broadcast
-    with it; they get their gradients. It is called 35 times, or 18 (len(kinks) + 1) + 1 times.
+    with it; they get their gradients. It is called 35 times, or 22 (len(kinks) + 1) + 1 times.
     kinks: positions where f or a derivative jumps, floats in any order or broadcastable tensors in ascending
     order; the panels of integration end there. Without kinks f should be smooth at the scale of 1 about 0 or at the scale of the
-    deviation. Var is a sum of squares; at var = 0 the result is exactly (f(mean), 0).
+    deviation. increment(m, d): f(m + d) - f(m), where float32 would lose it.
+    Var is a sum of squares; at var = 0 the result is exactly (f(mean), 0).
     Eager autograd stores the inputs only, and calls f again in the backward pass.
     """
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        return checkpoint(_quadrature, f, mean, var, kinks, use_reentrant=False, preserve_rng_state=False)
-    return _quadrature(f, mean, var, kinks)
+        return checkpoint(_quadrature, f, mean, var, kinks, increment, use_reentrant=False, preserve_rng_state=False)
+    return _quadrature(f, mean, var, kinks, increment)

@@ -30,6 +30,7 @@ _END, _CELLS_P, _CELLS_Q = 8, 1024, 64
 _DENSER = 2.0  # cells of q lie by 1 + this more densely at v = 0, by as much less at infinity
 _PER_CELL = _CELLS_P / (2 * _END)  # cells for one unit of p
 _SPACING, _CHEBYSHEV = 24, 33  # where quadrature is done: nodes for one unit of p, points of q
+_LEGENDRE, _AT_ONCE = 40, 1024  # nodes of a panel; integrals whose nodes stay in a core's cache
 _MIX = 0.1  # keeps the logarithm smooth where f'' is 0
 
 
@@ -44,29 +45,41 @@ class Table(NamedTuple):
 # ---- filling -----------------------------------------------------------------------------------------------------
 
 
-def integrals(f: Function, mean: Tensor, var: Tensor, width: float, nodes: int = 40) -> tuple[Tensor, Tensor, Tensor]:
+def integrals(f: Function, mean: Tensor, var: Tensor, bends: Sequence[float]) -> tuple[Tensor, Tensor, Tensor]:
     """E[f(X)], E[f'(X)] and what a line does not explain of Var f(X), over v; float64, (n,), var > 0.
 
-    Gauss-Legendre of ``nodes`` on each of four panels, which meet at 0 and at four widths from it.
+    Gauss-Legendre on each panel; panels meet at ``bends``.
     """
+    parts = [_integrals(f, *part, bends) for part in zip(mean.split(_AT_ONCE), var.split(_AT_ONCE), strict=True)]
+    expected, gain, rest = (torch.cat(each) for each in zip(*parts, strict=True))
+    return expected, gain, rest
+
+
+def _integrals(f: Function, mean: Tensor, var: Tensor, bends: Sequence[float]) -> tuple[Tensor, Tensor, Tensor]:
     s = var.sqrt()
-    bends = [((at * width - mean) / s).clamp(-8.5, 8.5) for at in (-4.0, 0.0, 4.0)]
-    ends = torch.stack([torch.full_like(s, -8.5), *bends, torch.full_like(s, 8.5)], -1)
+    inner = [((at - mean) / s).clamp(-8.5, 8.5) for at in bends]
+    ends = torch.stack([torch.full_like(s, -8.5), *inner, torch.full_like(s, 8.5)], -1)
     centre, half = (ends[:, 1:] + ends[:, :-1]) / 2, (ends[:, 1:] - ends[:, :-1]) / 2
-    x, w = (torch.tensor(each, dtype=s.dtype) for each in zip(*legendre(nodes), strict=True))
-    z = (centre[..., None] + half[..., None] * x).flatten(1)
-    weight = (half[..., None] * w).flatten(1) * torch.exp(-0.5 * z * z) / math.sqrt(2 * math.pi)
+    x, w = (torch.tensor(each, dtype=s.dtype) for each in zip(*legendre(_LEGENDRE), strict=True))
+    z = torch.addcmul(centre[..., None], half[..., None], x).flatten(1)
+    weight = (half[..., None] * (w / math.sqrt(2 * math.pi))).flatten(1).mul_(torch.exp((-0.5 * z).mul_(z)))
     at_mean = f(mean)
-    change = f(torch.addcmul(mean[:, None], s[:, None], z)) - at_mean[:, None]
-    shift, gain = ((weight * each).sum(1, keepdim=True) for each in (change, change * z))
-    rest = (weight * (change - shift - gain * z).square()).sum(1)
+    change = f(torch.addcmul(mean[:, None], s[:, None], z)).sub_(at_mean[:, None])
+    weighted = weight * change
+    shift, gain = weighted.sum(1, keepdim=True), torch.linalg.vecdot(weighted, z)[:, None]
+    left = change.sub_(shift).addcmul_(gain, z, value=-1)
+    rest = torch.linalg.vecdot(weight, left.square_())
     return at_mean + shift[:, 0], gain[:, 0] / s, rest / var
 
 
-def _in_p(at: np.ndarray) -> np.ndarray:
+def nodes_in_p(end: int, spacing: int) -> np.ndarray:
+    """Where quadrature is done, along p in [-end, end]: ``spacing`` nodes for one unit."""
+    return np.linspace(-end, end, 2 * end * spacing + 1)
+
+
+def _in_p(at: np.ndarray, cells: int, nodes: int) -> np.ndarray:
     """(n, nodes): interpolation at ``at``, in cells, by the polynomial through the eight nearest nodes."""
-    nodes = 2 * _END * _SPACING + 1
-    at = at * ((nodes - 1) / _CELLS_P)
+    at = at * ((nodes - 1) / cells)
     first = np.clip(np.floor(at).astype(int) - 3, 0, nodes - 8)
     matrix = np.zeros((len(at), nodes))
     for j in range(8):
@@ -87,40 +100,43 @@ def _in_q(at: np.ndarray) -> np.ndarray:
     return terms / terms.sum(1, keepdims=True)
 
 
-def _polynomials(interpolation: Callable[[np.ndarray], np.ndarray], cells: int, nodes: list[float]) -> list[np.ndarray]:
-    """Coefficients on each cell of 1, u, u², ... in u, counted from its start, by interpolation at ``nodes``: matrices."""
-    values = np.stack([interpolation(np.arange(cells) + u) for u in nodes])
-    return list(np.tensordot(np.linalg.inv(np.vander(nodes, increasing=True)), values, 1))
+def _polynomials(interpolation: Callable[[np.ndarray], np.ndarray], cells: int, at: list[float]) -> list[np.ndarray]:
+    """Coefficients on each cell of 1, u, u², ... in u, counted from its start, by interpolation ``at`` these: matrices."""
+    values = np.stack([interpolation(np.arange(cells) + u) for u in at])
+    return list(np.tensordot(np.linalg.inv(np.vander(at, increasing=True)), values, 1))
 
 
 @functools.cache
-def _maps() -> tuple[list[np.ndarray], list[np.ndarray], list[np.ndarray]]:
-    """In p quadratics and cubics, at Chebyshev's points; in q quadratics, through the ends of a cell, as v = 0 is one."""
-    quadratic, cubic = ([0.5 * math.cos((k + 0.5) * math.pi / n) for k in range(n)] for n in (3, 4))
-    return (
-        _polynomials(lambda at: _in_p(at + 0.5), _CELLS_P, quadratic),
-        _polynomials(lambda at: _in_p(at + 0.5), _CELLS_P, cubic),
-        _polynomials(_in_q, _CELLS_Q, [0.0, 0.5, 1.0]),
-    )
+def in_p(cells: int, nodes: int) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """From values at the nodes to each cell's coefficients of quadratics and of cubics, at Chebyshev's points."""
+    points = ([0.5 * math.cos((k + 0.5) * math.pi / n) for k in range(n)] for n in (3, 4))
+    quadratics, cubics = (_polynomials(lambda at: _in_p(at + 0.5, cells, nodes), cells, each) for each in points)
+    return quadratics, cubics
+
+
+@functools.cache
+def _in_q_of_cells() -> list[np.ndarray]:
+    """The same in q, quadratics, through the ends of a cell, as v = 0 is one."""
+    return _polynomials(_in_q, _CELLS_Q, [0.0, 0.5, 1.0])
 
 
 def fill(f: Function, width: float) -> Table:
     """The table of f: some 9,000 quadratures in float64, then interpolation onto the cells; milliseconds."""
-    p, q = np.linspace(-_END, _END, 2 * _END * _SPACING + 1), _points_in_q()
+    p, q = nodes_in_p(_END, _SPACING), _points_in_q()
     root = width / (1 - q)[:, None]
     mean, var = np.broadcast_arrays(p * root, root**2 - width**2)
-    found = integrals(f, torch.tensor(mean.ravel()), torch.tensor(var.ravel()), width)
+    found = integrals(f, torch.tensor(mean.ravel()), torch.tensor(var.ravel()), (-4 * width, 0.0, 4 * width))
     expected, gain, rest = (each.numpy().reshape(mean.shape) for each in found)
     far = f(width * torch.tensor([-61.0, -60.0, 60.0, 61.0], dtype=torch.float64)).numpy()
     slopes = (far[1] - far[0]) / width, (far[3] - far[2]) / width
     level = bool(abs(slopes[0] - slopes[1]) < 1e-6)
     spread = rest * root**2 / var + _MIX * gain**2
     logarithm = np.log2((spread * (root / width) ** 2 if level else spread) + 1e-300)
-    quadratic, cubic, in_q = _maps()
-    made = [each @ (expected / root) @ quadratic[0].T for each in in_q]
-    for value, in_p in ((gain, cubic), (logarithm, quadratic)):
-        for a, b in ((0, 0), (1, 0), (2, 0), (0, 1), (1, 1), (0, 2), *((k, 0) for k in range(3, len(in_p)))):
-            cells = in_q[b] @ value @ in_p[a].T
+    (quadratics, cubics), in_q = in_p(_CELLS_P, len(p)), _in_q_of_cells()
+    made = [each @ (expected / root) @ quadratics[0].T for each in in_q]
+    for value, along in ((gain, cubics), (logarithm, quadratics)):
+        for a, b in ((0, 0), (1, 0), (2, 0), (0, 1), (1, 1), (0, 2), *((k, 0) for k in range(3, len(along)))):
+            cells = in_q[b] @ value @ along[a].T
             if a or value is gain:  # the outermost cells reach to infinity, where f is a line
                 cells[:, [0, -1]] = 0.0 if a or b else slopes
             made.append(cells)
@@ -140,7 +156,7 @@ class _Place(NamedTuple):
     by_mean: Tensor  # cells of p by m
     share: Tensor  # v/S²
     ratio: Tensor  # c/S
-    dense: Tensor  # (1 + c/S) over this + DENSER v/S²
+    dense: Tensor  # (1 + c/S) over this + _DENSER v/S²
 
 
 def _place(mean: Tensor, var: Tensor, width: float) -> _Place:
@@ -158,12 +174,12 @@ def _place(mean: Tensor, var: Tensor, width: float) -> _Place:
     return _Place(cell, (x - i).sub_(0.5), y - j, inverse, by_mean, share, ratio, widened / denominator)
 
 
-def _read(coefficients: Tensor, cell: Tensor, first: int, count: int) -> list[Tensor]:
+def read(coefficients: Tensor, cell: Tensor, first: int, count: int) -> list[Tensor]:
     read = torch.index_select(coefficients[first : first + count], 1, cell.reshape(-1))
     return list(read.view(count, *cell.shape).unbind())
 
 
-def _quadratic(c: Sequence[Tensor], d: Tensor, e: Tensor) -> Tensor:
+def quadratic(c: Sequence[Tensor], d: Tensor, e: Tensor) -> Tensor:
     """Of six coefficients; a seventh is that of d³."""
     along = c[2] if len(c) < 7 else torch.addcmul(c[2], d, c[6])
     along = torch.addcmul(torch.addcmul(c[1], d, along), e, c[4])
@@ -172,15 +188,15 @@ def _quadratic(c: Sequence[Tensor], d: Tensor, e: Tensor) -> Tensor:
 
 def _spread(c: Sequence[Tensor], at: _Place, level: bool) -> Tensor:
     """K + MIX g²."""
-    spread = torch.exp2(_quadratic(c, at.d, at.e))
+    spread = torch.exp2(quadratic(c, at.d, at.e))
     return spread * at.ratio * at.ratio if level else spread
 
 
 def _kernel(mean: Tensor, var: Tensor, coefficients: Tensor, width: float, level: bool) -> tuple[Tensor, Tensor]:
     at = _place(mean, var, width)
     d, e = at.d, at.e
-    a0, a1, a2, *c = _read(coefficients, at.cell, 0, 16)
-    gain = _quadratic(c[:7], d, e)
+    a0, a1, a2, *c = read(coefficients, at.cell, 0, 16)
+    gain = quadratic(c[:7], d, e)
     # The integral of g along d: d (g0 + g3 e + g5 e² + d/2 (g1 + g4 e + d (2/3 g2 + d g6/2))).
     slope = torch.addcmul(c[1], d, torch.addcmul(c[2], d, c[6], value=0.75), value=2 / 3)
     along = torch.addcmul(c[0], e, torch.addcmul(c[3], e, c[5]))
@@ -197,8 +213,8 @@ def _backward(
 ) -> tuple[Tensor, Tensor]:
     at = _place(mean, var, width)
     d, e, share, by_mean = at.d, at.e, at.share, at.by_mean
-    c = _read(coefficients, at.cell, 3, 13)
-    gain = _quadratic(c[:7], d, e)
+    c = read(coefficients, at.cell, 3, 13)
+    gain = quadratic(c[:7], d, e)
     curvature = torch.addcmul(c[1], d, torch.addcmul(c[2], d, c[6], value=1.5), value=2)
     curvature = torch.addcmul(curvature, e, c[4]) * by_mean  # E[f'']
     third = torch.addcmul(c[2], d, c[6], value=3) * by_mean * by_mean  # dg/dv = E[f''']/2 (Stein)
@@ -206,7 +222,7 @@ def _backward(
     rest = share * _spread(c[7:], at, level)
     log_by_mean = torch.addcmul(torch.addcmul(l1, d, l2, value=2), e, l4) * by_mean  # of L, a logarithm to the base of 2
     log_by_y = torch.addcmul(torch.addcmul(l3, d, l4), e, l5, value=2)
-    # dy/dv = (1 + DENSER) CELLS c dense²/(2S³), dp/dv = -p/(2S²): the logarithm by v, times -2S².
+    # dy/dv = (1 + _DENSER) CELLS c dense²/(2S³), dp/dv = -p/(2S²): the logarithm by v, times -2S².
     down = torch.addcmul(mean * log_by_mean, log_by_y * at.ratio, at.dense * at.dense, value=-(1 + _DENSER) * _CELLS_Q)
     # Of Var = v (g² (1 - MIX w) + w (K + MIX g²)), w = v/S².
     mixed, gain2 = torch.rsub(share, 1, alpha=_MIX), gain * gain
