@@ -7,6 +7,7 @@ import dataclasses
 import inspect
 import types
 import warnings
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
@@ -206,21 +207,24 @@ class Conversion:
 
     def key(self, name: str, model: nn.Module, leaves: list[Any], structure: Structure, *, batch: bool) -> Any:
         """What a recording depends on: modes, hooks, structure, shapes (the batch size only if it is fixed), dtypes."""
-        first = next(model.parameters(), None)
-        modules = list(model.modules())
+        return (*self.situation(name, model, structure), *_kinds(leaves, batch=batch))
+
+    def situation(self, name: str, model: nn.Module, structure: Structure) -> tuple[Any, ...]:
+        """The part of ``key`` that has nothing to do with the tensors of the call."""
+        modules = _modules_of(model)
         training = tuple([m.training for m in modules])
         hooked = tuple([i for i, m in enumerate(modules) if m._forward_hooks or m._forward_pre_hooks])
-        first_dim = 0 if batch else 1
-        kinds = tuple([(isinstance(x, RandomVariable), tuple(x.shape)[first_dim:], x.ndim, x.dtype, x.device) for x in leaves])
+        first = next((p for m in modules for p in m._parameters.values() if p is not None), None)
         weights = None if first is None else (first.dtype, first.device)
-        return (name, batch, structure.signature(), kinds, training, hooked, weights, autocast_state())
+        return (name, structure.signature(), training, hooked, weights, autocast_state())
 
     def find(self, name: str, model: nn.Module, leaves: list[Any], structure: Structure) -> Program | None:
         """The program that serves this call, if there is one already."""
         if not self.programs:
             return None
+        situation = self.situation(name, model, structure)
         for batch in (False, True):
-            key = self.key(name, model, leaves, structure, batch=batch)
+            key = (*situation, *_kinds(leaves, batch=batch))
             program = self.programs.get(key)
             if program is not None:
                 if len(self.programs) >= MOST_PROGRAMS:
@@ -394,6 +398,27 @@ class Conversion:
         return NoReparameterizationError(
             f"{label}: nothing to convert, {reason}. {advice}; or, for a bare decoder, its latent argument: random_inputs=('z',)"
         )
+
+
+def _kinds(leaves: list[Any], *, batch: bool) -> tuple[Any, ...]:
+    """Shapes and dtypes of a call's tensors, the first dimension only if the recording holds for one batch size."""
+    start = 0 if batch else 1
+    return (batch, tuple([(isinstance(x, RandomVariable), tuple(x.shape)[start:], x.ndim, x.dtype, x.device) for x in leaves]))
+
+
+_WALKED: weakref.WeakKeyDictionary[nn.Module, tuple[list[nn.Module], list[list[Any]] | None]] = weakref.WeakKeyDictionary()
+
+
+def _modules_of(model: nn.Module) -> list[nn.Module]:
+    """``list(model.modules())``, walked again only where a module was added, replaced or removed."""
+    if torch.compiler.is_compiling():
+        return list(model.modules())
+    below, children = _WALKED.get(model, ([], None))
+    modules = [model, *below]
+    if [[*m._modules.values()] for m in modules] != children:
+        modules = list(model.modules())
+        _WALKED[model] = (modules[1:], [[*m._modules.values()] for m in modules])
+    return modules
 
 
 def _read_refusal(label: str, place: str) -> ConversionError:

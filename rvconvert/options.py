@@ -8,19 +8,19 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from functools import cached_property
 from typing import Any
 
 import torch
 
+from rvconvert.core.mode import MODES
 from rvconvert.core.random_variable import Settings
 from rvconvert.core.registry import REGISTRY, Registry
 from rvconvert.errors import ConversionError
 
-__all__ = ["COVARIANCES", "Options", "described"]
+__all__ = ["Options", "described"]
 
-COVARIANCES = ("independent", "calibrated", "sampled", "lowrank")
 Check = Callable[[Any], "str | None"]  # says what the value should be; None where it is
 
 
@@ -29,7 +29,7 @@ def _option(default: Any, check: Check, help: str, *, mode: str | None = None, i
     return dataclasses.field(default=default, metadata={"check": check, "help": help, "mode": mode, "in_files": in_files})
 
 
-def _one_of(*choices: str) -> Check:
+def _one_of(choices: Collection[str]) -> Check:
     def check(value: Any) -> str | None:
         return None if isinstance(value, str) and value in choices else f"one of {', '.join(map(repr, choices))}"
 
@@ -96,11 +96,11 @@ class Options:
     latent: tuple[str, ...] = _option(
         (), _names, "the draws that are latents, by 'file.py:line' or name in the plan; default: chosen by what they do"
     )
-    output: str = _option("mean", _one_of("mean", "distribution"), "what the model returns for a random output")
+    output: str = _option("mean", _one_of(("mean", "distribution")), "what the model returns for a random output")
     penalty: float = _option(50.0, _weight, "weight of L_c (paper eq. 14, lambda)")
-    penalty_kind: str = _option("squared", _one_of("squared", "expected"), "L_c of squared variances, or of variances")
+    penalty_kind: str = _option("squared", _one_of(("squared", "expected")), "L_c of squared variances, or of variances")
     attach: bool = _option(True, _flag, "let L_c join the loss at backward")
-    covariance: str = _option("independent", _one_of(*COVARIANCES), "how covariance is carried")
+    covariance: str = _option("independent", _one_of(MODES), "how covariance is carried")
     rank: int | None = _option(None, _count_or_none, "pairs of nodes in low-rank mode", mode="lowrank")
     pairs: int = _option(1, _count, "antithetic pairs in sampled mode", mode="sampled")
     recalibrate: int = _option(20, _steps, "training steps between renewed gains; 0: never by themselves", mode="calibrated")

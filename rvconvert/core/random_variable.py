@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
+from rvconvert.core.mode import MODES
 from rvconvert.core.registry import NAMESPACES, PLAIN, REGISTRY, FunctionTable, Registry, operation_name
 from rvconvert.errors import ConversionError, UnsupportedOperationError
 
@@ -23,7 +24,7 @@ class Settings:
 
     Attributes:
         registry: the rule table.
-        covariance: ``"independent"``, ``"calibrated"``, ``"lowrank"`` or ``"sampled"``.
+        covariance: the name of a mode, ``"independent"``, ``"calibrated"``, ``"lowrank"`` or ``"sampled"``.
         rank: pairs of nodes in ``"lowrank"`` mode (None: one per latent, from 16 to 64).
         pairs: antithetic pairs of paths in ``"sampled"`` mode.
         seed: fixes the directions of sampled paths and of nodes; None draws them afresh.
@@ -44,7 +45,7 @@ class Settings:
     @property
     def needs_rules(self) -> bool:
         """False where plain functions run on paths, so that any operation goes."""
-        return self.covariance in ("independent", "calibrated")
+        return MODES[self.covariance].needs_rules
 
     def rule_for(self, func: Callable[..., Any]) -> Rule | None:
         """The rule for a torch function, a declared approximate one if ``strict`` allows, or None."""

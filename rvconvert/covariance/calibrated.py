@@ -25,9 +25,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rvconvert.core.random_variable import RandomVariable, Settings
+from rvconvert.core.mode import MODES
+from rvconvert.core.random_variable import RandomVariable
 from rvconvert.covariance.sampled import SampledVariable
-from rvconvert.rules.noise import SOURCES
 
 __all__ = ["FLOOR", "Gain", "Gains", "Measurement", "calibrated", "level_of"]
 
@@ -330,8 +330,4 @@ def calibrated(state: Any, key: str, value: Any, level: Tensor | None) -> Any:
     return state.gains.pass_through(key, value, level)
 
 
-def _independent(zeros: Tensor, settings: Settings) -> RandomVariable:
-    return SOURCES["independent"](zeros, settings)
-
-
-SOURCES["calibrated"] = _independent
+MODES["calibrated"] = MODES["independent"]

@@ -17,11 +17,11 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree
 
+from rvconvert.core.mode import MODES, Mode, Sampler
 from rvconvert.core.random_variable import RandomVariable, Settings, is_in_place, random_variables
 from rvconvert.covariance.rows import Rows, moved, reordered, still
 from rvconvert.covariance.sampled import SampledVariable, drawn_paths, squared
 from rvconvert.rules.kinds import MOVES_ANY_LAYOUT, Collapse, Elementwise, Metadata, Shape, out_of_place, substitute
-from rvconvert.rules.noise import DRAWN, SOURCES, UNIFORMS, Sampler
 
 if TYPE_CHECKING:
     from rvconvert.core.registry import Rule
@@ -355,6 +355,4 @@ def drawn_nodes(sampler: Sampler, zeros: Tensor, settings: Settings) -> LowRankV
     return LowRankVariable.of_frames(drawn_paths(sampler, 2 * pairs, zeros, seed), (Frame(None),), settings)
 
 
-SOURCES["lowrank"] = cubature_normal
-UNIFORMS["lowrank"] = stratified_uniform
-DRAWN["lowrank"] = drawn_nodes
+MODES["lowrank"] = Mode(cubature_normal, stratified_uniform, drawn_nodes)

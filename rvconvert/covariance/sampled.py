@@ -15,11 +15,12 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree
 
+from rvconvert.core.mode import MODES, Mode, Sampler
 from rvconvert.core.random_variable import RandomVariable, Settings, is_in_place, propagate, random_variables
 from rvconvert.core.registry import Exactness
 from rvconvert.errors import ConversionError
 from rvconvert.rules.kinds import Collapse, Metadata, Read, substitute
-from rvconvert.rules.noise import DRAWN, SOURCES, Sampler, entering
+from rvconvert.rules.noise import entering
 from rvconvert.rules.shape import setitem
 
 if TYPE_CHECKING:
@@ -241,5 +242,4 @@ def drawn_paths(sampler: Sampler, count: int, zeros: Tensor, seed: int | None) -
     return sampler(count, None if seed is None else torch.Generator(zeros.device).manual_seed(seed))
 
 
-SOURCES["sampled"] = antithetic_normal
-DRAWN["sampled"] = independent_paths
+MODES["sampled"] = Mode(antithetic_normal, drawn=independent_paths)

@@ -21,7 +21,7 @@ from rvconvert.errors import ConversionError
 from rvconvert.rules.density import Bernoulli, Beta, Gamma
 from rvconvert.rules.noise import known_moments, standard_normal, standard_uniform
 
-__all__ = ["DRAWS", "GAUSSIAN_SOURCES", "NON_GAUSSIAN", "Draw", "Law"]
+__all__ = ["DRAWS", "Draw", "Law"]
 
 
 @dataclass(frozen=True)
@@ -353,11 +353,3 @@ _ROWS += [
 
 # Every torch function that draws (but dropout, which has rules of its own) -> its draw.
 DRAWS = FunctionTable({func: Draw(func, law, made) for func, law, made in _ROWS})
-
-# Two readings of the table: what the engine makes a latent of today, and the names of all other laws.
-GAUSSIAN_SOURCES: dict[Any, Callable[..., RandomVariable]] = {
-    func: draw.random_variable for func, draw in DRAWS.items() if draw.is_gaussian
-}
-NON_GAUSSIAN: dict[Any, str] = {
-    func: draw.law.name for func, draw in DRAWS.items() if not draw.is_gaussian and draw.law is not INTEGER
-}

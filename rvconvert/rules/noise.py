@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import Any
 
 import torch
 
+from rvconvert.core.mode import MODES, Mode, Sampler
 from rvconvert.core.random_variable import Density, RandomVariable, Settings
 from rvconvert.errors import ConversionError
 from rvconvert.rules.density import UNIFORM, open_interval
 
 __all__ = [
-    "DRAWN",
-    "SOURCES",
-    "UNIFORMS",
     "all_entering",
     "entering",
     "known_moments",
@@ -24,21 +22,11 @@ __all__ = [
     "standard_uniform",
 ]
 
-Sampler = Callable[[int, "torch.Generator | None"], torch.Tensor]
-
-# How a standard normal variable of a given shape starts in each covariance mode: source(zeros, settings).
-SOURCES: dict[str, Callable[[torch.Tensor, Settings], RandomVariable]] = {}
-# How a variable uniform on (0, 1) starts where that is not by the normal law of a standard normal one's paths.
-UNIFORMS: dict[str, Callable[[torch.Tensor, Settings], RandomVariable]] = {}
-# How a variable starts whose paths can only be drawn one by one: drawn(sampler, zeros, settings).
-DRAWN: dict[str, Callable[[Sampler, torch.Tensor, Settings], RandomVariable]] = {}
-
-
 def _independent(zeros: torch.Tensor, settings: Settings) -> RandomVariable:
     return RandomVariable._make(zeros, torch.ones_like(zeros), settings)
 
 
-SOURCES["independent"] = _independent
+MODES["independent"] = Mode(_independent, needs_rules=True)
 
 
 def nth_source(settings: Settings, index: int) -> Settings:
@@ -72,9 +60,9 @@ def all_entering(values: Iterable[Any], settings: Settings) -> Iterator[Any]:
 
 def standard_normal(zeros: torch.Tensor, settings: Settings) -> RandomVariable:
     """A standard normal random variable shaped like ``zeros``, in the covariance mode of ``settings``."""
-    if settings.covariance not in SOURCES:
-        raise ConversionError(f"covariance={settings.covariance!r} is not one of {', '.join(map(repr, SOURCES))}")
-    return SOURCES[settings.covariance](zeros, settings).derived(latent=True)
+    if settings.covariance not in MODES:
+        raise ConversionError(f"covariance={settings.covariance!r} is not one of {', '.join(map(repr, MODES))}")
+    return MODES[settings.covariance].normal(zeros, settings).derived(latent=True)
 
 
 def standard_uniform(zeros: torch.Tensor, settings: Settings) -> RandomVariable:
@@ -86,8 +74,9 @@ def standard_uniform(zeros: torch.Tensor, settings: Settings) -> RandomVariable:
         half = torch.full_like(zeros, 0.5)
         made = RandomVariable._make(half, torch.full_like(zeros, 1 / 12), settings)
         return made.derived(latent=True).distributed(UNIFORM)
-    if settings.covariance in UNIFORMS:
-        return UNIFORMS[settings.covariance](zeros, settings).derived(latent=True)
+    uniform = MODES[settings.covariance].uniform
+    if uniform is not None:
+        return uniform(zeros, settings).derived(latent=True)
     noise: Any = standard_normal(zeros, settings)
     u: RandomVariable = open_interval(torch.special.ndtr(noise))
     return u.derived(latent=True)
@@ -107,4 +96,7 @@ def known_moments(
     """
     if settings.needs_rules:
         return RandomVariable._make(mean, var, settings).derived(latent=True).distributed(density)
-    return DRAWN[settings.covariance](sampler, torch.zeros_like(mean), settings).derived(latent=True)
+    drawn = MODES[settings.covariance].drawn
+    if drawn is None:
+        raise ConversionError(f"covariance={settings.covariance!r} has no paths for a law without a quantile function")
+    return drawn(sampler, torch.zeros_like(mean), settings).derived(latent=True)
