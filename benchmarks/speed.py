@@ -1,13 +1,14 @@
 """Time, memory and arithmetic of a converted model's training step and forward pass, against the plain model's.
 
-    python -m benchmarks.speed                  # on the processor
-    python -m benchmarks.speed --device cuda    # on a GPU: TF32 and bf16 autocast, eager and compiled, the whole table
-    python -m benchmarks.speed --no-kernels     # compiling nothing
-    python -m benchmarks.speed --table          # the README's, of the figures that these wrote
-    python -m benchmarks.speed --models VanillaVAE --rounds 3 --gate 4    # exit code 1 above this ratio; writes nothing
+    python -m benchmarks.speed                          # on the processor: the published systems and every kind of decoder
+    python -m benchmarks.speed --device cuda            # on a GPU: TF32 and bf16 autocast, eager and compiled
+    python -m benchmarks.speed --models "GELU 32" GRU   # some of them
+    python -m benchmarks.speed --table [--all]          # the README's, or every column, of the figures that these wrote
+    python -m benchmarks.speed --models "ReLU 32" --batch 8 --gate 4    # exit code 1 above this ratio; writes nothing
 
-Each variant runs in turn with the plain model, in one process; a figure is the ratio of the medians of their times. FLOPs and
-bytes are those of one training step: bytes, what each operation reads and writes once, an elementwise kernel being one.
+Each model runs in a process of its own. Each variant runs in turn with the plain model; a figure is the ratio of the medians
+of their times. Nothing is compiled but in the rows that say so. "Lost" is what the first ten steps of the process took beyond
+ten of the later ones, conversion included. The FLOPs of a step, over the plain one's, are what an ideal program would take.
 """
 
 from __future__ import annotations
@@ -16,8 +17,8 @@ import argparse
 import contextlib
 import copy
 import json
+import multiprocessing
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -26,59 +27,16 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
-
-import dc_vae
-import soft_intro_vae
-from beta_tcvae import BetaTCVAE
-from vae import VanillaVAE
-
 import rvconvert
+from benchmarks.decoders import MODELS, SYSTEMS, sequential
 from benchmarks.memory import kept_for_backward
 from benchmarks.naive import NaiveDecoder
-from rvconvert.moments.compilation import fused
 
 Run = Callable[[], Tensor]
 RESULTS = Path(__file__).resolve().parent / "results" / "speed.json"
-
-
-class Autoencoder(nn.Module):
-    """An encoder and a decoder of an example that has no class for the whole."""
-
-    def __init__(self, encoder: nn.Module, decoder: nn.Module) -> None:
-        super().__init__()
-        self.encoder, self.decoder = encoder, decoder
-
-    def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        return self.encoder(x)
-
-    def decode(self, z: Tensor) -> Tensor:
-        return self.decoder(z)
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        mu, logvar = self.encoder(x)
-        return self.decoder(mu + torch.randn_like(mu) * torch.exp(0.5 * logvar)), mu, logvar
-
-
-def dc() -> nn.Module:
-    return Autoencoder(dc_vae.Encoder(128), dc_vae.Decoder(128))
-
-
-def soft_intro() -> nn.Module:
-    channels = soft_intro_vae.SETTINGS["cifar10"].channels
-    return Autoencoder(soft_intro_vae.Encoder(3, 128, channels, 32), soft_intro_vae.Decoder(3, 128, channels, 32))
-
-
-MODELS: dict[str, tuple[Callable[[], nn.Module], int, int]] = {  # constructor, image size, batch
-    "VanillaVAE": (VanillaVAE, 64, 64),
-    "beta-TCVAE": (BetaTCVAE, 64, 64),
-    "DC-VAE": (dc, 32, 32),
-    "Soft-Intro-VAE": (soft_intro, 32, 32),
-}
+CONVERTED = "rvconvert"
 
 
 def loss_of(out: Tensor, x: Tensor, mu: Tensor, logvar: Tensor) -> Tensor:
@@ -86,36 +44,31 @@ def loss_of(out: Tensor, x: Tensor, mu: Tensor, logvar: Tensor) -> Tensor:
     return (out.float() - x).square().mean() + 1e-3 * kl.float()
 
 
-def steps_of(plain: nn.Module, x: Tensor, args: argparse.Namespace) -> dict[str, Run]:
-    """Every variant's forward pass with its loss."""
+def step_of(model: nn.Module, x: Tensor) -> Run:
+    """A forward pass with its loss."""
 
-    def converted(**options: object) -> nn.Module:
-        return rvconvert.convert(plain, example_inputs=x, **options)
-
-    models = {"plain": plain, "rvconvert": converted()}
-    if args.variance_bf16:
-        models["rvconvert, variance in bfloat16"] = converted(variance_dtype=torch.bfloat16)
-    if args.compile:
-        models |= {f"{name}, compiled": torch.compile(copy.deepcopy(m), mode=args.mode) for name, m in models.items()}
-    steps: dict[str, Run] = {}
-    for name, m in models.items():
-
-        def step(m: nn.Module = m) -> Tensor:
-            out, mu, logvar = m(x)
-            return loss_of(out, x, mu, logvar)
-
-        steps[name] = step
-
-    def sampled(count: int) -> Tensor:
-        mu, logvar = plain.encode(x)
-        std = torch.exp(0.5 * logvar)
-        z = (mu + torch.randn(count, *mu.shape, device=mu.device) * std).flatten(0, 1)
-        out = plain.decode(z).unflatten(0, (count, -1)).mean(0)
+    def run() -> Tensor:
+        out, mu, logvar = model(x)
         return loss_of(out, x, mu, logvar)
 
+    return run
+
+
+def variants(plain: nn.Module, x: Tensor, args: argparse.Namespace) -> dict[str, Run]:
+    """Every variant's forward pass with its loss, the converted one aside."""
+    made: dict[str, Run] = {}
+    if args.covariances:
+        for mode in args.covariances:
+            made[mode] = step_of(rvconvert.convert(plain, covariance=mode), x)
+    if args.variance_bf16:
+        made["variance in bfloat16"] = step_of(rvconvert.convert(plain, variance_dtype=torch.bfloat16), x)
+    if args.compile:
+        converted = rvconvert.convert(plain, example_inputs=x)
+        for name, model in (("plain, compiled", copy.deepcopy(plain)), ("rvconvert, compiled", converted)):
+            made[name] = step_of(torch.compile(model, mode=args.mode), x)
     for count in args.samples:
-        steps[f"Monte Carlo, {count} sample{'s' * (count > 1)}"] = lambda count=count: sampled(count)
-    layers = sequential_decoder(plain)
+        made[f"{count} sample{'s' * (count > 1)}"] = lambda count=count: sampled(plain, x, count)
+    layers = sequential(plain)
     if layers is not None:
         naive = NaiveDecoder(layers)
 
@@ -124,18 +77,16 @@ def steps_of(plain: nn.Module, x: Tensor, args: argparse.Namespace) -> dict[str,
             out, var = naive(mu, logvar.exp())
             return loss_of(out, x, mu, logvar) + 50.0 * var.square().mean()
 
-        steps["the paper's method, naive"] = naive_step
+        made["naive"] = naive_step
         with contextlib.suppress(ImportError):
-            steps["fastbnns"] = fastbnns_step(plain, layers, x)
-    return steps
+            made["fastbnns"] = fastbnns_step(plain, layers, x)
+    return made
 
 
-def sequential_decoder(model: nn.Module) -> list[nn.Module | tuple[int, ...]] | None:
-    """A decoder as a list of layers and views, where it is one."""
-    if isinstance(model, VanillaVAE):
-        layers: list[nn.Module | tuple[int, ...]] = [model.decoder_input, tuple(model.bottom_shape)]
-        return layers + [layer for block in (*model.decoder, model.final_layer) for layer in block]
-    return None
+def sampled(plain: nn.Module, x: Tensor, count: int) -> Tensor:
+    mu, logvar = plain.encode(x)
+    z = (mu + torch.randn(count, *mu.shape, device=mu.device) * torch.exp(0.5 * logvar)).flatten(0, 1)
+    return loss_of(plain.decode(z).unflatten(0, (count, -1)).mean(0), x, mu, logvar)
 
 
 def fastbnns_step(plain: nn.Module, layers: list[nn.Module | tuple[int, ...]], x: Tensor) -> Run:
@@ -157,59 +108,37 @@ def fastbnns_step(plain: nn.Module, layers: list[nn.Module | tuple[int, ...]], x
 class Meter:
     """Measures runs on one device: interleaved, median."""
 
-    def __init__(self, args: argparse.Namespace) -> None:
-        self.args = args
-        self.cuda = args.device == "cuda"
+    def __init__(self, args: argparse.Namespace, parameters: list[Tensor]) -> None:
+        self.args, self.parameters, self.cuda = args, parameters, args.device == "cuda"
         self.clock = time.process_time if args.clock == "process" else time.perf_counter
 
-    def autocast(self) -> contextlib.AbstractContextManager[None]:
-        return torch.autocast(self.args.device, torch.bfloat16, enabled=self.args.dtype == "bf16")
-
-    def once(self, run: Run, parameters: list[Tensor], train: bool) -> float:
+    def once(self, run: Run, train: bool = True) -> float:
         if self.cuda:
             torch.cuda.synchronize()
         start = self.clock()
+        with torch.autocast(self.args.device, torch.bfloat16, enabled=self.args.dtype == "bf16"), torch.set_grad_enabled(train):
+            loss = run()
         if train:
-            with self.autocast():
-                loss = run()
             loss.backward()
-        else:
-            with self.autocast(), torch.no_grad():
-                run()
         if self.cuda:
             torch.cuda.synchronize()
         seconds = self.clock() - start
-        for p in parameters:
+        for p in self.parameters:
             p.grad = None
         return seconds
 
-    def times(
-        self, runs: dict[str, Run], parameters: list[Tensor], train: bool
-    ) -> tuple[dict[str, float], dict[str, str], float]:
-        """Ratio of each run to the plain one, which is timed in turn with it; why a run could not be; plain seconds."""
-        failed: dict[str, str] = {}
-        ratios: dict[str, float] = {}
-        plain_seconds: list[float] = []
-        for name, run in runs.items():
-            try:
-                for _ in range(1 if name.startswith("Monte Carlo") else 2):  # compiles what is to be compiled
-                    self.once(run, parameters, train)
-            except Exception as error:
-                if name in ("plain", "rvconvert"):
-                    raise
-                failed[name] = f"{type(error).__name__}: {error}".splitlines()[0][:90]
-                continue
-            pairs = [[self.once(each, parameters, train) for each in (runs["plain"], run)] for _ in range(self.args.rounds)]
-            plain, own = zip(*pairs, strict=True)
-            ratios[name] = statistics.median(own) / statistics.median(plain)
-            plain_seconds += plain
-        return ratios, failed, statistics.median(plain_seconds)
+    def ratio(self, plain: Run, run: Run, train: bool = True) -> tuple[float, float]:
+        """Of the medians, timed in turn; and the plain median in seconds."""
+        self.once(run, train)
+        pairs = [(self.once(plain, train), self.once(run, train)) for _ in range(self.args.rounds)]
+        base, own = (statistics.median(each) for each in zip(*pairs, strict=True))
+        return own / base, base
 
-    def memory(self, run: Run, parameters: list[Tensor]) -> float:
+    def memory(self, run: Run) -> float:
         """Bytes: the peak on a GPU; on the processor, what a step keeps for its backward pass, each storage once."""
         if self.cuda:
             torch.cuda.reset_peak_memory_stats()
-            self.once(run, parameters, True)
+            self.once(run)
             return float(torch.cuda.max_memory_allocated())
         return kept_for_backward(run)
 
@@ -220,187 +149,144 @@ def flops(run: Run) -> float:
     return float(counter.get_total_flops())
 
 
-class BytesMoved(TorchDispatchMode):
-    """Bytes that operations read and write, views aside; a fused kernel reads its inputs and writes its results once."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.total = 0
-        # Every module with kernels has the function under its own name.
-        self.kernels = [m for name, m in sys.modules.items() if name.startswith("rvconvert.rules.") and hasattr(m, "fused")]
-
-    def add(self, *values: object) -> None:
-        self.total += sum(x.numel() * x.element_size() for x in tree_leaves(values) if isinstance(x, Tensor))
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-        result = func(*args, **(kwargs or {}))
-        if not func.is_view and "empty" not in func.__name__ and "detach" not in func.__name__:
-            self.add(args, kwargs, result)
-        return result
-
-    def __enter__(self) -> BytesMoved:
-        def counted(kernel: Callable[..., object], *tensors: Tensor, **options: object) -> object:
-            with torch._C._DisableTorchDispatch():
-                result = fused(kernel, *tensors, **options)
-            self.add(tensors, result)
-            return result
-
-        for module in self.kernels:
-            module.fused = counted  # type: ignore[assignment]
-        super().__enter__()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        super().__exit__(*error)
-        for module in self.kernels:
-            module.fused = fused
-
-
-def bytes_moved(run: Run) -> float:
-    with BytesMoved() as counter:
-        run().backward()
-    return float(counter.total)
-
-
 def measure(name: str, args: argparse.Namespace) -> dict[str, object]:
-    """Ratios to the plain model of every variant of one model."""
+    """All figures of one model, in a process that has done nothing else."""
+    torch.set_num_threads(args.threads)
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.dtype != "fp32"
     torch.manual_seed(0)
-    build, size, batch = MODELS[name]
+    build, shape, batch = MODELS[name]
     plain = build().to(args.device)
-    x = torch.rand(args.batch or batch, 3, size, size, device=args.device)
-    meter = Meter(args)
-    result: dict[str, object] = {"model": name, "batch": len(x), "rows": {}}
-    rows: dict[str, dict[str, float | str]] = {}
-    runs = steps_of(plain, x, args)
-    parameters = list(plain.parameters())
-    ratios, failed, result["plain_seconds"] = meter.times(runs, parameters, True)
-    base_flops, base_bytes = flops(runs["plain"]), bytes_moved(runs["plain"])
-    base_memory = meter.memory(runs["plain"], parameters)
-    for variant, run in runs.items():
-        if variant in failed:
-            rows[variant] = {"failed": failed[variant]}
-            continue
-        row: dict[str, float | str] = {"step": ratios[variant]}
-        if "compiled" not in variant:
-            row["flops"] = flops(run) / base_flops
-            row["bytes"] = bytes_moved(run) / base_bytes
-            row["memory"] = meter.memory(run, parameters) / base_memory
-        rows[variant] = row
+    x = torch.rand(args.batch or batch, *shape, device=args.device)
+    meter = Meter(args, list(plain.parameters()))
+    base = step_of(plain, x)
+    for _ in range(2):
+        meter.once(base)
+    start = time.perf_counter()
+    converted = rvconvert.convert(plain)
+    run = step_of(converted, x)
+    for _ in range(10):
+        meter.once(run)
+    first_ten = time.perf_counter() - start
+    ratio, seconds = meter.ratio(base, run)
+    row: dict[str, object] = {"step": ratio, "lost": max(0.0, first_ten - 10 * ratio * seconds)}
+    if args.clock == "process":
+        del row["lost"]
+    row["flops"], row["memory"] = flops(run) / flops(base), meter.memory(run) / meter.memory(base)
+    others: dict[str, float | str] = {}
+    for variant, other in variants(plain, x, args).items() if name in SYSTEMS or args.peers else ():
+        try:
+            others[variant] = meter.ratio(base, other)[0]
+        except Exception as error:
+            others[variant] = f"{type(error).__name__}: {error}".splitlines()[0][:90]
     plain.eval()
-    with torch.no_grad():
-        evaluated = steps_of(plain, x, args)  # converted in eval mode
-    evaluated = {k: v for k, v in evaluated.items() if k not in failed and "naive" not in k and k != "fastbnns"}
-    back = rvconvert.to_plain(rvconvert.convert(plain, example_inputs=x))
-
-    def back_step() -> Tensor:
-        out, mu, logvar = back(x)
-        return loss_of(out, x, mu, logvar)
-
-    evaluated["to_plain"] = back_step
-    for variant, ratio in meter.times(evaluated, parameters, False)[0].items():
-        rows.setdefault(variant, {})["forward"] = ratio
-    result["rows"] = rows
-    return result
+    row["forward"] = meter.ratio(step_of(plain, x), step_of(rvconvert.convert(plain), x), train=False)[0]
+    conditions = {"device": args.device, "dtype": args.dtype, "threads": args.threads, "rounds": args.rounds}
+    return {"model": name, "batch": len(x), "plain_seconds": seconds, **row, "others": others, **conditions}
 
 
-def table(results: list[dict[str, object]], args: argparse.Namespace) -> Table:
-    title = f"Times over the plain model's ({args.device}, {args.dtype}, {args.clock} clock, median of {args.rounds})"
-    made = Table(title=title)
-    for heading in ("model", "variant", "training step", "FLOPs", "bytes", "memory", "forward in eval mode"):
-        made.add_column(heading, justify="left" if heading in ("model", "variant") else "right")
-    for result in results:
-        label = f"{result['model']}, batch {result['batch']}, plain step {1e3 * result['plain_seconds']:.0f} ms"  # type: ignore[operator]
-        for variant, row in result["rows"].items():  # type: ignore[attr-defined]
-            if "failed" in row:
-                made.add_row(label, variant, row["failed"], "", "", "", "")
-            else:
-                cells = (row.get(column) for column in ("step", "flops", "bytes", "memory", "forward"))
-                made.add_row(label, variant, *("" if cell is None else f"{cell:.2f}" for cell in cells))
-            label = ""
-        made.add_section()
+def _measure_into(queue: multiprocessing.Queue, name: str, args: argparse.Namespace) -> None:
+    queue.put(measure(name, args))
+
+
+def in_a_process(name: str, args: argparse.Namespace) -> dict[str, object]:
+    context = multiprocessing.get_context("spawn")
+    queue = context.Queue()
+    process = context.Process(target=_measure_into, args=(queue, name, args))
+    process.start()
+    while True:
+        with contextlib.suppress(Exception):
+            found = queue.get(timeout=2)
+            break
+        if not process.is_alive():
+            raise SystemExit(f"{name}: the process that measured it ended with {process.exitcode}")
+    process.join()
+    return found
+
+
+COLUMNS = {"step": "converted", "flops": "FLOPs", "memory": "memory", "forward": "forward", "lost": "s lost"}
+PEERS = {"2 samples": "2 samples", "naive": "naive", "fastbnns": "fastbnns"}
+
+
+def cells(row: dict[str, object], columns: dict[str, str], peers: dict[str, str]) -> list[str]:
+    values = [row.get(key) for key in columns] + [row["others"].get(key) for key in peers]  # type: ignore[attr-defined]
+    return ["" if v is None else v if isinstance(v, str) else f"{v:.2f}" for v in values]
+
+
+def table(rows: list[dict[str, object]]) -> Table:
+    made = Table(title="Times over the plain model's (what follows the second column)")
+    for heading in ("model, batch", "plain step", *COLUMNS.values(), "others"):
+        made.add_column(heading, justify="left" if heading in ("model, batch", "others") else "right")
+    for row in rows:
+        others = (f"{k} {v if isinstance(v, str) else f'{v:.2f}'}" for k, v in row["others"].items())  # type: ignore[attr-defined]
+        name, plain = f"{row['model']}, {row['batch']} ({row['device']}, {row['dtype']})", f"{1e3 * row['plain_seconds']:.0f} ms"  # type: ignore[operator]
+        made.add_row(name, plain, *cells(row, COLUMNS, {}), ", ".join(others))
     return made
 
 
-def add_to(path: Path, result: dict[str, object]) -> None:
-    """Put one model's figures into a file of such, in the place of earlier ones."""
-    same = ("model", "dtype", "device", "kernels")
-    held = json.loads(path.read_text()) if path.exists() else []
-    held = [r for r in held if any(r.get(key) != result.get(key) for key in same)]
-    path.write_text(json.dumps([*held, result], indent=1))
-
-
-def markdown(held: list[dict[str, object]]) -> str:
-    """The README's table, of a file of figures: one row for each model, device and type of number."""
-    columns = {
-        "plain step": lambda r, rows: f"{1e3 * r['plain_seconds']:.0f} ms",
-        "converted": lambda r, rows: cell(rows.get("rvconvert"), "step"),
-        "compiling nothing": lambda r, rows: cell(without.get((r["model"], r["device"], r["dtype"])), "step"),
-        "2 samples": lambda r, rows: cell(rows.get("Monte Carlo, 2 samples"), "step"),
-        "naive": lambda r, rows: cell(rows.get("the paper's method, naive"), "step"),
-        "fastbnns": lambda r, rows: cell(rows.get("fastbnns"), "step"),
-        "FLOPs": lambda r, rows: cell(rows.get("rvconvert"), "flops"),
-        "memory": lambda r, rows: cell(rows.get("rvconvert"), "memory"),
-        "forward": lambda r, rows: cell(rows.get("rvconvert"), "forward"),
-        "forward, 3 samples": lambda r, rows: cell(rows.get("Monte Carlo, 3 samples"), "forward"),
-    }
-
-    def cell(row: dict[str, float] | None, key: str) -> str:
-        return f"{row[key]:.2f}" if row and key in row else ""
-
-    without = {(r["model"], r["device"], r["dtype"]): r["rows"]["rvconvert"] for r in held if not r["kernels"]}  # type: ignore[index]
-    lines = [f"| model, batch | {' | '.join(columns)} |", "| --- |" + " ---: |" * len(columns)]
-    for r in held:
-        if r["kernels"]:
-            cells = (make(r, r["rows"]) for make in columns.values())
-            lines.append(f"| {r['model']}, {r['batch']} ({r['device']}, {r['dtype']}) | {' | '.join(cells)} |")
+def markdown(rows: list[dict[str, object]], *, every: bool) -> str:
+    """The README's table: the systems, then the best and worst decoders; with ``every``, all rows and columns."""
+    columns = COLUMNS if every else {k: COLUMNS[k] for k in ("step", "flops", "memory", "lost")}
+    peers = PEERS if every else {k: PEERS[k] for k in ("2 samples", "naive")}
+    by_size: dict[str, list[dict[str, object]]] = {}
+    for row in rows:
+        if row["model"] not in SYSTEMS and str(row["model"])[-2:].isdigit():
+            by_size.setdefault(f"{row['model']}"[-2:] + f"{row['device']}{row['dtype']}", []).append(row)
+    chosen = {id(f(group, key=lambda r: r["step"])) for group in by_size.values() for f in (min, max)}  # type: ignore[arg-type,return-value]
+    lines = [f"| model, batch | plain step | {' | '.join((*columns.values(), *peers.values()))} |"]
+    lines.append("| --- |" + " ---: |" * (1 + len(columns) + len(peers)))
+    for row in rows:
+        sized = str(row["model"])[-2:].isdigit()
+        if not every and row["model"] not in SYSTEMS and sized and id(row) not in chosen:
+            continue
+        name = f"{row['model']}×{row['model'][-2:]}" if sized else row["model"]  # type: ignore[index]
+        plain = f"{1e3 * row['plain_seconds']:.0f} ms"  # type: ignore[operator]
+        where = "" if row["device"] == "cpu" else f" ({row['device']}, {row['dtype']})"
+        lines.append(f"| {name}, {row['batch']}{where} | {plain} | {' | '.join(cells(row, columns, peers))} |")
     return "\n".join(lines)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS), metavar="NAME", help=", ".join(MODELS))
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     dtypes = ("fp32", "tf32", "bf16")
     parser.add_argument("--dtypes", nargs="+", choices=dtypes, help="bf16: autocast; default fp32, on a GPU tf32 and bf16")
+    parser.add_argument("--covariances", nargs="*", default=(), metavar="MODE", help="also these covariance modes")
     parser.add_argument("--variance-bf16", action="store_true", help="also variance_dtype=torch.bfloat16; always on a GPU")
     parser.add_argument("--compile", action="store_true", help="also both models through torch.compile; always on a GPU")
     parser.add_argument("--mode", default=None, help="torch.compile's mode, for instance reduce-overhead")
-    parser.add_argument("--no-kernels", action="store_true", help="compile nothing, not even elementwise kernels")
-    parser.add_argument("--batch", type=int, help="the examples' own unless given")
-    parser.add_argument("--samples", type=int, nargs="*", default=(1, 2, 3, 4, 16), help="of Monte Carlo; 16 of DC-VAE: 20 GB")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--batch", type=int, help="the models' own unless given")
+    parser.add_argument("--samples", type=int, nargs="*", default=(2,), help="of Monte Carlo")
+    parser.add_argument("--peers", action="store_true", help="the other variants for every model, not for the systems alone")
+    parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--clock", default="wall", choices=("wall", "process"), help="process: for a shared machine")
     parser.add_argument("--json", type=Path, default=RESULTS, help="where figures go, in the place of a model's earlier ones")
     parser.add_argument("--table", action="store_true", help="measure nothing; print the table of the --json file as Markdown")
+    parser.add_argument("--all", action="store_true", help="with --table: every row and column")
     parser.add_argument("--gate", type=float, help="exit with 1 where a converted training step takes more than this")
     args = parser.parse_args()
     if args.table:
-        print(markdown(json.loads(args.json.read_text())))
+        print(markdown(json.loads(args.json.read_text()), every=args.all))
         return
     if args.device == "cuda":
         args.compile = args.variance_bf16 = True
-    torch.set_num_threads(args.threads)
-    if args.no_kernels:
-        rvconvert.moments.compilation.disable()
-    console = Console(width=None if sys.stdout.isatty() else 150)
+    console = Console(width=170)
     measured = []
     for dtype in args.dtypes or (("tf32", "bf16") if args.device == "cuda" else ("fp32",)):
-        args.dtype = dtype
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.dtype != "fp32"
-        results = []
         for name in args.models:
-            results.append(measure(name, args))
-            console.print(f"{name}, {args.dtype} done", style="dim")
-            conditions = {"dtype": dtype, "device": args.device, "rounds": args.rounds, "kernels": not args.no_kernels}
-            measured.append(results[-1] | conditions)
+            measured.append(in_a_process(name, argparse.Namespace(**vars(args) | {"dtype": dtype})))
+            console.print(f"{name}, {dtype}: {measured[-1]['step']:.2f}", style="dim")
             if not args.gate:
-                add_to(args.json, measured[-1])
-        console.print(table(results, args))
-    if args.gate:
-        slow = {r["model"]: r["rows"]["rvconvert"]["step"] for r in measured}  # type: ignore[index]
-        if max(slow.values()) > args.gate:
-            raise SystemExit(f"a training step takes more than {args.gate} times the plain one: {slow}")
+                held = json.loads(args.json.read_text()) if args.json.exists() else []
+                same = ("model", "dtype", "device", "threads")
+                held = [r for r in held if any(r[key] != measured[-1][key] for key in same)] + [measured[-1]]
+                order = list(MODELS)
+                args.json.write_text(json.dumps(sorted(held, key=lambda r: order.index(r["model"])), indent=1) + "\n")
+    console.print(table(measured))
+    slow = {row["model"]: row["step"] for row in measured if args.gate and row["step"] > args.gate}
+    if slow:
+        raise SystemExit(f"a training step takes more than {args.gate} times the plain one: {slow}")
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from rvconvert.moments.quadrature import density, flushed
 
 
 def _sides(mean: Tensor, var: Tensor):
-    """Of relu(X) and relu(-X): E on the side on which the mean is not, Var there and on the other; phi/s, Phi(-t), above."""
+    """Of relu(X) and relu(-X): E on the side on which the mean is not, Var there and on the other; phi, M(t), 1/s, above."""
     s, inverse, t = standardize(mean, var)
     phi = density(t)
     mills, h1, h2 = tail(t)
@@ -22,47 +22,91 @@ def _sides(mean: Tensor, var: Tensor):
     small = s * tail1
     small_var = var * phi * torch.addcmul(h2, tail1, h1, value=-1)
     large_var = torch.addcmul(var - small_var, torch.add(small, mean.abs()), small, value=-2)  # relu(x) = x + relu(-x)
-    return small, small_var, large_var, phi * inverse, phi * mills, step(mean)
+    return small, small_var, large_var, phi, mills, inverse, step(mean)
 
 
-def _relu_kernel(mean, var):
-    small, small_var, large_var, _, _, above = _sides(mean, var)
-    return small + torch.clamp(mean, min=0.0), torch.lerp(small_var, large_var, above)
+def _relu_kernel(mean, var, for_backward):
+    """Mean and variance; and what the backward pass needs beside the mean: P(X > 0) and phi/s."""
+    small, small_var, large_var, phi, mills, inverse, above = _sides(mean, var)
+    out, out_var = small + torch.clamp(mean, min=0.0), torch.lerp(small_var, large_var, above)
+    return (out, out_var, *_upper(phi, mills, inverse, above)) if for_backward else (out, out_var)
 
 
-def _relu_backward(mean, var, grad_mean, grad_var):
-    small, _, _, slope, below, above = _sides(mean, var)
-    above = torch.lerp(below, 1.0 - below, above)  # P(X > 0)
-    expected = small + torch.clamp(mean, min=0.0)
-    by_mean = torch.addcmul(grad_mean * above, grad_var, torch.addcmul(expected, expected, above, value=-1), value=2)
-    by_var = torch.addcmul(grad_mean * (0.5 * slope), grad_var, torch.addcmul(above, expected, slope, value=-1))
+def _upper(phi, mills, inverse, above):
+    """P(X > 0) and phi/s."""
+    below = phi * mills
+    return torch.lerp(below, 1.0 - below, above), phi * inverse
+
+
+def _relu_backward(out, above, slope, grad_mean, grad_var):
+    by_mean = torch.addcmul(grad_mean * above, grad_var, torch.addcmul(out, out, above, value=-1), value=2)
+    by_var = torch.addcmul(torch.addcmul(above, out, slope, value=-1).mul_(grad_var), grad_mean, slope, value=0.5)
     return flushed(by_mean), flushed(by_var)
 
 
 class _Relu(torch.autograd.Function):
-    """Mean and variance of relu(X): paper equations 6 and 9. Saves (mean, var) only."""
+    """Mean and variance of relu(X): paper equations 6 and 9. Saves its mean, which the next layer does too, and two tensors."""
 
     @staticmethod
     def forward(ctx, mean, var):
-        ctx.save_for_backward(mean, var)
-        return fused(_relu_kernel, mean, var)
+        out, out_var, *partials = fused(_relu_kernel, mean, var, constants=(any(ctx.needs_input_grad),))
+        ctx.save_for_backward(out, *partials)
+        return out, out_var
 
     @staticmethod
     def backward(ctx, grad_mean, grad_var):
         return fused(_relu_backward, *ctx.saved_tensors, grad_mean, grad_var)
 
 
+def _one_slope_kernel(mean, var, c, for_backward):
+    """Mean and variance; and what the backward pass needs beside the mean: E[relu(X)], P(X > 0) and phi/s."""
+    small, small_var, large_var, phi, mills, inverse, above = _sides(mean, var)
+    up, down = small + torch.clamp(mean, min=0.0), small - torch.clamp(mean, max=0.0)
+    up_var = torch.lerp(small_var, large_var, above)
+    down_var = (small_var + large_var) - up_var
+    out_var = torch.addcmul(torch.add(up_var, down_var, alpha=c * c), up, down, value=2 * c)
+    out = torch.sub(up, down, alpha=c)
+    return (out, out_var, up, *_upper(phi, mills, inverse, above)) if for_backward else (out, out_var)
+
+
+def _one_slope_backward(out, up, above, slope, grad_mean, grad_var, c):
+    c_down, under = up - out, 1.0 - above
+    by_mean, var_by_mean = torch.add(above, under, alpha=c), torch.addcmul(up * under, c_down, above)
+    # Var by v = P - up phi/s + c² (1 - P) - c² down phi/s + c (up + down) phi/s
+    var_by_var = torch.add(above, under, alpha=c * c)
+    var_by_var = torch.addcmul(var_by_var, torch.sub(c_down, up), slope, value=1.0 - c)
+    return (
+        flushed(torch.addcmul(grad_mean * by_mean, grad_var, var_by_mean, value=2 * (1.0 - c))),
+        flushed(torch.addcmul(var_by_var.mul_(grad_var), grad_mean, slope, value=0.5 * (1.0 - c))),
+    )
+
+
+class _OneSlope(torch.autograd.Function):
+    """Mean and variance of relu(X) - c relu(-X), c a number. Saves its mean, which the next layer does too, and three tensors."""
+
+    @staticmethod
+    def forward(ctx, mean, var, c):
+        out, out_var, *partials = fused(_one_slope_kernel, mean, var, constants=(c, any(ctx.needs_input_grad)))
+        ctx.save_for_backward(out, *partials)
+        ctx.c = c
+        return out, out_var
+
+    @staticmethod
+    def backward(ctx, grad_mean, grad_var):
+        return *fused(_one_slope_backward, *ctx.saved_tensors, grad_mean, grad_var, constants=(ctx.c,)), None
+
+
 def _two_slopes_kernel(mean, var, c):
-    small, small_var, large_var, _, _, above = _sides(mean, var)
+    small, small_var, large_var, _, _, _, above = _sides(mean, var)
     up, down = small + torch.clamp(mean, min=0.0), small - torch.clamp(mean, max=0.0)
     up_var = torch.lerp(small_var, large_var, above)
     down_var = (small_var + large_var) - up_var
     return up - c * down, up_var + (c * c) * down_var + (2 * c) * up * down
 
 
-def _two_slopes_partials(mean, var, c):
-    """The gradients of mean and variance by mean, by var and by c."""
-    small, small_var, large_var, slope, below, above = _sides(mean, var)
+def _two_slopes_backward(mean, var, c, grad_mean, grad_var):
+    small, small_var, large_var, phi, mills, inverse, above = _sides(mean, var)
+    below, slope = phi * mills, phi * inverse
     rest = 1.0 - below
     under_var = torch.lerp(large_var, small_var, above)
     above, under = torch.lerp(below, rest, above), torch.lerp(rest, below, above)
@@ -70,30 +114,8 @@ def _two_slopes_partials(mean, var, c):
     by_mean = above + c * under, 2 * (1.0 - c) * (up * under + c * (down * above))
     var_by_var = (above - up * slope) + (c * c) * (under - down * slope) + c * ((up + down) * slope)
     by_c = -down, 2 * (c * under_var + up * down)
-    return by_mean, (0.5 * (1.0 - c) * slope, var_by_var), by_c
-
-
-def _two_slopes_backward(mean, var, grad_mean, grad_var, c):
-    by_mean, by_var, _ = _two_slopes_partials(mean, var, c)
-    return tuple(flushed(grad_mean * a + grad_var * b) for a, b in (by_mean, by_var))
-
-
-def _two_slopes_backward_by_slope(mean, var, c, grad_mean, grad_var):
-    return tuple(grad_mean * a + grad_var * b for a, b in _two_slopes_partials(mean, var, c))
-
-
-class _OneSlope(torch.autograd.Function):
-    """Mean and variance of relu(X) - c relu(-X), c a number; saves (mean, var)."""
-
-    @staticmethod
-    def forward(ctx, mean, var, c):
-        ctx.save_for_backward(mean, var)
-        ctx.c = c
-        return fused(_two_slopes_kernel, mean, var, constants=(c,))
-
-    @staticmethod
-    def backward(ctx, grad_mean, grad_var):
-        return *fused(_two_slopes_backward, *ctx.saved_tensors, grad_mean, grad_var, constants=(ctx.c,)), None
+    partials = (by_mean, (0.5 * (1.0 - c) * slope, var_by_var), by_c)
+    return tuple(grad_mean * a + grad_var * b for a, b in partials)
 
 
 class _TwoSlopes(torch.autograd.Function):
@@ -106,7 +128,7 @@ class _TwoSlopes(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_mean, grad_var):
-        return fused(_two_slopes_backward_by_slope, *ctx.saved_tensors, grad_mean, grad_var)
+        return fused(_two_slopes_backward, *ctx.saved_tensors, grad_mean, grad_var)
 
 
 @at_least_float32
