@@ -73,6 +73,7 @@ class Conversion:
         self.programs: OrderedDict[Any, Program] = OrderedDict()
         self.once: set[Any] = set()  # kinds of call that are recorded each time
         self.constants = types.SimpleNamespace()
+        self.latents: set[str] = set()  # places, "file:line", of the draws that became random variables
         self.checked: dict[tuple[str, str], list[str]] = {}  # graphs that replayed equal to eager
         self.signatures: dict[str, inspect.Signature] = {}
         self.last_penalty: torch.Tensor | None = None
@@ -270,6 +271,7 @@ class Conversion:
     def program(self, name: str, examined: Examined) -> Program:
         """The runnable form of a recording."""
         recording, roles = examined.recording, examined.roles
+        self.latents |= {node.meta["where"] for node in roles.latents}
         calibrated = self.options.covariance == "calibrated"
         gains = gain_keys(recording, roles, name, self.options.settings) if calibrated else None
         graph = to_random_variables(recording, roles, output=self.options.output, gains=gains)
@@ -510,6 +512,7 @@ class ConvertedModel:
         copied.programs, copied.constants = OrderedDict(conversion.programs), conversion.constants
         copied.gains = Gains.from_tensors(conversion.gains.to_tensors())
         copied.once, copied.penalty_scale = set(conversion.once), conversion.penalty_scale
+        copied.latents = set(conversion.latents)
         memo[id(self)] = made
         return made
 

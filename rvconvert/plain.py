@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
+from rvconvert.capture.recorder import user_frame, where
 from rvconvert.converted import conversion_of, is_converted, plain_copy
 from rvconvert.errors import ConversionError, TransferError
 from rvconvert.rules.draws import DRAWS
@@ -25,7 +26,8 @@ def to_plain(rv_model: nn.Module, latent: str = "sample") -> nn.Module:
     Args:
         rv_model: what ``convert`` returned.
         latent: ``"sample"`` leaves the model's own sampling; ``"mean"`` makes its converted methods
-            deterministic, every Gaussian draw at its mean, for fast inference (paper 5.6).
+            deterministic, every Gaussian draw at its mean and, of a model that was called or converted with
+            ``example_inputs``, every latent of another law, for fast inference (paper 5.6).
 
     Raises:
         ConversionError: the model was not converted, or ``latent`` is neither of the two.
@@ -45,23 +47,30 @@ def to_plain(rv_model: nn.Module, latent: str = "sample") -> nn.Module:
             "three, methods=(...), or a converted decoder: convert(model.decoder, random_inputs=(...))",
         )
     if latent == "mean":
-        make_deterministic(plain, methods)
+        make_deterministic(plain, methods, frozenset(conversion.latents))
     return plain
 
 
 class _MeanOfNoise(TorchFunctionMode):
-    """Every Gaussian draw at its mean; other functions as they are."""
+    """Every Gaussian draw and every latent at its mean; other functions as they are."""
+
+    def __init__(self, latents: frozenset[str]) -> None:
+        super().__init__()
+        self.latents = latents
 
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
         draw = DRAWS.get(func)
-        if draw is None or not draw.is_gaussian:
+        if draw is None or not (draw.is_gaussian or (self.latents and where(user_frame())[0] in self.latents)):
             return func(*args, **kwargs)
         return draw.at_mean(func, args, kwargs)
 
 
-def make_deterministic(model: nn.Module, methods: tuple[str, ...]) -> None:
-    """Give ``model`` a subclass of its class whose ``methods`` take every Gaussian draw at its mean."""
+def make_deterministic(model: nn.Module, methods: tuple[str, ...], latents: frozenset[str] = frozenset()) -> None:
+    """Give ``model`` a subclass of its class whose ``methods`` take every Gaussian draw at its mean.
+
+    ``latents``: the places, ``file:line``, of draws from other laws that are latents too.
+    """
     cls = type(model)
 
     def deterministic(name: str) -> Any:
@@ -69,23 +78,25 @@ def make_deterministic(model: nn.Module, methods: tuple[str, ...]) -> None:
 
         @functools.wraps(original)
         def method(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-            with _MeanOfNoise():
+            with _MeanOfNoise(latents):
                 return original(self, *args, **kwargs)
 
         return method
 
     def reduce(self: nn.Module, protocol: Any = None) -> Any:
-        return (_rebuild_deterministic, (cls, methods, dict(self.__dict__)))
+        return (_rebuild_deterministic, (cls, methods, dict(self.__dict__), latents))
 
     namespace: dict[str, Any] = {name: deterministic(name) for name in methods}
     namespace |= {"__reduce_ex__": reduce, "__module__": cls.__module__, "__doc__": cls.__doc__}
     model.__class__ = type(cls.__name__, (cls,), namespace)
 
 
-def _rebuild_deterministic(cls: type[nn.Module], methods: tuple[str, ...], state: dict[str, Any]) -> nn.Module:
+def _rebuild_deterministic(
+    cls: type[nn.Module], methods: tuple[str, ...], state: dict[str, Any], latents: frozenset[str] = frozenset()
+) -> nn.Module:
     model = cls.__new__(cls)
     model.__dict__.update(state)
-    make_deterministic(model, methods)
+    make_deterministic(model, methods, latents)
     return model
 
 

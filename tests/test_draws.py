@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch import distributions as D
 
+import rvconvert
 from rvconvert import ConversionError, RandomVariable
 from rvconvert.core.random_variable import Settings
 from rvconvert.core.registry import operation_name
@@ -321,3 +323,24 @@ def test_the_parameters_have_gradients(name):
     found = [g for g in gradients if g is not None]
     assert found and all(g.isfinite().all() for g in found)
     assert any((g != 0).any() for g in found)
+
+
+def test_to_plain_takes_a_latent_of_any_law_at_its_mean_and_draws_the_rest():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.encoder, self.decoder = nn.Linear(4, 6), nn.Linear(3, 4)
+
+        def forward(self, x):
+            loc, scale = self.encoder(x).chunk(2, -1)
+            mask = torch.rand_like(x) > 0.3
+            z = torch.distributions.Laplace(loc, F.softplus(scale)).rsample()
+            return self.decoder(z), mask
+
+    model, x = Model(), torch.randn(4, 4)
+    plain = rvconvert.to_plain(rvconvert.convert(model, example_inputs=x), latent="mean")
+    (first, mask), (second, other) = plain(x), plain(x)
+    torch.testing.assert_close(first, model.decoder(model.encoder(x)[:, :3]))
+    torch.testing.assert_close(first, second)
+    assert not torch.equal(mask, other)
+    torch.testing.assert_close(copy.deepcopy(plain)(x)[0], first)

@@ -117,17 +117,32 @@ def test_names_say_what_is_what(tmp_path: Path) -> None:
     assert not {node.op_type for node in graph.node} & {"RandomNormal", "RandomNormalLike", "RandomUniform", "Bernoulli"}
 
 
-class Gumbel(nn.Module):
+class Laplace(nn.Module):
+    """A Laplace posterior, and a mask on the reconstruction that goes on drawing if ``masked``."""
+
+    def __init__(self, masked: bool) -> None:
+        super().__init__()
+        self.encoder, self.decoder, self.masked = nn.Linear(3, 4), nn.Linear(2, 3), masked
+
     def forward(self, x: Tensor) -> Tensor:
-        return x + torch.rand_like(x)
+        loc, scale = self.encoder(x).chunk(2, -1)
+        u = torch.rand_like(loc) - 0.5
+        y = self.decoder(loc - scale.exp() * u.sign() * torch.log1p(-2 * u.abs()))
+        return torch.where(torch.rand_like(y) > 0.3, y, 0.0) if self.masked else y
+
+
+def test_a_latent_of_another_law_is_put_at_its_mean(tmp_path: Path) -> None:
+    model, x = Laplace(masked=False), torch.rand(4, 3)
+    path = rvconvert.export(model, tmp_path / "m.pt2", x)
+    torch.testing.assert_close(run(path, x)[0], model.decoder(model.encoder(x)[:, :2]).detach())
 
 
 def test_refusals(tmp_path: Path) -> None:
-    x = torch.rand(4, 3)
+    model, x = Laplace(masked=True), torch.rand(4, 3)
     with pytest.raises(CheckpointError, match=r"must end in \.onnx or \.pt2"):
-        rvconvert.export(Gumbel(), tmp_path / "m.pt", x)
-    with pytest.raises(ConversionError, match="draws random numbers other than the Gaussian noise"):
-        rvconvert.export(Gumbel(), tmp_path / "m.pt2", x)
+        rvconvert.export(model, tmp_path / "m.pt", x)
+    with pytest.raises(ConversionError, match="draws random numbers other than its latents"):
+        rvconvert.export(model, tmp_path / "m.pt2", x)
     sampled = rvconvert.convert(VanillaVAE(), covariance="sampled")
     with pytest.raises(ConversionError, match="draws its paths at each call"):
         rvconvert.export(sampled, tmp_path / "m.pt2", torch.rand(4, 3, 16, 16), deviation=True)

@@ -67,13 +67,23 @@ def export(
     if deviation:
         made = _propagating(model, method, args, kwargs, options)
     else:
-        made = plain_copy(model) if is_converted(model) else copy.deepcopy(model)
-        make_deterministic(made, (method,))
+        converted = is_converted(model)
+        made = plain_copy(model) if converted else copy.deepcopy(model)
+        latents = conversion_of(model).latents if converted else _latents(model, method, args, kwargs)
+        make_deterministic(made, (method,), frozenset(latents))
     program, names = _exported(_Flat(made.eval(), method, deviation), method, args, kwargs)
     if path.suffix.lower() == ".pt2":
         return write_atomically(path, lambda file: torch.export.save(program, file), force=force)
     content = _onnx(program, *names)
     return write_atomically(path, lambda file: file.write(content), force=force)
+
+
+def _latents(model: nn.Module, method: str, args: Any, kwargs: Any) -> set[str]:
+    """Where a plain model draws its latents; none where it is not one that can be converted, or has none."""
+    try:
+        return conversion_of(convert(model, methods=(method,), example_inputs=args, example_kwargs=kwargs)).latents
+    except ConversionError:
+        return set()
 
 
 def _propagating(model: nn.Module, method: str, args: Any, kwargs: Any, given: dict[str, Any]) -> nn.Module:
@@ -150,7 +160,7 @@ def _exported(flat: _Flat, method: str, args: Any, kwargs: Any) -> tuple[Any, tu
         draws = sorted({str(node.target) for node in program.graph.nodes if _may_draw(node)})
         if draws and not _repeats(program, tensors):
             raise ConversionError(
-                f"{name} draws random numbers other than the Gaussian noise that is put at its mean ({', '.join(draws)}), so "
+                f"{name} draws random numbers other than its latents, which are put at their means ({', '.join(draws)}), so "
                 "its file would not be deterministic; export the method that decodes: method='decode'"
             )
     return program, (input_names, flat.output_names[: len(outputs)])
