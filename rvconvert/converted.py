@@ -36,6 +36,7 @@ from rvconvert.rules.noise import all_entering
 __all__ = ["Conversion", "ConvertedModel", "conversion_of", "convert_copy", "is_converted", "plain_copy"]
 
 _PATIENCE = 50  # calls in training; gradients may be accumulated over some
+_SUGGESTED = 4  # methods that a refusal names
 MOST_PROGRAMS = 64  # kept for each model; the one used longest ago goes
 
 
@@ -294,7 +295,7 @@ class Conversion:
         vars(self.constants).update(recording.constants)
         recording.once = ["as asked"]
         roles = assign(recording, self.options.latent)
-        refusal = self.refusal(recording, roles, name)
+        refusal = self.refusal(recording, roles, name, model)
         if refusal is not None and not isinstance(refusal, NoReparameterizationError):
             raise refusal
         program = self.program(name, Examined(recording, roles, None))
@@ -337,7 +338,7 @@ class Conversion:
                 again.append("Python decides by torch.is_grad_enabled()")
         vars(self.constants).update(recording.constants)
         roles = assign(recording, self.options.latent)
-        refusal = self.refusal(recording, roles, name)
+        refusal = self.refusal(recording, roles, name, model)
         if refusal is None:
             again += [f"Python decides by the value of a tensor: {place}" for _, place in recording.reads]
             if not recording.once and not again:
@@ -362,7 +363,7 @@ class Conversion:
         self.checked[name, written] = recording.fixed
         return []
 
-    def refusal(self, recording: Recording, roles: Roles, name: str) -> ConversionError | None:
+    def refusal(self, recording: Recording, roles: Roles, name: str, model: nn.Module) -> ConversionError | None:
         """Why the method cannot be converted, whatever rules there are."""
         label = f"{self.plain_class.__name__}.{name}"
         for node, place in recording.reads:
@@ -381,9 +382,11 @@ class Conversion:
         given = bool(recording.random_inputs or self.options.random_inputs)
         if given or any(n in roles.random for n in recording.output.all_input_nodes):
             return None
-        return self.nothing_to_convert(recording, label, name)
+        return self.nothing_to_convert(recording, label, name, model)
 
-    def nothing_to_convert(self, recording: Recording, label: str, name: str) -> NoReparameterizationError:
+    def nothing_to_convert(
+        self, recording: Recording, label: str, name: str, model: nn.Module
+    ) -> NoReparameterizationError:
         """The refusal of a method whose result depends on no latent."""
         reason = "no draw from a Gaussian was found in it"
         drawn = [short_place(str(n.meta["where"])) for n in recording.draws]
@@ -394,11 +397,21 @@ class Conversion:
             reason += f"; it picks by argmin or argmax, as vector quantization does, at {discrete[0]}"
         functions = [m for m in vars(self.plain_class) if inspect.isfunction(getattr(self.plain_class, m))]
         others = [m for m in functions if m[0] != "_" and m != name]
-        advice = f"Name the method that encodes, samples and decodes, methods=(...), of {', '.join(others) or 'this one alone'}"
+        advice = [f"    rvconvert.convert(model, methods=({other!r},))" for other in others[:_SUGGESTED]]
         if drawn:
-            advice += f"; or name the draw: latent=({drawn[0].rpartition('/')[2]!r},)"
+            advice.append(f"    rvconvert.convert(model, latent=({drawn[0].rpartition('/')[2]!r},))")
+        for path, module in model.named_modules():
+            if path and any(part in path.rpartition(".")[2].lower() for part in ("dec", "gen")):
+                argument = [*inspect.signature(type(module).forward).parameters, "z"][1]
+                advice.append(f"    rvconvert.convert(model.{path}, random_inputs=({argument!r},))  # a bare decoder")
+                break
         return NoReparameterizationError(
-            f"{label}: nothing to convert, {reason}. {advice}; or, for a bare decoder, its latent argument: random_inputs=('z',)"
+            "\n".join(
+                [
+                    f"{label}: nothing to convert, {reason}. What encodes, samples and decodes is converted, or a decoder alone:",
+                    *(advice or ["    rvconvert.convert(decoder, random_inputs=('z',))"]),
+                ]
+            )
         )
 
 

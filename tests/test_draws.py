@@ -344,3 +344,53 @@ def test_to_plain_takes_a_latent_of_any_law_at_its_mean_and_draws_the_rest():
     torch.testing.assert_close(first, second)
     assert not torch.equal(mask, other)
     torch.testing.assert_close(copy.deepcopy(plain)(x)[0], first)
+
+
+class BehindALaw(nn.Module):
+    """A decoder of one linear layer behind any law."""
+
+    def __init__(self, law):
+        super().__init__()
+        self.encoder, self.decoder, self.law = nn.Linear(4, 6), nn.Linear(3, 4), law
+
+    def parameters_of(self, x):
+        a, b = F.softplus(self.encoder(x)).chunk(2, -1)
+        return a + 0.5, b + 0.5
+
+    def forward(self, x):
+        return self.decoder(self.law(*self.parameters_of(x)))
+
+
+WHOLE = {
+    "Gamma": lambda a, b: D.Gamma(a + 2, b),
+    "Chi2": lambda a, b: D.Chi2(a + 2),
+    "StudentT": lambda a, b: D.StudentT(9, a, b),
+    "FisherSnedecor": lambda a, b: D.FisherSnedecor(a + 5, b + 20),
+    "InverseGamma": lambda a, b: D.InverseGamma(a + 8, b),
+    "Beta": lambda a, b: D.Beta(a, b),
+    "Laplace": D.Laplace,
+    "Gumbel": D.Gumbel,
+    "Kumaraswamy": lambda a, b: D.Kumaraswamy(a + 1, b + 1),
+    "LogNormal": lambda a, b: D.LogNormal(a, b / 3),
+    "HalfNormal": lambda a, b: D.HalfNormal(b),
+    "Weibull": lambda a, b: D.Weibull(a, b + 1),
+}
+
+
+@pytest.mark.parametrize("covariance", ["independent", "sampled", "lowrank"])
+@pytest.mark.parametrize("law", WHOLE)
+def test_a_model_with_a_posterior_of_torch_distributions_converts(law, covariance):
+    torch.manual_seed(0)
+    model, x = BehindALaw(lambda a, b: WHOLE[law](a, b).rsample()), torch.randn(16, 4)
+    a, b = model.parameters_of(x)
+    options = {"sampled": {"pairs": 64}}.get(covariance, {})
+    with torch.no_grad():
+        converted = rvconvert.convert(model, covariance=covariance, output="distribution", **options)
+        y = converted(x)
+        draws = torch.stack([model.decoder(WHOLE[law](a, b).rsample()) for _ in range(4000)])
+    assert 0.6 < float(y.var.sum() / draws.var(0).sum()) < 1.6
+    assert float((y.mean - draws.mean(0)).square().sum().sqrt() / draws.var(0).sum().sqrt()) < 0.35
+    trained = rvconvert.convert(model, covariance=covariance, **options)
+    trained(x).square().mean().backward()
+    assert trained.last_penalty > 0
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in trained.parameters())

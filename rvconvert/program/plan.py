@@ -171,11 +171,20 @@ def refuse_unsupported(report: Report) -> None:
     rows = report.unsupported
     if not rows:
         return
-    parts = [f"{report.model}.{report.method}: {len(rows)} operation{'s have' if len(rows) > 1 else ' has'} no rule:"]
-    for index, row in enumerate(rows, 1):
-        parts.append(f"\n{index}. {row.operation} in {row.module or 'the model itself'}, {row.where}")
-        if row.source:
-            parts.append(f"     {row.source}")
-        parts.append(f"   why: {row.reason}")
-        parts.append("   write:\n" + "\n".join(f"     {line}" for line in row.hint.splitlines()))
+    kinds: dict[tuple[str, str, str], list[Row]] = {}  # the same hint once, however often a loop comes by
+    for row in rows:
+        kinds.setdefault((row.operation, row.reason, row.hint), []).append(row)
+    parts = [f"{report.model}.{report.method}: {len(kinds)} operation{'s have' if len(kinds) > 1 else ' has'} no rule:"]
+    for index, ((operation, reason, hint), same) in enumerate(kinds.items(), 1):
+        places: dict[tuple[str, str, str], int] = {}
+        for row in same:
+            place = (row.module or "the model itself", row.where, row.source)
+            places[place] = places.get(place, 0) + 1
+        parts.append(f"\n{index}. {operation}")
+        for (module, place_of, source), count in places.items():
+            parts.append(f"   in {module}, {place_of}" + (f" (×{count})" if count > 1 else ""))
+            if source:
+                parts.append(f"     {source}")
+        parts.append(f"   why: {reason}")
+        parts.append("   write:\n" + "\n".join(f"     {line}" for line in hint.splitlines()))
     raise UnsupportedOperationError("\n".join(parts), rows)
