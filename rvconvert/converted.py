@@ -447,7 +447,7 @@ def _forgetting(run: Callable[..., tuple[Any, ...]], constants: Any, names: tupl
 
 
 class ConvertedModel:
-    """The mixin of every converted model, before its own class: the penalty, its scale, copies and pickles."""
+    """What every converted model has beside its own class: the penalty, its scale, copies and pickles."""
 
     __dict__: dict[str, Any]
 
@@ -471,8 +471,9 @@ class ConvertedModel:
         return conversion_of(self).options
 
     def __repr__(self) -> str:
-        head, line, rest = super().__repr__().partition("\n")
-        return f"{head}  # {described(conversion_of(self).options)}{line}{rest}"
+        conversion = conversion_of(self)
+        head, line, rest = conversion.plain_class.__repr__(self).partition("\n")  # type: ignore[arg-type]
+        return f"{head}  # {described(conversion.options)}{line}{rest}"
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         conversion = conversion_of(self)
@@ -575,6 +576,8 @@ def _generated_class(cls: type[nn.Module], methods: tuple[str, ...]) -> type[nn.
         method.__signature__ = inspect.signature(original)  # type: ignore[attr-defined]
         return method
 
-    namespace: dict[str, Any] = {name: converted(name) for name in methods}
+    # The plain class stands first, or an instance could not change from a class such as C(ABC, nn.Module) to this one.
+    namespace = {name: value for name, value in vars(ConvertedModel).items() if name not in ("__dict__", "__weakref__")}
+    namespace |= {name: converted(name) for name in methods}
     namespace |= {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
-    return type(cls.__name__, (ConvertedModel, cls), namespace)
+    return type(cls.__name__, (cls, ConvertedModel), namespace)
