@@ -22,7 +22,7 @@ class VAE(nn.Module):
         super().__init__()
         torch.manual_seed(0)
         self.encoder, self.decoder, self.head = nn.Linear(12, 8), nn.Linear(4, 12), nn.Linear(12, 1)
-        self.prior = nn.Linear(4, 4)
+        self.prior, self.scale = nn.Linear(4, 4), nn.Parameter(torch.full((12,), -0.5))
         self.result, self.reads = result, reads
 
     def forward(self, x: Tensor) -> Any:
@@ -78,6 +78,7 @@ LINEAR: dict[str, Result] = {
     "per example, log-softmax": lambda y, x, z, mu, std, m: -(F.log_softmax(y, 1) * x).sum(1),
     "mse_loss per element": lambda y, x, z, mu, std, m: F.mse_loss(y, x, reduction="none"),
     "log_prob": lambda y, x, z, mu, std, m: -Normal(y, 0.5).log_prob(x).sum(1),
+    "log_prob of a learned scale": lambda y, x, z, mu, std, m: -Normal(y, m.scale.exp()).log_prob(x).sum(1),
     "in a dict, loss and all": lambda y, x, z, mu, std, m: {"loss": F.mse_loss(y, x), "recon": y, "z": z},
 }
 SIGMOID: dict[str, Result] = {

@@ -72,6 +72,7 @@ class Recording:
         overwritten: parameters that the run wrote to in place, with what they were.
         asks_grad_mode: the method asks whether gradients are on.
         sets_autocast: the method turns autocast on or off.
+        builds: the method made parameters, which the model had not before.
     """
 
     graph: fx.Graph
@@ -88,6 +89,7 @@ class Recording:
     overwritten: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)
     asks_grad_mode: bool = False
     sets_autocast: bool = False
+    builds: bool = False
 
     @property
     def output(self) -> fx.Node:
@@ -269,6 +271,8 @@ class _Recorder(TorchFunctionMode, Handler):
         rule = self.registry.find(func)
         if rule is not None and isinstance(rule.kind, Read) and name != "item":
             return self.read(func, rule, args, kwargs)
+        if func is torch.broadcast_tensors and len(args) > 1:
+            return self.broadcast(args)
         if name == "item":
             value = func(*_plain(args))
             node = self.add("call_method", "item", (self.argument(args[0]),), {})
@@ -299,6 +303,18 @@ class _Recorder(TorchFunctionMode, Handler):
         self.inherit(node)
         self.track(value, node)
         return value
+
+    def broadcast(self, tensors: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        """Each by itself, or a plain scale would be as random as the location beside it."""
+        with torch._C.DisableTorchFunction():
+            shapes = [tuple(t.shape) for t in tensors]
+            whole = torch.broadcast_shapes(*shapes)
+        with self:
+            size = [
+                next(t.shape[-d] for t, shape in zip(tensors, shapes, strict=True) if len(shape) >= d and shape[-d] == whole[-d])
+                for d in range(len(whole), 0, -1)
+            ]
+            return tuple(t.expand(size) for t in tensors)
 
     def note_read(self, node: fx.Node | None) -> None:
         """Python knows the value of a tensor from here on; an assertion or torch's own check decides nothing."""
@@ -739,6 +755,7 @@ def record(
     args, kwargs = structure.build(iter(values))
     with intercepting(recorder), recorder:
         result = method(*args, **kwargs)
+    recording.builds = any(id(p) not in recorder.tensors for p in root.parameters())
     leaves, recording.outputs = flatten(result, _is_output)
     leaves += before.changes(recorder)
     recording.graph.output(tuple(recorder.argument(leaf) for leaf in leaves))
