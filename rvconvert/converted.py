@@ -13,10 +13,11 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.nn.parameter import is_lazy
 
 from rvconvert.calibration import renew
 from rvconvert.capture import intercept
-from rvconvert.capture.recorder import Kept, Recording, autocast_state, record, set_autocast, unchanged
+from rvconvert.capture.recorder import Kept, Recording, autocast_state, own_copies, record, set_autocast, unchanged
 from rvconvert.capture.replay import each_mode, replay_differs
 from rvconvert.core.random_variable import RandomVariable, random_variables
 from rvconvert.core.tree import Structure, flatten
@@ -190,11 +191,14 @@ class Conversion:
             self.signatures[name] = inspect.signature(self.own.get(name) or getattr(self.plain_class, name))
         return self.signatures[name]
 
-    def ready(self, name: str, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Record the method for this kind of call unless it is recorded already."""
+    def ready(self, name: str, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Record the method for this kind of call unless it is recorded already; True where it is recorded at each call."""
         leaves, structure = flatten(self.normalized(name, args, kwargs))
-        if self.find(name, model, leaves, structure) is None:
+        if self.find(name, model, leaves, structure) is not None:
+            return False
+        if self.key(name, model, leaves, structure, batch=False) not in self.once:
             self.prepare(name, model, args, kwargs, to_run=False)
+        return self.key(name, model, leaves, structure, batch=False) in self.once
 
     def normalized(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The same call spelled one way, positional first, so that equal calls share a program."""
@@ -315,8 +319,15 @@ class Conversion:
         grad = torch.is_grad_enabled()
         registry = self.settings.registry
         again: list[str] = []
+        if any(map(is_lazy, model.parameters())):
+            self.build(name, model, args, kwargs)
         with unchanged(model), torch.enable_grad():
             recording, _ = record(model, method, args, kwargs, registry, told=grad)
+        if recording.builds:
+            self.build(name, model, args, kwargs)
+        with unchanged(model), torch.enable_grad():
+            if recording.builds:
+                recording, _ = record(model, method, args, kwargs, registry, told=grad)
             if recording.once:  # as the next call would find the model
                 second, _ = record(model, method, args, kwargs, registry, told=grad)
                 again = second.once
@@ -341,6 +352,17 @@ class Conversion:
         if refusal is not None:
             report = dataclasses.replace(report, refusal=str(refusal))
         return Examined(recording, roles, report, refusal, bool(again))
+
+    def build(self, name: str, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Call the plain method, which makes layers at its first call; what the model had stays as it was."""
+        leaves, structure = flatten((args, kwargs))
+        given = (x.mean if isinstance(x, RandomVariable) else x for x in own_copies(leaves))
+        args, kwargs = structure.build(given)
+        buffers = {b: b.detach().clone() for b in model.buffers() if not is_lazy(b)}
+        with torch.no_grad():
+            self.method(name, model)(*args, **kwargs)
+            for buffer, value in buffers.items():
+                buffer.copy_(value)
 
     def check(self, recording: Recording, name: str, model: nn.Module, method: Any, args: Any, kwargs: Any) -> list[str]:
         """What keeps the recording from standing for other calls."""

@@ -334,3 +334,22 @@ def test_verify_names_where_calibration_is_worst(trained):
 def test_verify_refuses_gains_of_a_model_that_has_none(trained):
     with pytest.raises(rvconvert.ConversionError, match=r"only if it was converted with covariance='calibrated'"):
         rvconvert.verify(rvconvert.convert(trained), IMAGES[:4], modes=("independent", "calibrated"))
+
+
+@pytest.mark.parametrize("hook", [True, False])
+def test_a_model_that_needs_gradients_is_measured_with_them(hook):
+    class NeedsGradients(VAE):
+        def forward(self, x):
+            mu, logvar = self.encoder(x).chunk(2, 1)
+            if not hook and not torch.is_grad_enabled():
+                return self.last(mu.view(-1, 1, 3).expand(-1, 8, 3)).flatten(1)
+            z = mu + torch.randn_like(mu) * torch.exp(0.5 * logvar)
+            if hook:
+                z.register_hook(lambda grad: 2 * grad)
+            return self.last(z.view(-1, 1, 3).expand(-1, 8, 3)).flatten(1)
+
+    rv = rvconvert.convert(NeedsGradients(), covariance="calibrated")
+    rv(IMAGES).mean().backward()
+    assert rv.last_penalty > 0
+    assert rv._rvconvert.gains.training
+    assert not any(gain.offset.requires_grad for gain in rv._rvconvert.gains.training.values())

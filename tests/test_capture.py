@@ -329,6 +329,46 @@ def test_a_model_that_samples_in_training_alone(training: bool, examples: bool) 
         assert (rv.last_penalty is not before) == mode
 
 
+class Lazy(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder, self.norm, self.decoder = nn.LazyLinear(8), nn.BatchNorm1d(4), nn.LazyLinear(6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        mu, logvar = self.encoder(x).chunk(2, -1)
+        return self.decoder(self.norm(mu + logvar.exp() * torch.randn_like(mu)))
+
+
+class BuiltAtFirst(Lazy):
+    """Makes its layers when it sees how wide its input is."""
+
+    def __init__(self) -> None:
+        nn.Module.__init__(self)
+        self.decoder: Any = None
+        self.norm = nn.BatchNorm1d(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.decoder is None:
+            self.encoder, self.decoder = nn.Linear(x.shape[1], 8), nn.Linear(4, 6)
+        return super().forward(x)
+
+
+@pytest.mark.parametrize("examples", [True, False])
+@pytest.mark.parametrize("covariance", ["independent", "sampled", "lowrank", "calibrated"])
+@pytest.mark.parametrize("cls", [Lazy, BuiltAtFirst])
+def test_layers_made_at_the_first_call_are_the_models(cls: type[nn.Module], covariance: str, examples: bool) -> None:
+    x = torch.rand(5, 6)
+    rv: Any = rvconvert.convert(cls(), covariance=covariance, example_inputs=x if examples else None)
+    rv(x).square().mean().backward()
+    assert rv.last_penalty > 0
+    assert all(p.grad is not None for p in rv.parameters()) and len(rv.state_dict()) == 9
+    assert rv.norm.num_batches_tracked == 1
+    made = rv.decoder.weight
+    rv(x)
+    assert rv.decoder.weight is made
+    rvconvert.to_plain(rv)(x)
+
+
 def test_several_latents_of_a_hierarchy() -> None:
     class Ladder(nn.Module):
         def __init__(self) -> None:
