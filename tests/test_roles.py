@@ -78,6 +78,7 @@ LINEAR: dict[str, Result] = {
     "per example, log-softmax": lambda y, x, z, mu, std, m: -(F.log_softmax(y, 1) * x).sum(1),
     "mse_loss per element": lambda y, x, z, mu, std, m: F.mse_loss(y, x, reduction="none"),
     "log_prob": lambda y, x, z, mu, std, m: -Normal(y, 0.5).log_prob(x).sum(1),
+    "of several results, one": lambda y, x, z, mu, std, m: torch.max(y.unsqueeze(0), 0)[0],
     "log_prob of a learned scale": lambda y, x, z, mu, std, m: -Normal(y, m.scale.exp()).log_prob(x).sum(1),
     "in a dict, loss and all": lambda y, x, z, mu, std, m: {"loss": F.mse_loss(y, x), "recon": y, "z": z},
 }

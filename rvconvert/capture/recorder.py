@@ -533,6 +533,16 @@ class _Recorder(TorchFunctionMode, Handler):
         self.finish(node, result, [x for x, v in zip(mutable, versions, strict=True) if _version(x) != v])
         return result
 
+    def function_forward(self, original: Callable[..., Any], function: type, args: tuple[Any, ...]) -> Any:
+        """The same seen from inside its forward, which runs without gradients though its node has them."""
+
+        def without_gradients(*given: Any) -> Any:
+            with torch.no_grad():
+                return original(*given)
+
+        with torch.enable_grad():
+            return self.function_call(without_gradients, function, args)
+
     def asks_grad_mode(self) -> bool:
         """What the model is told; that it asked is noted."""
         self.recording.asks_grad_mode = True

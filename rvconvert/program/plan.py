@@ -20,7 +20,10 @@ from rvconvert.rules.kinds import Metadata
 __all__ = ["node_row", "refuse_unsupported", "report_graph"]
 
 
-def row_for(operation: str, rule: Rule | None, place: dict[str, Any]) -> Row:
+_INTEGERS = frozenset("long int short bool byte char one_hot".split())
+
+
+def row_for(operation: str, rule: Rule | None, place: dict[str, Any], *, function: bool = False) -> Row:
     """The row of a random operation: with its rule, or with why there is none and a stub to paste."""
     if rule is not None:
         return Row(operation, "random", **place, rule=rule.name, exactness=rule.exactness.value, assumption=rule.assumption)
@@ -32,6 +35,14 @@ def row_for(operation: str, rule: Rule | None, place: dict[str, Any]) -> Row:
             reason="a gradient inside the model: mean and variance have none along a draw",
             hint='rvconvert.convert(model, covariance="sampled")  # takes it along each path',
         )
+    if function:
+        return Row(
+            operation,
+            "unsupported",
+            **place,
+            reason="a function of autograd, with nothing to look into",
+            hint="rvconvert.convert(model)  # without strict=True, it is taken on a few nodes of its input",
+        )
     if operation.endswith("ScriptModule"):
         return Row(
             operation,
@@ -41,15 +52,26 @@ def row_for(operation: str, rule: Rule | None, place: dict[str, Any]) -> Row:
             hint='use the nn.Module that it was made of, or rvconvert.convert(model, covariance="sampled")',
         )
     short = operation.rsplit(".", 1)[-1].strip("_") or "operation"
+    if short in _INTEGERS:
+        return Row(
+            operation,
+            "unsupported",
+            **place,
+            reason="whole numbers made of a random variable: a mean of them would be another one",
+            hint='rvconvert.convert(model, covariance="sampled")  # makes them on each path',
+        )
+    target = operation if "." in operation and not operation.startswith("Tensor.") else f"torch.{operation}"
     return Row(
         operation,
         "unsupported",
         **place,
         reason="no rule for a random variable",
         hint=(
-            f"@rvconvert.rule({operation if '.' in operation else 'torch.' + operation})\n"
+            f"@rvconvert.rule({target})\n"
             f"def {short}(x, *args, **kwargs):\n"
-            "    return rvconvert.RandomVariable(..., ...)  # mean and var of the result, from x.mean and x.var"
+            "    mean, var = x.mean, x.var  # make those of the result of them\n"
+            "    return rvconvert.RandomVariable(mean, var)\n"
+            '# or, with no rule: rvconvert.convert(model, covariance="sampled")'
         ),
     )
 
@@ -121,7 +143,11 @@ def _module_rows(node: fx.Node, operation: str, place: dict[str, Any], settings:
     if rule is not None:
         yield row_for(operation, rule, place)
         return
-    if node.op == "call_function":  # a scripted module, a function of autograd: nothing to look into
+    if node.target is apply_function:
+        rule = None if settings.strict else registry.fallback(node.meta["function"].apply)
+        yield row_for(operation, rule, place, function=True)
+        return
+    if node.op == "call_function":  # a scripted module: nothing to look into
         yield row_for(operation, None, place)
         return
     known = {f: registry.find(f) for f in dict.fromkeys(node.meta["functions"])}

@@ -331,7 +331,7 @@ class _Graph:
 
     def reduces(self, node: fx.Node, sources: list[fx.Node]) -> bool:
         """Fewer numbers come out than went in, and not because some were selected."""
-        if self._kind(node, Shape) or "draw" in node.meta:
+        if self._kind(node, Shape) or "draw" in node.meta or "shape" not in node.meta:  # of several results, each has its own
             return False
         return bool(sources) and _size(node) < max(map(_size, sources))
 
