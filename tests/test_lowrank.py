@@ -293,6 +293,8 @@ def _meeting_nets(batch: int) -> dict[str, object]:
         "attention": lambda z: second(F.relu(first(F.scaled_dot_product_attention(z[None], z[None], z[None])[0]))),
         "layer of attention": lambda z: attention(z[None], z[None], z[None])[0][0],
         "set": lambda z: second(F.relu(first(z - torch.mean(z, 0, keepdim=True)))),
+        "mask": lambda z: torch.where((z > 0).bool(), z, torch.mean(z, 0)),
+        "mask of a mask": lambda z: torch.where((z > 0).bool().any(0), z, torch.mean(z, 0)),
         "pooled": lambda z: second(torch.mean(F.relu(first(z)), 0)),
     }
 

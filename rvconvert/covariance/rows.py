@@ -58,7 +58,10 @@ def moved(rows: Rows, shape: Sequence[int], move: Callable[[Tensor], Any]) -> li
     """Where rows are after an operation that only moves elements: of each tensor in its result."""
     numbers = rows.along(torch.tensor(rows.of), len(shape)).expand(tuple(shape))
     result = move(numbers)
-    return [_found(each, rows.count) for each in (result if isinstance(result, (list, tuple)) else [result])]
+    parts = result if isinstance(result, (list, tuple)) else [result]
+    # A cast moves nothing, and a bool is no row's number.
+    parts = [numbers if each.dtype != numbers.dtype and each.shape == numbers.shape else each for each in parts]
+    return [_found(each, rows.count) if each.dtype == numbers.dtype else None for each in parts]
 
 
 def _found(numbers: Tensor, count: int) -> Rows | None:
@@ -91,7 +94,7 @@ def still(
     ]
     again = function(*mixed)
     result = result.detach()
-    rounding = 1e-5 * float(result.abs().max()) if result.numel() else 0.0
+    rounding = 1e-5 * float(result.abs().max()) if result.is_floating_point() and result.numel() else 0.0
     same = torch.isclose(again, result, rtol=1e-3, atol=rounding, equal_nan=True)
     return after if bool((same | after.along(which, result.ndim)).all()) else None
 
