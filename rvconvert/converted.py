@@ -406,7 +406,7 @@ class Conversion:
         if drawn:
             places = ", ".join(dict.fromkeys(drawn))
             reason = f"the draw at {places} is no latent: no decoder's value depends on it, or no input places it"
-        elif discrete := [str(n.meta["where"]) for n in recording.graph.nodes if _chooses(n)]:
+        elif discrete := [short_place(str(n.meta["where"])) for n in recording.graph.nodes if _chooses(n)]:
             reason += f"; it picks by argmin or argmax, as vector quantization does, at {discrete[0]}"
         functions = [m for m in vars(self.plain_class) if inspect.isfunction(getattr(self.plain_class, m))]
         others = [m for m in functions if m[0] != "_" and m != name]

@@ -216,6 +216,26 @@ def test_a_draw_of_the_prior_alone_is_refused_with_a_way_to_name_it() -> None:
         rvconvert.convert(WAE(lambda *a: None, False), example_inputs=x)
 
 
+def test_a_factor_of_the_reconstruction_with_a_posterior_of_its_own_is_a_latent() -> None:
+    """The size of a library beside its composition; noise of the likelihood is none."""
+
+    def scaled(y: Tensor, x: Tensor, z: Tensor, mu: Tensor, std: Tensor, m: VAE) -> Tensor:
+        size = mu[:, :1] + std[:, :1] * torch.randn_like(mu[:, :1])
+        return torch.exp(size) * F.softmax(y, 1)
+
+    def noisy(y: Tensor, x: Tensor, z: Tensor, mu: Tensor, std: Tensor, m: VAE) -> Tensor:
+        return y + torch.sigmoid(y) * torch.randn_like(y)
+
+    x = torch.rand(64, 12)
+    for result, latents in ((scaled, 2), (noisy, 1)):
+        report = rvconvert.plan(VAE(result, False), example_inputs=x)
+        assert sum(row.role == "latent" for row in report) == latents
+    rv = rvconvert.convert(VAE(scaled, False), covariance="sampled", pairs=64, output="distribution")
+    vae = VAE(scaled, False)
+    truth = torch.stack([vae(x) for _ in range(500)]).var(0)
+    assert float(rv(x).var.sum() / truth.sum()) == pytest.approx(1, abs=0.3)
+
+
 def test_a_person_may_name_the_latents() -> None:
     vae = VAE(lambda y, x, z, mu, std, m: (y, m.decoder(torch.randn(len(x), 4))), False)
     x = torch.rand(16, 12)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
@@ -80,7 +81,8 @@ def report_graph(recording: Recording, roles: Roles, model: str, method: str, se
     """One row a node that computes something, with its role."""
     sizes = _sizes(recording.graph)
     rows = [row for node in recording.graph.nodes if node not in sizes for row in _rows(node, roles, settings)]
-    notes = [f"L_c is attached to {_operation(n)} at {short_place(n.meta.get('where', ''))}" for n in roles.reconstructions]
+    attached = Counter(f"{_operation(n)} at {short_place(n.meta.get('where', ''))}" for n in roles.reconstructions)
+    notes = [f"L_c is attached to {name}" + (f", {count} times" if count > 1 else "") for name, count in attached.items()]
     if not roles.reconstructions:
         notes.append("no L_c: nothing that leaves or meets an input has a decoder behind it")
     nuisance = [short_place(n.meta["where"]) for n in recording.draws if n not in roles.latents]
@@ -197,8 +199,9 @@ def refuse_unsupported(report: Report) -> None:
     rows = report.unsupported
     if not rows:
         return
-    parts = [f"{report.model}.{report.method}: {len(rows)} operation{'s have' if len(rows) > 1 else ' has'} no rule:"]
-    for index, row in enumerate(rows, 1):
+    once = list({(row.operation, row.module, row.where): row for row in rows}.values())  # a line of a loop is one
+    parts = [f"{report.model}.{report.method}: {len(once)} operation{'s have' if len(once) > 1 else ' has'} no rule:"]
+    for index, row in enumerate(once, 1):
         parts.append(f"\n{index}. {row.operation} in {row.module or 'the model itself'}, {row.where}")
         if row.source:
             parts.append(f"     {row.source}")

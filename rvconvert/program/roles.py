@@ -169,6 +169,7 @@ class _Graph:
         noise: dict[fx.Node, frozenset[fx.Node]] = {}  # draws that a value is, scaled and shifted by constants
         posterior: dict[fx.Node, frozenset[fx.Node]] = {}  # draws that the input has placed or scaled
         found: set[fx.Node] = set()
+        values: set[fx.Node] = set()  # a decoder's, and what is made of them
         shifted: set[fx.Node] = set()  # draws that an input alone, through no layer, has placed
         decoded: set[fx.Node] = set()
         none: frozenset[fx.Node] = frozenset()
@@ -190,7 +191,13 @@ class _Graph:
                 found |= placed
                 decoded |= plain
                 posterior[node], noise[node] = placed, none
+                values.add(node)
                 continue
+            behind = [n for n in sources if n in values]
+            if behind:
+                values.add(node)
+                if self._name(node) in _PRODUCTS:  # a factor of what a decoder gives, with a posterior of its own
+                    found |= none.union(*(posterior.get(n, none) for n in sources if n not in values))
             others = [n for n in sources if not noise.get(n)]
             reached = any(n in self.learned or posterior.get(n) for n in others)
             if plain and reached and not self._gates(node, noise):
