@@ -291,7 +291,7 @@ class Conversion:
                     buffer.copy_(value)  # the run changes it again
         vars(self.constants).update(recording.constants)
         recording.once = ["as asked"]
-        roles = assign(recording, self.options.latent)
+        roles = assign(recording, self.options.latent, paths=not self.settings.needs_rules)
         refusal = self.refusal(recording, roles, name)
         if refusal is not None and not isinstance(refusal, NoReparameterizationError):
             raise refusal
@@ -341,7 +341,7 @@ class Conversion:
             if recording.constants or str(other.graph) != str(recording.graph):
                 again.append("Python decides by torch.is_grad_enabled()")
         vars(self.constants).update(recording.constants)
-        roles = assign(recording, self.options.latent)
+        roles = assign(recording, self.options.latent, paths=not self.settings.needs_rules)
         refusal = self.refusal(recording, roles, name)
         if refusal is None:
             again += [f"Python decides by the value of a tensor: {place}" for _, place in recording.reads]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -234,6 +235,35 @@ def test_a_factor_of_the_reconstruction_with_a_posterior_of_its_own_is_a_latent(
     vae = VAE(scaled, False)
     truth = torch.stack([vae(x) for _ in range(500)]).var(0)
     assert float(rv(x).var.sum() / truth.sum()) == pytest.approx(1, abs=0.3)
+
+
+@pytest.mark.parametrize("doubly", [True, False])
+def test_importance_weights_are_those_of_the_mean_log_weights(doubly: bool) -> None:
+    """With several samples of one posterior all weights are alike, and the bound is that of one sample."""
+
+    class IWAE(VAE):
+        samples = 3
+
+        def forward(self, x: Tensor) -> Any:
+            mu, logvar = self.encoder(x).chunk(2, -1)
+            posterior = Normal(mu, 10 * logvar.exp())
+            z = posterior.rsample((self.samples,))
+            score = Normal(0.0, 1.0).log_prob(z).sum(-1) - posterior.log_prob(z).sum(-1)
+            score = score + Normal(self.decoder(z), 0.1).log_prob(x).sum(-1)
+            if doubly:
+                with torch.no_grad():
+                    weights = (score - torch.logsumexp(score, 0, keepdim=True)).exp()
+                return -(weights * score).sum(0).mean()
+            return math.log(self.samples) - torch.logsumexp(score, 0).mean()
+
+    x = torch.rand(8, 12)
+    losses = []
+    for IWAE.samples in (1, 3):
+        rv = rvconvert.convert(IWAE(lambda *a: None, False), example_inputs=x)
+        losses.append(rv(x))
+        losses[-1].backward()
+        assert all(torch.isfinite(p.grad).all() for p in rv.parameters() if p.grad is not None)
+    torch.testing.assert_close(losses[0], losses[1], rtol=1e-4, atol=0)
 
 
 def test_a_person_may_name_the_latents() -> None:

@@ -199,9 +199,8 @@ def refuse_unsupported(report: Report) -> None:
     rows = report.unsupported
     if not rows:
         return
-    once = list({(row.operation, row.module, row.where): row for row in rows}.values())  # a line of a loop is one
-    parts = [f"{report.model}.{report.method}: {len(once)} operation{'s have' if len(once) > 1 else ' has'} no rule:"]
-    for index, row in enumerate(once, 1):
+    parts = [f"{report.model}.{report.method}: {len(rows)} operation{'s have' if len(rows) > 1 else ' has'} no rule:"]
+    for index, row in enumerate(rows, 1):
         parts.append(f"\n{index}. {row.operation} in {row.module or 'the model itself'}, {row.where}")
         if row.source:
             parts.append(f"     {row.source}")

@@ -57,22 +57,24 @@ class Roles:
         return "loss" if node in self.losses else ""
 
 
-def assign(recording: Recording, named: Iterable[str] = ()) -> Roles:
+def assign(recording: Recording, named: Iterable[str] = (), *, paths: bool = False) -> Roles:
     """The roles in a recording.
 
     Args:
         recording: of the method.
         named: the draws that are latents whatever they do, by the end of their ``file:line`` or their node's name.
+        paths: random variables are on paths of their own, so that weights of samples are weights.
     """
     graph = _Graph(recording)
     latents = graph.named(tuple(named)) if named else graph.latents()
-    return graph.roles(latents)
+    return graph.roles(latents, paths)
 
 
 # Errors, log-likelihoods and their like are no activation of a last layer: a reconstruction ends before them.
 _ERRORS = frozenset("pow square abs log log1p log2 log10 log_softmax logsigmoid neg".split())
 _PRODUCTS = frozenset("mul multiply addcmul lerp div true_divide divide".split())
 _DISTANCES = frozenset("cdist pairwise_distance cosine_similarity dist".split())
+_EXPONENTIALS = frozenset("exp expm1 softmax log_softmax logsumexp logaddexp".split())
 _EVEN = frozenset("pow square abs norm vector_norm huber_loss".split())
 
 
@@ -223,7 +225,7 @@ class _Graph:
 
     # --- roles -------------------------------------------------------------------------------------
 
-    def roles(self, latents: list[fx.Node]) -> Roles:
+    def roles(self, latents: list[fx.Node], paths: bool) -> Roles:
         """Reconstructions and losses, given the latents."""
         self.nuisance = self.forward_of(n for n in self.recording.draws if n not in latents)
         self.samples = {n for n in self.recording.draws if n not in latents}
@@ -244,6 +246,8 @@ class _Graph:
             if not any(self.same(source, n, random) or self.same(n, source, random) or self.behind(n, source) for n in chosen):
                 chosen.append(source)
         at_mean = {(source, user) for source, user in edges if source in candidates}
+        if not paths:
+            at_mean |= self.importance_weights(inside & loss_like)
         drawn_from: list[fx.Node] = []
         for node in self.nodes:  # a loss function takes what it compares at the mean, a draw of the likelihood its parameters
             sources = [n for n in node.all_input_nodes if n in random]
@@ -271,6 +275,10 @@ class _Graph:
             frozenset(decoded),
             self.unused(random),
         )
+
+    def importance_weights(self, scores: set[fx.Node]) -> set[tuple[fx.Node, fx.Node]]:
+        """(score, exponential of it): weights of samples, which the moments of a Gaussian log-weight would let explode."""
+        return {(n, user) for n in scores for user in n.users if user in scores and self._name(user) in _EXPONENTIALS}
 
     def samples_likelihood(self, node: fx.Node) -> bool:
         """A draw that is no latent, or a comparison with one: what it makes of a random value is a draw at its mean."""
