@@ -344,7 +344,7 @@ class Conversion:
         roles = assign(recording, self.options.latent, paths=not self.settings.needs_rules)
         refusal = self.refusal(recording, roles, name)
         if refusal is None:
-            again += [f"Python decides by the value of a tensor: {place}" for _, place in recording.reads]
+            again += [f"Python decides by the value of a tensor: {place}" for _, place, _ in recording.reads]
             if not recording.once and not again:
                 again += self.check(recording, name, model, method, args, kwargs)
             recording.once += again
@@ -381,8 +381,8 @@ class Conversion:
     def refusal(self, recording: Recording, roles: Roles, name: str) -> ConversionError | None:
         """Why the method cannot be converted, whatever rules there are."""
         label = f"{self.plain_class.__name__}.{name}"
-        for node, place in recording.reads:
-            if node in roles.random:
+        for node, place, decides in recording.reads:
+            if node in roles.random and (decides or node not in roles.scores):
                 return _read_refusal(label, place)
         for writer, place in recording.stale:
             if writer in roles.random:

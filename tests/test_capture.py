@@ -259,6 +259,18 @@ def test_what_forward_keeps_on_the_model_is_kept(once: bool) -> None:
     assert float(copy.deepcopy(rv).kl) == 2.0
 
 
+def test_a_list_that_the_first_call_makes_grows_as_the_plain_models() -> None:
+    def result(y: Tensor, x: Tensor, mu: Tensor, z: Tensor) -> Tensor:
+        loss = F.mse_loss(y, x)
+        rv.__dict__.setdefault("losses", []).append(loss)
+        return loss
+
+    rv: Any = rvconvert.convert(VAE(SAMPLERS["randn_like"], result))
+    for _ in range(3):
+        rv(torch.rand(5, 6))
+    assert len(rv.losses) == 3
+
+
 @pytest.mark.parametrize("reset", [True, False])
 def test_notes_that_the_next_call_does_not_read_are_no_obstacle(reset: bool) -> None:
     class Noting(VAE):
@@ -307,6 +319,40 @@ def test_value_of_a_random_variable_is_refused() -> None:
     vae = VAE(SAMPLERS["randn_like"], lambda y, x, mu, z: y * 2 if y.sum() > 0 else y)
     with pytest.raises(ConversionError, match="value of a random variable"):
         rvconvert.convert(vae, example_inputs=torch.rand(5, 6))
+
+
+REPORTS: dict[str, Callable[[Tensor], Any]] = {
+    "float": float,
+    "item": lambda loss: loss.item(),
+    "sums of items": lambda loss: 2 * loss.item() + loss.item(),
+    "tolist": lambda loss: loss.tolist(),
+    "numpy": lambda loss: loss.detach().numpy(),
+    "format": lambda loss: f"{loss:.3f} {loss.item():.3f}",
+}
+
+
+@pytest.mark.parametrize("name", REPORTS)
+@pytest.mark.parametrize("covariance", ["independent", "sampled"])
+def test_a_loss_may_be_reported(name: str, covariance: str) -> None:
+    def result(y: Tensor, x: Tensor, mu: Tensor, z: Tensor) -> Any:
+        loss = F.mse_loss(y, x)
+        return loss, REPORTS[name](loss)
+
+    rv = rvconvert.convert(VAE(SAMPLERS["randn_like"], result), covariance=covariance)
+    for _ in range(2):
+        loss, report = rv(torch.rand(5, 6))
+        loss.backward()
+        assert rv.last_penalty > 0 and not isinstance(report, Tensor)
+
+
+@pytest.mark.parametrize("decision", [lambda loss: loss > 0, lambda loss: loss.item() > 0, bool])
+def test_a_decision_by_a_loss_is_refused(decision: Callable[[Tensor], Any]) -> None:
+    def result(y: Tensor, x: Tensor, mu: Tensor, z: Tensor) -> Tensor:
+        loss = F.mse_loss(y, x)
+        return 2 * loss if decision(loss) else loss
+
+    with pytest.raises(ConversionError, match="value of a random variable"):
+        rvconvert.convert(VAE(SAMPLERS["randn_like"], result), example_inputs=torch.rand(5, 6))
 
 
 class OnlyInTraining(VAE):

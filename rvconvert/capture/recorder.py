@@ -65,7 +65,7 @@ class Recording:
         random_inputs: the placeholders given as random variables.
         draws: the nodes that draw.
         depends: the nodes that depend on a draw or a random input.
-        reads: (node, place) where Python reads the value of a tensor.
+        reads: (node, place, decides) where Python reads the value of a tensor, to decide by it or for a report.
         stale: (writer, place) where memory is used that was written in place through another tensor.
         once: why the recording serves the call at hand alone (empty if it can be kept).
         fixed: why the batch size is part of the graph (empty if it is not).
@@ -82,7 +82,7 @@ class Recording:
     random_inputs: list[fx.Node] = field(default_factory=list)
     draws: list[fx.Node] = field(default_factory=list)
     depends: set[fx.Node] = field(default_factory=set)
-    reads: list[tuple[fx.Node | None, str]] = field(default_factory=list)
+    reads: list[tuple[fx.Node | None, str, bool]] = field(default_factory=list)
     stale: list[tuple[fx.Node, str]] = field(default_factory=list)
     once: list[str] = field(default_factory=list)
     fixed: list[str] = field(default_factory=list)
@@ -278,7 +278,9 @@ class _Recorder(TorchFunctionMode, Handler):
             node = self.add("call_method", "item", (self.argument(args[0]),), {})
             node.meta["rule"] = rule
             self.inherit(node)
-            return TracedFloat(float(value), node, lambda _: self.note_read(node)) if isinstance(value, (int, float)) else value
+            if not isinstance(value, (int, float)):
+                return value
+            return TracedFloat(float(value), node, lambda name: self.note_read(node, name))
         return self.call(func, name, rule, args, kwargs)
 
     def property(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -316,10 +318,10 @@ class _Recorder(TorchFunctionMode, Handler):
             ]
             return tuple(t.expand(size) for t in tensors)
 
-    def note_read(self, node: fx.Node | None) -> None:
+    def note_read(self, node: fx.Node | None, name: str) -> None:
         """Python knows the value of a tensor from here on; an assertion or torch's own check decides nothing."""
         if not where(user_frame())[1].startswith("assert") and not _checks_arguments():
-            self.recording.reads.append((node, self.line()))
+            self.recording.reads.append((node, self.line(), name not in _REPORTS))
 
     def read(self, func: Any, rule: Rule, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The value of a tensor goes to Python, or into the shape of a result."""
@@ -334,7 +336,7 @@ class _Recorder(TorchFunctionMode, Handler):
         known = [self.nodes[id(t)] for t in tensors if id(t) in self.nodes]
         random = [node for node in known if node in self.recording.depends]
         if known or any(id(t) in self.tensors or id(t) in self.attributes for t in tensors):
-            self.note_read(random[0] if random else known[0] if known else None)
+            self.note_read(random[0] if random else known[0] if known else None, getattr(func, "__name__", ""))
         return value
 
     def call(self, func: Any, name: str, rule: Rule | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -549,6 +551,7 @@ class _Recorder(TorchFunctionMode, Handler):
         return torch._C.is_grad_enabled() if self.told is None else self.told
 
 
+_REPORTS = frozenset("__float__ __array__ numpy tolist".split())  # as a log takes a loss
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.DataParallel)
 _IMMEDIATE = (bool, int, float, complex, str, torch.dtype, torch.device, torch.memory_format, torch.layout)
 
@@ -824,7 +827,8 @@ class _Kept:
                 found, structure = flatten(value, _is_output)
                 recorder.recording.kept.append(Kept(path, name, structure, len(found), bool(grown)))
                 leaves += found
-                if grown or not found:
+                new = name not in held and _is_record(name, value)  # the next call may find it, and add to it
+                if grown or not found or new:
                     recorder.recording.once.append(f"the method changes {type(module).__name__}.{name}")
             for name, value in module._buffers.items():
                 if value is not self.buffers[module].get(name) and value is not None:

@@ -129,12 +129,13 @@ def _rows(node: fx.Node, roles: Roles, settings: Settings) -> Iterable[Row]:
 
 
 def _sizes(graph: fx.Graph) -> set[fx.Node]:
-    """Sizes of tensors and the arithmetic on them, which say nothing of moments."""
+    """Sizes of tensors and the arithmetic on them and on reported numbers, which say nothing of moments."""
     found: set[fx.Node] = set()
+    reported = {node for node in graph.nodes if node.target == "item"}
     for node in graph.nodes:
         inputs = node.all_input_nodes
         arithmetic = getattr(node.target, "__module__", "") == "_operator" or node.target in (int, float, torch.Size)
-        if node.target == "size" or (arithmetic and inputs and all(each in found for each in inputs)):
+        if node.target == "size" or (arithmetic and inputs and all(each in found or each in reported for each in inputs)):
             found.add(node)
     return found
 

@@ -35,6 +35,7 @@ class Roles:
         losses: outputs that are a loss or a term of one.
         decoded: the random nodes with a decoder behind them.
         unused: random nodes whose value nothing uses, such as a check of a distribution's arguments.
+        scores: values of a loss function, errors, and what is made of them: Python may report them, as logs do.
     """
 
     latents: tuple[fx.Node, ...]
@@ -45,6 +46,7 @@ class Roles:
     losses: frozenset[fx.Node]
     decoded: frozenset[fx.Node]
     unused: frozenset[fx.Node]
+    scores: frozenset[fx.Node]
 
     def of(self, node: fx.Node) -> str:
         """The role of a node in a word; empty if it has none of its own."""
@@ -274,6 +276,7 @@ class _Graph:
             losses,
             frozenset(decoded),
             self.unused(random),
+            self.scores(random, decoded),
         )
 
     def importance_weights(self, scores: set[fx.Node]) -> set[tuple[fx.Node, fx.Node]]:
@@ -332,6 +335,15 @@ class _Graph:
             elif (self.reduces(node, sources) and (_size(node) == 1 or _rank(node) <= 1)) or any(n in found for n in sources):
                 found.add(node)
         return found
+
+    def scores(self, random: set[fx.Node], decoded: set[fx.Node]) -> frozenset[fx.Node]:
+        """A loss function's values and errors, and numbers made of them."""
+        found: set[fx.Node] = set()
+        for node in self.nodes:
+            scores = self.is_loss(node) or self.is_error(node, random, decoded) or any(n in found for n in node.all_input_nodes)
+            if scores and node in random and not self.decodes(node, random) and not self._compares(node):
+                found.add(node)
+        return frozenset(found)
 
     def is_error(self, node: fx.Node, random: set[fx.Node], decoded: set[fx.Node]) -> bool:
         """An even function of a difference from an input."""
