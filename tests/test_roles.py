@@ -58,6 +58,11 @@ LINEAR: dict[str, Result] = {
     "beside a part": lambda y, x, z, mu, std, m: (y, y[:, :3]),
     "beside a view": lambda y, x, z, mu, std, m: (y, y.view(-1, 3, 4)),
     "beside a score": lambda y, x, z, mu, std, m: (y, m.head(y)),
+    "beside logits of the latent": lambda y, x, z, mu, std, m: (y, m.prior(z)),
+    "beside a loss of what it is decoded from": lambda y, x, z, mu, std, m: (
+        m.decoder(c := z + 0 * m.prior(z)),
+        F.mse_loss(c, m.encoder(x)[:, :4]),
+    ),
     "beside a score of the latent": lambda y, x, z, mu, std, m: {"y": y, "score": m.prior(z).sum(1)},
     "beside a KL vector": lambda y, x, z, mu, std, m: (y, kl_of_a_learned_prior(z, mu, std, m)),
     "beside a sampled KL": lambda y, x, z, mu, std, m: (y, sampled_kl(z, mu, std)),

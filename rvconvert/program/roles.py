@@ -245,7 +245,8 @@ class _Graph:
         chosen = list(leaves)
         candidates = meeting or (set() if leaves else {source for source, _ in edges})
         for source in (n for n in self.nodes if n in candidates):
-            if not any(self.same(source, n, random) or self.same(n, source, random) or self.behind(n, source) for n in chosen):
+            known = any(self.same(source, n, random) or self.same(n, source, random) or self.behind(n, source) for n in chosen)
+            if not known and not any(self.decodes_between(source, n, random) for n in leaves):
                 chosen.append(source)
         at_mean = {(source, user) for source, user in edges if source in candidates}
         if not paths:
@@ -379,9 +380,8 @@ class _Graph:
                 elif first not in fits:
                     dropped.add(first)
         kept = [n for n in leaves if n not in dropped]
-        if any(n in fits for n in kept):  # a number for each example beside it is a score
-            kept = [n for n in kept if n in fits or _size(n) > _batch(n)]
-        return kept
+        least = min((_size(n) for n in kept if n in fits), default=0)  # fewer numbers beside it are a score: logits of classes
+        return [n for n in kept if _size(n) >= least]
 
     def fits_an_input(self, node: fx.Node) -> bool:
         """As many numbers as in an input that is a batch of vectors or more."""
