@@ -353,3 +353,20 @@ def test_a_model_that_needs_gradients_is_measured_with_them(hook):
     assert rv.last_penalty > 0
     assert rv._rvconvert.gains.training
     assert not any(gain.offset.requires_grad for gain in rv._rvconvert.gains.training.values())
+
+
+def test_a_head_of_no_features_is_left_alone():
+    class Empty(VAE):
+        def __init__(self):
+            super().__init__()
+            self.none = nn.Linear(12, 0)
+
+        def forward(self, x):
+            y = super().forward(x)[0]
+            return y, self.none(y)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch says that it initialises nothing
+        rv = rvconvert.convert(Empty(), covariance="calibrated")
+    rv(IMAGES)[0].mean().backward()
+    assert rv.last_penalty > 0

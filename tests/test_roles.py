@@ -210,6 +210,17 @@ def test_samples_of_the_prior_inside_forward_stay_diverse() -> None:
     assert fakes.std(0).mean() > 0.5 * vae(x)[1].std(0).mean()
 
 
+def test_a_shuffle_of_the_batch_for_a_discriminator_is_no_latent() -> None:
+    def shuffled(y: Tensor, x: Tensor, z: Tensor, mu: Tensor, std: Tensor, m: VAE) -> Tensor:
+        columns = [z[torch.randperm(len(z)), i] for i in range(z.shape[1])]
+        return F.mse_loss(y, x) + m.prior(torch.stack(columns, 1)).mean() - m.prior(z).mean()
+
+    x = torch.rand(8, 12, generator=torch.Generator().manual_seed(1))
+    rv = rvconvert.convert(VAE(shuffled, False), example_inputs=x)
+    rv(x).backward()
+    torch.testing.assert_close(rv.last_penalty, reference(x, False), rtol=0.01, atol=0)
+
+
 def test_a_draw_of_the_prior_alone_is_refused_with_a_way_to_name_it() -> None:
     class WAE(VAE):
         def forward(self, x: Tensor) -> Any:

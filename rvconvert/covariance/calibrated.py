@@ -236,7 +236,7 @@ class Gains:
             if isinstance(value, SampledVariable) and value.is_floating_point():
                 self._truth[key] = value.var.detach()
             return value
-        if type(value) is not RandomVariable:
+        if type(value) is not RandomVariable or value.numel() == 0:
             return value
         if self._phase == "independent":
             self._independent[key] = self._independent.get(key, 0.0) + float(value.var.double().sum())

@@ -16,6 +16,7 @@ from torch import fx, nn
 
 from rvconvert.capture.recorder import Recording
 from rvconvert.core.registry import Rule
+from rvconvert.rules.draws import INTEGER
 from rvconvert.rules.kinds import Bilinear, Collapse, Elementwise, Metadata, Shape
 
 __all__ = ["Roles", "assign"]
@@ -215,7 +216,7 @@ class _Graph:
             leaving = [n for n in self.outputs if _rank(n) >= 2]
             found = set(none.union(*(posterior.get(n, none) for n in leaving)))
             found = found or (shifted & decoded.union(*(noise.get(n, none) for n in leaving)))
-        return [n for n in self.recording.draws if n in found]
+        return [n for n in self.recording.draws if n in found and n.meta["draw"].law is not INTEGER]
 
     def _compares(self, node: fx.Node) -> bool:
         return str(node.meta.get("dtype")) == "torch.bool"
