@@ -392,7 +392,8 @@ class Conversion:
                 )
         others = [n for n in roles.latents if not n.meta["draw"].can_be_latent]
         if others:
-            found = [f"  {n.meta['where']}: {n.meta['source']}\n    {n.meta['draw'].law.refusal}" for n in others]
+            found = [f"  {short_place(n.meta['where'])}: {n.meta['source']}\n    {n.meta['draw'].law.refusal}" for n in others]
+            found = list(dict.fromkeys(found))  # a line of a loop is one
             return NonGaussianError("\n".join([f"{label}: a latent is drawn from a law that has no random variable:", *found]))
         given = bool(recording.random_inputs or self.options.random_inputs)
         if given or any(n in roles.random for n in recording.output.all_input_nodes):

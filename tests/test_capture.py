@@ -552,6 +552,12 @@ def rebound_view(z, linear):
     return h
 
 
+def clamped_without_gradient(z, linear):
+    h = linear(z)
+    h.detach().clamp_(min=0.1)  # as torch.distributions.Gamma does
+    return h
+
+
 def decoder_of(function, once=False):
     class Decoder(nn.Module):
         def __init__(self):
@@ -578,13 +584,20 @@ def test_memory_written_through_a_view_is_refused(function, once):
         rvconvert.convert(decoder_of(function, once), random_inputs=("z",))(z)
 
 
-@pytest.mark.parametrize("function", [augmented_slice, contiguous_is_itself, rebound_view], ids=lambda f: f.__name__)
+SEEN = [augmented_slice, contiguous_is_itself, rebound_view, clamped_without_gradient]
+
+
+@pytest.mark.parametrize("function", SEEN, ids=lambda f: f.__name__)
 @pytest.mark.parametrize("covariance", ["independent", "lowrank", "sampled"])
 def test_writes_that_every_holder_sees_are_not_refused(function, covariance):
     decoder, mean = decoder_of(function, True), torch.randn(3, 4)
     rv = rvconvert.convert(decoder, random_inputs=("z",), covariance=covariance)
     with torch.no_grad():
         assert torch.allclose(rv(RandomVariable(mean, torch.zeros(3, 4))), decoder(mean), atol=1e-6)
+    if function is clamped_without_gradient:
+        rv(RandomVariable(mean, torch.zeros(3, 4))).sum().backward()
+        decoder(mean).sum().backward()
+        torch.testing.assert_close(rv.linear.weight.grad, decoder.linear.weight.grad)
 
 
 @pytest.mark.parametrize("name", ["T", "mT", "H", "mH", "real", "data"])

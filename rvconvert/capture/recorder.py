@@ -425,9 +425,17 @@ class _Recorder(TorchFunctionMode, Handler):
             return
         if path is not None:
             self.add("call_function", assign_mean, (self.graph.get_attr(path), node), {}).meta["mutates"] = True
-        for other in self.alive:
+        whole = None if tensor.requires_grad else _storage_key(tensor)
+        for other in list(self.alive):
             if isinstance(other, torch.Tensor) and other is not tensor and _storage(other) == key and key is not None:
-                self.writers[id(other)] = node
+                held = self.nodes.get(id(other))
+                if held is None or whole is None or _storage_key(other) != whole:
+                    self.writers[id(other)] = node
+                    continue
+                again = self.add("call_function", rewritten, (held, node), {})  # x.detach().clamp_(...)
+                again.meta["part"] = True
+                self.inherit(again)
+                self.track(other, again)
         self.track(tensor, node)
 
     # --- modules --------------------------------------------------------------------------------
@@ -622,6 +630,14 @@ def set_autocast(state: AutocastState) -> None:
         torch.set_autocast_enabled(kind, enabled)
         torch.set_autocast_dtype(kind, dtype)
     torch.clear_autocast_cache()
+
+
+def rewritten(base: Any, written: Any) -> Any:
+    """What ``base`` is once a detached alias of it was written: what was written, with its own gradient."""
+    if isinstance(base, RandomVariable) and isinstance(written, RandomVariable) and not base.precedence:
+        mean, var = base.mean, base.var
+        return base.with_moments(mean + (written.mean - mean).detach(), var + (written.var - var).detach())
+    return base + (written - base).detach()
 
 
 def assign_mean(target: torch.Tensor, value: Any) -> None:

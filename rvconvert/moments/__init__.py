@@ -7,7 +7,7 @@ so. Half-precision inputs are computed in float32. var = 0 gives (f(mean), 0) an
 from rvconvert.moments.by_quadrature import celu, elu, selu, softsign
 from rvconvert.moments.closed_form import cos, cosh, exp, expm1, sin, sinh, square
 from rvconvert.moments.error_function import erf
-from rvconvert.moments.lognormal import log, power, reciprocal, rsqrt, sqrt
+from rvconvert.moments.lognormal import log, positive_power, power, reciprocal, rsqrt, sqrt
 from rvconvert.moments.piecewise import clamp, hardshrink, hardsigmoid, hardswish, hardtanh, relu6, softshrink, threshold
 from rvconvert.moments.smooth import gelu, logsigmoid, mish, sigmoid, silu, softplus, tanh
 from rvconvert.moments.two_slopes import absolute, leaky_relu, relu
@@ -31,6 +31,7 @@ __all__ = [
     "log",
     "logsigmoid",
     "mish",
+    "positive_power",
     "power",
     "reciprocal",
     "relu",
