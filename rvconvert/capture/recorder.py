@@ -271,7 +271,7 @@ class _Recorder(TorchFunctionMode, Handler):
         rule = self.registry.find(func)
         if rule is not None and isinstance(rule.kind, Read) and name != "item":
             return self.read(func, rule, args, kwargs)
-        if func is torch.broadcast_tensors and len(args) > 1:
+        if func is torch.broadcast_tensors and args and not isinstance(args[0], (list, tuple)):
             return self.broadcast(args)
         if name == "item":
             value = func(*_plain(args))

@@ -56,7 +56,7 @@ class Rows:
 
 def moved(rows: Rows, shape: Sequence[int], move: Callable[[Tensor], Any]) -> list[Rows | None]:
     """Where rows are after an operation that only moves elements: of each tensor in its result."""
-    numbers = rows.along(torch.tensor(rows.of), len(shape)).expand(tuple(shape))
+    numbers = rows.along(torch.tensor(rows.of, dtype=torch.float64), len(shape)).expand(tuple(shape))
     result = move(numbers)
     parts = result if isinstance(result, (list, tuple)) else [result]
     # A cast moves nothing, and a bool is no row's number.
@@ -68,7 +68,8 @@ def _found(numbers: Tensor, count: int) -> Rows | None:
     for dim in range(numbers.ndim):
         line = numbers.movedim(dim, -1).reshape(-1, numbers.shape[dim]) if numbers.numel() else numbers.reshape(0, 0)
         if len(line) and numbers.shape[dim] > 1 and bool((line == line[:1]).all()):
-            return Rows(dim - numbers.ndim, tuple(line[0].tolist()), count)
+            whole = bool(((line[0] >= 0) & (line[0] < count)).all())  # what is filled in or padded is of no row
+            return Rows(dim - numbers.ndim, tuple(map(int, line[0].tolist())), count) if whole else None
     return None
 
 
