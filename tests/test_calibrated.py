@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import math
 import pickle
 import warnings
 
@@ -370,3 +371,21 @@ def test_a_head_of_no_features_is_left_alone():
         rv = rvconvert.convert(Empty(), covariance="calibrated")
     rv(IMAGES)[0].mean().backward()
     assert rv.last_penalty > 0
+
+
+@pytest.mark.parametrize("covariance", ["independent", "calibrated", "sampled", "lowrank"])
+def test_memory_that_is_written_step_by_step_may_hold_anything_before(covariance):
+    """``torch.empty`` filled in a loop, as solvers and recurrent decoders do."""
+
+    class Steps(VAE):
+        def forward(self, x):
+            y = super().forward(x)[0]
+            out = torch.full((3, *y.shape), math.nan)
+            for step in range(3):
+                out[step] = y = torch.tanh(2 * y)
+            return out
+
+    rv = rvconvert.convert(Steps(), covariance=covariance)
+    rv(IMAGES[:24]).square().mean().backward()
+    assert rv.last_penalty > 0
+    assert all(torch.isfinite(p.grad).all() for p in rv.parameters())

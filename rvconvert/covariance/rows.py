@@ -95,8 +95,8 @@ def still(
     ]
     again = function(*mixed)
     result = result.detach()
-    rounding = 1e-5 * float(result.abs().max()) if result.is_floating_point() and result.numel() else 0.0
-    same = torch.isclose(again, result, rtol=1e-3, atol=rounding, equal_nan=True)
+    largest = float(result.nan_to_num(0, 0, 0).abs().max()) if result.is_floating_point() and result.numel() else 0.0
+    same = torch.isclose(again, result, rtol=1e-3, atol=1e-5 * largest, equal_nan=True)
     return after if bool((same | after.along(which, result.ndim)).all()) else None
 
 
