@@ -201,8 +201,9 @@ def measure(
     """Add one batch to the measurement under way; the model, its penalty and the random state stay as they were."""
     gains, own = conversion.gains, conversion.settings
     last_penalty = conversion.last_penalty
-    with torch.no_grad(), unchanged(model), _in_phases(conversion):
-        conversion.ready(name, model, args, kwargs)
+    recorded = conversion.ready(name, model, args, kwargs)
+    # The model's own code may ask for gradients, or draw only where there are any.
+    with torch.set_grad_enabled(recorded and torch.is_grad_enabled()), unchanged(model), _in_phases(conversion):
         torch.manual_seed(seed)
         conversion.settings = dataclasses.replace(own, covariance="sampled", pairs=pairs, seed=None)
         gains.phase("truth")

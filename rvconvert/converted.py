@@ -14,10 +14,11 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.nn.parameter import is_lazy
 
 from rvconvert.calibration import renew
 from rvconvert.capture import intercept
-from rvconvert.capture.recorder import Kept, Recording, autocast_state, record, set_autocast, unchanged
+from rvconvert.capture.recorder import Kept, Recording, autocast_state, own_copies, record, set_autocast, unchanged
 from rvconvert.capture.replay import each_mode, replay_differs
 from rvconvert.core.random_variable import RandomVariable, random_variables
 from rvconvert.core.tree import Structure, flatten
@@ -193,11 +194,14 @@ class Conversion:
             self.signatures[name] = inspect.signature(self.own.get(name) or getattr(self.plain_class, name))
         return self.signatures[name]
 
-    def ready(self, name: str, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Record the method for this kind of call unless it is recorded already."""
+    def ready(self, name: str, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Record the method for this kind of call unless it is recorded already; True where it is recorded at each call."""
         leaves, structure = flatten(self.normalized(name, args, kwargs))
-        if self.find(name, model, leaves, structure) is None:
+        if self.find(name, model, leaves, structure) is not None:
+            return False
+        if self.key(name, model, leaves, structure, batch=False) not in self.once:
             self.prepare(name, model, args, kwargs, to_run=False)
+        return self.key(name, model, leaves, structure, batch=False) in self.once
 
     def normalized(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The same call spelled one way, positional first, so that equal calls share a program."""
@@ -294,7 +298,7 @@ class Conversion:
                     buffer.copy_(value)  # the run changes it again
         vars(self.constants).update(recording.constants)
         recording.once = ["as asked"]
-        roles = assign(recording, self.options.latent)
+        roles = assign(recording, self.options.latent, paths=not self.settings.needs_rules)
         refusal = self.refusal(recording, roles, name, model)
         if refusal is not None and not isinstance(refusal, NoReparameterizationError):
             raise refusal
@@ -322,8 +326,15 @@ class Conversion:
         grad = torch.is_grad_enabled()
         registry = self.settings.registry
         again: list[str] = []
+        if any(map(is_lazy, model.parameters())):
+            self.build(name, model, args, kwargs)
         with unchanged(model), torch.enable_grad():
             recording, _ = record(model, method, args, kwargs, registry, told=grad)
+        if recording.builds:
+            self.build(name, model, args, kwargs)
+        with unchanged(model), torch.enable_grad():
+            if recording.builds:
+                recording, _ = record(model, method, args, kwargs, registry, told=grad)
             if recording.once:  # as the next call would find the model
                 second, _ = record(model, method, args, kwargs, registry, told=grad)
                 again = second.once
@@ -337,10 +348,10 @@ class Conversion:
             if recording.constants or str(other.graph) != str(recording.graph):
                 again.append("Python decides by torch.is_grad_enabled()")
         vars(self.constants).update(recording.constants)
-        roles = assign(recording, self.options.latent)
+        roles = assign(recording, self.options.latent, paths=not self.settings.needs_rules)
         refusal = self.refusal(recording, roles, name, model)
         if refusal is None:
-            again += [f"Python decides by the value of a tensor: {place}" for _, place in recording.reads]
+            again += [f"Python decides by the value of a tensor: {place}" for _, place, _ in recording.reads]
             if not recording.once and not again:
                 again += self.check(recording, name, model, method, args, kwargs)
             recording.once += again
@@ -348,6 +359,17 @@ class Conversion:
         if refusal is not None:
             report = dataclasses.replace(report, refusal=str(refusal))
         return Examined(recording, roles, report, refusal, bool(again))
+
+    def build(self, name: str, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Call the plain method, which makes layers at its first call; what the model had stays as it was."""
+        leaves, structure = flatten((args, kwargs))
+        given = (x.mean if isinstance(x, RandomVariable) else x for x in own_copies(leaves))
+        args, kwargs = structure.build(given)
+        buffers = {b: b.detach().clone() for b in model.buffers() if not is_lazy(b)}
+        with torch.no_grad():
+            self.method(name, model)(*args, **kwargs)
+            for buffer, value in buffers.items():
+                buffer.copy_(value)
 
     def check(self, recording: Recording, name: str, model: nn.Module, method: Any, args: Any, kwargs: Any) -> list[str]:
         """What keeps the recording from standing for other calls."""
@@ -366,8 +388,8 @@ class Conversion:
     def refusal(self, recording: Recording, roles: Roles, name: str, model: nn.Module) -> ConversionError | None:
         """Why the method cannot be converted, whatever rules there are."""
         label = f"{self.plain_class.__name__}.{name}"
-        for node, place in recording.reads:
-            if node in roles.random:
+        for node, place, decides in recording.reads:
+            if node in roles.random and (decides or node not in roles.scores):
                 return _read_refusal(label, place)
         for writer, place in recording.stale:
             if writer in roles.random:
@@ -377,7 +399,8 @@ class Conversion:
                 )
         others = [n for n in roles.latents if not n.meta["draw"].can_be_latent]
         if others:
-            found = [f"  {n.meta['where']}: {n.meta['source']}\n    {n.meta['draw'].law.refusal}" for n in others]
+            found = [f"  {short_place(n.meta['where'])}: {n.meta['source']}\n    {n.meta['draw'].law.refusal}" for n in others]
+            found = list(dict.fromkeys(found))  # a line of a loop is one
             return NonGaussianError("\n".join([f"{label}: a latent is drawn from a law that has no random variable:", *found]))
         given = bool(recording.random_inputs or self.options.random_inputs)
         if given or any(n in roles.random for n in recording.output.all_input_nodes):
@@ -393,7 +416,7 @@ class Conversion:
         if drawn:
             places = ", ".join(dict.fromkeys(drawn))
             reason = f"the draw at {places} is no latent: no decoder's value depends on it, or no input places it"
-        elif discrete := [str(n.meta["where"]) for n in recording.graph.nodes if _chooses(n)]:
+        elif discrete := [short_place(str(n.meta["where"])) for n in recording.graph.nodes if _chooses(n)]:
             reason += f"; it picks by argmin or argmax, as vector quantization does, at {discrete[0]}"
         functions = [m for m in vars(self.plain_class) if inspect.isfunction(getattr(self.plain_class, m))]
         others = [m for m in functions if m[0] != "_" and m != name]
@@ -487,7 +510,7 @@ def _forgetting(run: Callable[..., tuple[Any, ...]], constants: Any, names: tupl
 
 
 class ConvertedModel:
-    """The mixin of every converted model, before its own class: the penalty, its scale, copies and pickles."""
+    """What every converted model has beside its own class: the penalty, its scale, copies and pickles."""
 
     __dict__: dict[str, Any]
 
@@ -511,8 +534,9 @@ class ConvertedModel:
         return conversion_of(self).options
 
     def __repr__(self) -> str:
-        head, line, rest = super().__repr__().partition("\n")
-        return f"{head}  # {described(conversion_of(self).options)}{line}{rest}"
+        conversion = conversion_of(self)
+        head, line, rest = conversion.plain_class.__repr__(self).partition("\n")  # type: ignore[arg-type]
+        return f"{head}  # {described(conversion.options)}{line}{rest}"
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         conversion = conversion_of(self)
@@ -616,6 +640,8 @@ def _generated_class(cls: type[nn.Module], methods: tuple[str, ...]) -> type[nn.
         method.__signature__ = inspect.signature(original)  # type: ignore[attr-defined]
         return method
 
-    namespace: dict[str, Any] = {name: converted(name) for name in methods}
+    # The plain class stands first, or an instance could not change from a class such as C(ABC, nn.Module) to this one.
+    namespace = {name: value for name, value in vars(ConvertedModel).items() if name not in ("__dict__", "__weakref__")}
+    namespace |= {name: converted(name) for name in methods}
     namespace |= {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
-    return type(cls.__name__, (ConvertedModel, cls), namespace)
+    return type(cls.__name__, (cls, ConvertedModel), namespace)

@@ -59,8 +59,9 @@ class Report:
 
     @property
     def unsupported(self) -> tuple[Row, ...]:
-        """The rows that stand in the way."""
-        return tuple(row for row in self.rows if row.status == "unsupported")
+        """The rows that stand in the way, an operation of a loop once."""
+        rows = (row for row in self.rows if row.status == "unsupported")
+        return tuple({(row.operation, row.module, row.where): row for row in rows}.values())
 
     @property
     def counts(self) -> dict[str, int]:

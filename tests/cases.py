@@ -166,6 +166,7 @@ case("pow", lambda w, x: torch.pow(x, 4), label="fourth")
 case("pow", lambda w, x: x**0.5, offset=5.0, spread=0.5, var=0.05, label="root")
 case("pow", lambda w, x: torch.pow(w.positive(4), x), label="exponent")
 case("pow", lambda w, x: torch.pow(x, w.positive(4)), offset=6.0, spread=0.5, var=0.2, label="tensor")
+case("pow", lambda w, x: torch.pow(x, -w.positive(4)), offset=6.0, spread=0.5, var=0.05, label="negative tensor")
 case("float_power", lambda w, x: torch.float_power(x, 2))
 case("rpow", lambda w, x: 2.0**x)
 for _name in "atan2 arctan2 hypot logaddexp logaddexp2 copysign".split():

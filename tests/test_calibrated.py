@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import math
 import pickle
 import warnings
 
@@ -334,3 +335,57 @@ def test_verify_names_where_calibration_is_worst(trained):
 def test_verify_refuses_gains_of_a_model_that_has_none(trained):
     with pytest.raises(rvconvert.ConversionError, match=r"only if it was converted with covariance='calibrated'"):
         rvconvert.verify(rvconvert.convert(trained), IMAGES[:4], modes=("independent", "calibrated"))
+
+
+@pytest.mark.parametrize("hook", [True, False])
+def test_a_model_that_needs_gradients_is_measured_with_them(hook):
+    class NeedsGradients(VAE):
+        def forward(self, x):
+            mu, logvar = self.encoder(x).chunk(2, 1)
+            if not hook and not torch.is_grad_enabled():
+                return self.last(mu.view(-1, 1, 3).expand(-1, 8, 3)).flatten(1)
+            z = mu + torch.randn_like(mu) * torch.exp(0.5 * logvar)
+            if hook:
+                z.register_hook(lambda grad: 2 * grad)
+            return self.last(z.view(-1, 1, 3).expand(-1, 8, 3)).flatten(1)
+
+    rv = rvconvert.convert(NeedsGradients(), covariance="calibrated")
+    rv(IMAGES).mean().backward()
+    assert rv.last_penalty > 0
+    assert rv._rvconvert.gains.training
+    assert not any(gain.offset.requires_grad for gain in rv._rvconvert.gains.training.values())
+
+
+def test_a_head_of_no_features_is_left_alone():
+    class Empty(VAE):
+        def __init__(self):
+            super().__init__()
+            self.none = nn.Linear(12, 0)
+
+        def forward(self, x):
+            y = super().forward(x)[0]
+            return y, self.none(y)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch says that it initialises nothing
+        rv = rvconvert.convert(Empty(), covariance="calibrated")
+    rv(IMAGES)[0].mean().backward()
+    assert rv.last_penalty > 0
+
+
+@pytest.mark.parametrize("covariance", ["independent", "calibrated", "sampled", "lowrank"])
+def test_memory_that_is_written_step_by_step_may_hold_anything_before(covariance):
+    """``torch.empty`` filled in a loop, as solvers and recurrent decoders do."""
+
+    class Steps(VAE):
+        def forward(self, x):
+            y = super().forward(x)[0]
+            out = torch.full((3, *y.shape), math.nan)
+            for step in range(3):
+                out[step] = y = torch.tanh(2 * y)
+            return out
+
+    rv = rvconvert.convert(Steps(), covariance=covariance)
+    rv(IMAGES[:24]).square().mean().backward()
+    assert rv.last_penalty > 0
+    assert all(torch.isfinite(p.grad).all() for p in rv.parameters())

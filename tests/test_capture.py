@@ -259,6 +259,18 @@ def test_what_forward_keeps_on_the_model_is_kept(once: bool) -> None:
     assert float(copy.deepcopy(rv).kl) == 2.0
 
 
+def test_a_list_that_the_first_call_makes_grows_as_the_plain_models() -> None:
+    def result(y: Tensor, x: Tensor, mu: Tensor, z: Tensor) -> Tensor:
+        loss = F.mse_loss(y, x)
+        rv.__dict__.setdefault("losses", []).append(loss)
+        return loss
+
+    rv: Any = rvconvert.convert(VAE(SAMPLERS["randn_like"], result))
+    for _ in range(3):
+        rv(torch.rand(5, 6))
+    assert len(rv.losses) == 3
+
+
 @pytest.mark.parametrize("reset", [True, False])
 def test_notes_that_the_next_call_does_not_read_are_no_obstacle(reset: bool) -> None:
     class Noting(VAE):
@@ -309,6 +321,40 @@ def test_value_of_a_random_variable_is_refused() -> None:
         rvconvert.convert(vae, example_inputs=torch.rand(5, 6))
 
 
+REPORTS: dict[str, Callable[[Tensor], Any]] = {
+    "float": float,
+    "item": lambda loss: loss.item(),
+    "sums of items": lambda loss: 2 * loss.item() + loss.item(),
+    "tolist": lambda loss: loss.tolist(),
+    "numpy": lambda loss: loss.detach().numpy(),
+    "format": lambda loss: f"{loss:.3f} {loss.item():.3f}",
+}
+
+
+@pytest.mark.parametrize("name", REPORTS)
+@pytest.mark.parametrize("covariance", ["independent", "sampled"])
+def test_a_loss_may_be_reported(name: str, covariance: str) -> None:
+    def result(y: Tensor, x: Tensor, mu: Tensor, z: Tensor) -> Any:
+        loss = F.mse_loss(y, x)
+        return loss, REPORTS[name](loss)
+
+    rv = rvconvert.convert(VAE(SAMPLERS["randn_like"], result), covariance=covariance)
+    for _ in range(2):
+        loss, report = rv(torch.rand(5, 6))
+        loss.backward()
+        assert rv.last_penalty > 0 and not isinstance(report, Tensor)
+
+
+@pytest.mark.parametrize("decision", [lambda loss: loss > 0, lambda loss: loss.item() > 0, bool])
+def test_a_decision_by_a_loss_is_refused(decision: Callable[[Tensor], Any]) -> None:
+    def result(y: Tensor, x: Tensor, mu: Tensor, z: Tensor) -> Tensor:
+        loss = F.mse_loss(y, x)
+        return 2 * loss if decision(loss) else loss
+
+    with pytest.raises(ConversionError, match="value of a random variable"):
+        rvconvert.convert(VAE(SAMPLERS["randn_like"], result), example_inputs=torch.rand(5, 6))
+
+
 class OnlyInTraining(VAE):
     def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
         mu, logvar = self.encoder(x).chunk(2, -1)
@@ -327,6 +373,46 @@ def test_a_model_that_samples_in_training_alone(training: bool, examples: bool) 
         before = rv.last_penalty
         torch.testing.assert_close(rv(x), rv.decoder(rv.encoder(x)[:, :4]))
         assert (rv.last_penalty is not before) == mode
+
+
+class Lazy(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder, self.norm, self.decoder = nn.LazyLinear(8), nn.BatchNorm1d(4), nn.LazyLinear(6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        mu, logvar = self.encoder(x).chunk(2, -1)
+        return self.decoder(self.norm(mu + logvar.exp() * torch.randn_like(mu)))
+
+
+class BuiltAtFirst(Lazy):
+    """Makes its layers when it sees how wide its input is."""
+
+    def __init__(self) -> None:
+        nn.Module.__init__(self)
+        self.decoder: Any = None
+        self.norm = nn.BatchNorm1d(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.decoder is None:
+            self.encoder, self.decoder = nn.Linear(x.shape[1], 8), nn.Linear(4, 6)
+        return super().forward(x)
+
+
+@pytest.mark.parametrize("examples", [True, False])
+@pytest.mark.parametrize("covariance", ["independent", "sampled", "lowrank", "calibrated"])
+@pytest.mark.parametrize("cls", [Lazy, BuiltAtFirst])
+def test_layers_made_at_the_first_call_are_the_models(cls: type[nn.Module], covariance: str, examples: bool) -> None:
+    x = torch.rand(5, 6)
+    rv: Any = rvconvert.convert(cls(), covariance=covariance, example_inputs=x if examples else None)
+    rv(x).square().mean().backward()
+    assert rv.last_penalty > 0
+    assert all(p.grad is not None for p in rv.parameters()) and len(rv.state_dict()) == 9
+    assert rv.norm.num_batches_tracked == 1
+    made = rv.decoder.weight
+    rv(x)
+    assert rv.decoder.weight is made
+    rvconvert.to_plain(rv)(x)
 
 
 def test_several_latents_of_a_hierarchy() -> None:
@@ -466,6 +552,12 @@ def rebound_view(z, linear):
     return h
 
 
+def clamped_without_gradient(z, linear):
+    h = linear(z)
+    h.detach().clamp_(min=0.1)  # as torch.distributions.Gamma does
+    return h
+
+
 def decoder_of(function, once=False):
     class Decoder(nn.Module):
         def __init__(self):
@@ -492,13 +584,20 @@ def test_memory_written_through_a_view_is_refused(function, once):
         rvconvert.convert(decoder_of(function, once), random_inputs=("z",))(z)
 
 
-@pytest.mark.parametrize("function", [augmented_slice, contiguous_is_itself, rebound_view], ids=lambda f: f.__name__)
+SEEN = [augmented_slice, contiguous_is_itself, rebound_view, clamped_without_gradient]
+
+
+@pytest.mark.parametrize("function", SEEN, ids=lambda f: f.__name__)
 @pytest.mark.parametrize("covariance", ["independent", "lowrank", "sampled"])
 def test_writes_that_every_holder_sees_are_not_refused(function, covariance):
     decoder, mean = decoder_of(function, True), torch.randn(3, 4)
     rv = rvconvert.convert(decoder, random_inputs=("z",), covariance=covariance)
     with torch.no_grad():
         assert torch.allclose(rv(RandomVariable(mean, torch.zeros(3, 4))), decoder(mean), atol=1e-6)
+    if function is clamped_without_gradient:
+        rv(RandomVariable(mean, torch.zeros(3, 4))).sum().backward()
+        decoder(mean).sum().backward()
+        torch.testing.assert_close(rv.linear.weight.grad, decoder.linear.weight.grad)
 
 
 @pytest.mark.parametrize("name", ["T", "mT", "H", "mH", "real", "data"])

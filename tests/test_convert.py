@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import copy
 import pickle
+import types
+from abc import ABC
+from typing import Any, Generic, TypeVar
 
 import pytest
 import torch
@@ -136,6 +139,22 @@ def test_copies_pickles_and_goes_back(images: Tensor) -> None:
     mean = rvconvert.to_plain(rv, latent="mean")
     torch.testing.assert_close(mean(images)[0], rv.decode(rv.encode(images)[0]))
     assert isinstance(pickle.loads(pickle.dumps(mean)), VanillaVAE)
+
+
+class _Marker:
+    __slots__ = ()
+
+
+@pytest.mark.parametrize("first", [ABC, Generic[TypeVar("T")], _Marker, object], ids=["ABC", "Generic", "slots", "none"])
+def test_a_class_whose_first_base_is_no_module(first: Any, images: Tensor) -> None:
+    """``class VAE(ABC, nn.Module)``: an instance takes the generated class and gives it back."""
+    plain: Any = types.new_class("Mixed", (VanillaVAE,) if first is object else (first, VanillaVAE))
+    rv_vae = rvconvert.convert(plain())
+    rv_vae(images)
+    assert isinstance(rv_vae, plain)
+    assert rv_vae.last_penalty > 0
+    assert "RV, independent, L_c 50" in repr(rv_vae)
+    assert type(rvconvert.to_plain(copy.deepcopy(rv_vae))) is plain
 
 
 def test_inplace_shares_and_copy_does_not(images: Tensor) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -311,6 +312,36 @@ def test_paths_are_near_monte_carlo(name, mode):
     assert 1 - allowed < ratio < 1 + allowed, ratio
     # Low-rank nodes are the same for every sample, so what they are off by does not average away.
     assert float(((y.mean.mean(0) - mean) / var.sqrt()).abs().max()) < (0.05 if mode == "sampled" else 0.35)
+
+
+class Coder(nn.Module):
+    """A VAE whose posterior is a law with learned parameters."""
+
+    def __init__(self, law: Callable[[Any], Any]) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.law, self.encoder, self.decoder = law, nn.Linear(6, 4 * K), nn.Linear(K, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        real, scale, shape, other = self.encoder(x).chunk(4, -1)
+        shape, other = (1 + F.softplus(each) for each in (shape, other))
+        q = SimpleNamespace(real=real, scale=0.3 + 0.4 * torch.sigmoid(scale), shape=shape, other=other)
+        return self.decoder(self.law(q).float())
+
+
+@pytest.mark.parametrize("mode", ["independent", "sampled"])
+@pytest.mark.parametrize("name", LAWS)
+def test_a_model_with_such_a_posterior_converts_and_trains(name, mode):
+    x = torch.rand(32, 6, generator=torch.Generator().manual_seed(1))
+    options = {"pairs": 32} if mode == "sampled" else {}
+    with torch.random.fork_rng():
+        model = Coder(LAWS[name])
+        truth = torch.stack([model(x).detach() for _ in range(300)]).var(0).mean()
+        rv = rvconvert.convert(model, covariance=mode, output="distribution", **options)
+        y = rv(x)
+    (y.mean.square().mean() + y.var.mean()).backward()
+    assert 0.4 < float(y.var.mean() / truth) < 2.5
+    assert torch.isfinite(rv.encoder.weight.grad).all() and rv.encoder.weight.grad.any()
 
 
 @pytest.mark.parametrize("name", LAWS)

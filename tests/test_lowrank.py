@@ -285,6 +285,7 @@ def _meeting_nets(batch: int) -> dict[str, object]:
     adjacency = (torch.rand(batch, batch) < 0.3).float()
     adjacency = adjacency / adjacency.sum(1, keepdim=True).clamp(min=1)
     first, second = nn.Linear(LATENT, 16).requires_grad_(False), nn.Linear(16, 5).requires_grad_(False)
+    causal = torch.ones(batch, batch, dtype=torch.bool).triu(1)
     attention = nn.MultiheadAttention(LATENT, 1, batch_first=True).requires_grad_(False).eval()
     return {
         "graph": lambda z: second(F.relu(adjacency @ first(z))),
@@ -293,6 +294,9 @@ def _meeting_nets(batch: int) -> dict[str, object]:
         "attention": lambda z: second(F.relu(first(F.scaled_dot_product_attention(z[None], z[None], z[None])[0]))),
         "layer of attention": lambda z: attention(z[None], z[None], z[None])[0][0],
         "set": lambda z: second(F.relu(first(z - torch.mean(z, 0, keepdim=True)))),
+        "mask": lambda z: torch.where((z > 0).bool(), z, torch.mean(z, 0)),
+        "mask of a mask": lambda z: torch.where((z > 0).bool().any(0), z, torch.mean(z, 0)),
+        "attention by hand": lambda z: second(F.relu(first(torch.softmax((z @ z.t()).masked_fill(causal, -torch.inf), 1) @ z))),
         "pooled": lambda z: second(torch.mean(F.relu(first(z)), 0)),
     }
 
@@ -317,6 +321,7 @@ def test_rows_that_do_not_meet_keep_common_nodes():
         lambda z: F.scaled_dot_product_attention(*(z.unflatten(1, (LATENT, 1)),) * 3).flatten(1).cumsum(1),
         lambda z: nn.GRU(LATENT, 7)(z.expand(3, 6, LATENT))[0].permute(1, 0, 2).softmax(-1),
         lambda z: torch.cat((z, z.sort(-1).values), 1).view(12, LATENT).norm(dim=-1),
+        lambda z: torch.softmax(z.masked_fill(torch.arange(LATENT) > 1, -torch.inf), 1).cumsum(1),
     )
     for net in nets:
         assert net(z)._nodes is not None

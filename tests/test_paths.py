@@ -144,7 +144,7 @@ def test_a_shape_that_depends_on_a_random_value_is_refused_in_one_sentence(mode)
         return z[torch.where(z[:, 0] > 0)[0]]
 
     with pytest.raises(ConversionError, match="shape depends on a random value") as caught:
-        with_draws(chosen, torch.zeros(64, 2), settings=Settings(covariance=mode))
+        with_draws(chosen, torch.zeros(65, 2), settings=Settings(covariance=mode))  # odd: a pair never agrees
     assert len(str(caught.value).splitlines()) == 1
 
 
@@ -178,3 +178,74 @@ def test_a_codebook_is_read_on_each_path(mode):
         draws = torch.stack([quantised(mean, codebook) for _ in range(3000)])
         y = with_draws(quantised, mean, codebook, settings=Settings(covariance=mode, pairs=64, rank=64, strict=True))
     assert float(y.var.sum() / draws.var(0).sum()) == pytest.approx(1, abs=0.15)
+
+
+# ---- functions of autograd --------------------------------------------------------------------------------------------
+
+
+class Reversed(torch.autograd.Function):
+    """The identity whose gradient is turned round, as domain-adversarial models have it."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return -grad
+
+
+class Halves(torch.autograd.Function):
+    """Two results and an index, of one argument and a number."""
+
+    @staticmethod
+    def forward(ctx, x, scale):
+        ctx.save_for_backward(x)
+        ctx.scale = scale
+        return torch.tanh(x), scale * x.flip(1), x.argmax(1)
+
+    @staticmethod
+    def backward(ctx, first, second, index):
+        (x,) = ctx.saved_tensors
+        return first * (1 - torch.tanh(x) ** 2) + ctx.scale * second.flip(1), None
+
+
+class Heads(nn.Module):
+    def __init__(self, function):
+        super().__init__()
+        torch.manual_seed(0)
+        self.encoder, self.decoder, self.function = nn.Linear(6, 4), nn.Linear(2, 6), function
+
+    def forward(self, x):
+        mu, logvar = self.encoder(x).chunk(2, 1)
+        z = mu + torch.randn_like(mu) * torch.exp(0.5 * logvar)
+        return self.function(self.decoder(z))
+
+
+def test_a_reversed_gradient_keeps_both_moments_and_is_reversed():
+    x = torch.rand(5, 6)
+    results = {}
+    for function in (Reversed.apply, lambda y: y):
+        rv = rvconvert.convert(Heads(function), example_inputs=x, output="distribution")
+        y = rv(x)
+        (y.mean.sum() + y.var.sum()).backward()
+        results[function] = y, rv.decoder.weight.grad
+    (y, grad), (expected, forward) = results.values()
+    torch.testing.assert_close(y.mean, expected.mean)
+    torch.testing.assert_close(y.var, expected.var)
+    torch.testing.assert_close(grad, -forward, rtol=1e-4, atol=1e-5)
+
+
+def test_a_function_of_autograd_is_taken_on_nodes_and_strict_refuses():
+    x = torch.rand(5, 6)
+    rv = rvconvert.convert(Heads(lambda y: Halves.apply(y, 2.0)), example_inputs=x, output="distribution")
+    plain = rvconvert.convert(Heads(lambda y: (torch.tanh(y), 2 * y.flip(1))), example_inputs=x, output="distribution")
+    tanh, flipped, index = rv(x)
+    assert index.dtype == torch.int64
+    for got, expected in zip((tanh, flipped), plain(x), strict=True):
+        torch.testing.assert_close(got.mean, expected.mean, rtol=0.02, atol=0.02)
+        assert float(got.var.sum() / expected.var.sum()) == pytest.approx(1, abs=0.1)
+    report = rvconvert.plan(Heads(Reversed.apply), example_inputs=x)
+    assert {row.rule for row in report if row.operation == "Reversed"} == {"nodes"}
+    with pytest.raises(ConversionError, match=r"(?s)Reversed .*nothing to look into"):
+        rvconvert.convert(Heads(Reversed.apply), example_inputs=x, strict=True)

@@ -121,11 +121,10 @@ def test_the_law_that_is_named_instead_converts(case, advice, mended):
 
 def test_a_line_that_a_loop_comes_by_is_named_once():
     message = refused(Loop(), strict=True)
-    assert message.count("bessel_j0(z)") == 1 and "×29" in message
+    assert message.count("bessel_j0(z)") == 1
     assert message.count("@rvconvert.rule(torch.special.bessel_j0)") == 1
     stub = "\n".join(line[5:] for line in message.split("write:\n")[1].splitlines())
     overlay = rvconvert.REGISTRY.overlay()
     stub = stub.replace("(torch.special.bessel_j0)", "(torch.special.bessel_j0, registry=overlay)")
-    stub = stub.replace("RandomVariable(..., ...)", "RandomVariable(x.mean, x.var)")
     exec(stub, {"rvconvert": rvconvert, "torch": torch, "overlay": overlay})
     rvconvert.convert(Loop(), example_inputs=X, strict=True, rules=overlay)(X).sum().backward()

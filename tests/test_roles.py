@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -22,7 +23,7 @@ class VAE(nn.Module):
         super().__init__()
         torch.manual_seed(0)
         self.encoder, self.decoder, self.head = nn.Linear(12, 8), nn.Linear(4, 12), nn.Linear(12, 1)
-        self.prior = nn.Linear(4, 4)
+        self.prior, self.scale = nn.Linear(4, 4), nn.Parameter(torch.full((12,), -0.5))
         self.result, self.reads = result, reads
 
     def forward(self, x: Tensor) -> Any:
@@ -57,6 +58,11 @@ LINEAR: dict[str, Result] = {
     "beside a part": lambda y, x, z, mu, std, m: (y, y[:, :3]),
     "beside a view": lambda y, x, z, mu, std, m: (y, y.view(-1, 3, 4)),
     "beside a score": lambda y, x, z, mu, std, m: (y, m.head(y)),
+    "beside logits of the latent": lambda y, x, z, mu, std, m: (y, m.prior(z)),
+    "beside a loss of what it is decoded from": lambda y, x, z, mu, std, m: (
+        m.decoder(c := z + 0 * m.prior(z)),
+        F.mse_loss(c, m.encoder(x)[:, :4]),
+    ),
     "beside a score of the latent": lambda y, x, z, mu, std, m: {"y": y, "score": m.prior(z).sum(1)},
     "beside a KL vector": lambda y, x, z, mu, std, m: (y, kl_of_a_learned_prior(z, mu, std, m)),
     "beside a sampled KL": lambda y, x, z, mu, std, m: (y, sampled_kl(z, mu, std)),
@@ -78,6 +84,8 @@ LINEAR: dict[str, Result] = {
     "per example, log-softmax": lambda y, x, z, mu, std, m: -(F.log_softmax(y, 1) * x).sum(1),
     "mse_loss per element": lambda y, x, z, mu, std, m: F.mse_loss(y, x, reduction="none"),
     "log_prob": lambda y, x, z, mu, std, m: -Normal(y, 0.5).log_prob(x).sum(1),
+    "of several results, one": lambda y, x, z, mu, std, m: torch.max(y.unsqueeze(0), 0)[0],
+    "log_prob of a learned scale": lambda y, x, z, mu, std, m: -Normal(y, m.scale.exp()).log_prob(x).sum(1),
     "in a dict, loss and all": lambda y, x, z, mu, std, m: {"loss": F.mse_loss(y, x), "recon": y, "z": z},
 }
 SIGMOID: dict[str, Result] = {
@@ -202,6 +210,17 @@ def test_samples_of_the_prior_inside_forward_stay_diverse() -> None:
     assert fakes.std(0).mean() > 0.5 * vae(x)[1].std(0).mean()
 
 
+def test_a_shuffle_of_the_batch_for_a_discriminator_is_no_latent() -> None:
+    def shuffled(y: Tensor, x: Tensor, z: Tensor, mu: Tensor, std: Tensor, m: VAE) -> Tensor:
+        columns = [z[torch.randperm(len(z)), i] for i in range(z.shape[1])]
+        return F.mse_loss(y, x) + m.prior(torch.stack(columns, 1)).mean() - m.prior(z).mean()
+
+    x = torch.rand(8, 12, generator=torch.Generator().manual_seed(1))
+    rv = rvconvert.convert(VAE(shuffled, False), example_inputs=x)
+    rv(x).backward()
+    torch.testing.assert_close(rv.last_penalty, reference(x, False), rtol=0.01, atol=0)
+
+
 def test_a_draw_of_the_prior_alone_is_refused_with_a_way_to_name_it() -> None:
     class WAE(VAE):
         def forward(self, x: Tensor) -> Any:
@@ -210,8 +229,57 @@ def test_a_draw_of_the_prior_alone_is_refused_with_a_way_to_name_it() -> None:
             return self.decoder(z), (-(z[:, None] - prior[None]).pow(2).sum(-1)).exp().mean()
 
     x = torch.rand(8, 12)
-    with pytest.raises(ConversionError, match=r"no latent.*latent=\('test_roles.py:\d+',\)"):
+    with pytest.raises(ConversionError, match=r"(?s)no latent.*latent=\('test_roles.py:\d+',\)"):
         rvconvert.convert(WAE(lambda *a: None, False), example_inputs=x)
+
+
+def test_a_factor_of_the_reconstruction_with_a_posterior_of_its_own_is_a_latent() -> None:
+    """The size of a library beside its composition; noise of the likelihood is none."""
+
+    def scaled(y: Tensor, x: Tensor, z: Tensor, mu: Tensor, std: Tensor, m: VAE) -> Tensor:
+        size = mu[:, :1] + std[:, :1] * torch.randn_like(mu[:, :1])
+        return torch.exp(size) * F.softmax(y, 1)
+
+    def noisy(y: Tensor, x: Tensor, z: Tensor, mu: Tensor, std: Tensor, m: VAE) -> Tensor:
+        return y + torch.sigmoid(y) * torch.randn_like(y)
+
+    x = torch.rand(64, 12)
+    for result, latents in ((scaled, 2), (noisy, 1)):
+        report = rvconvert.plan(VAE(result, False), example_inputs=x)
+        assert sum(row.role == "latent" for row in report) == latents
+    rv = rvconvert.convert(VAE(scaled, False), covariance="sampled", pairs=64, output="distribution")
+    vae = VAE(scaled, False)
+    truth = torch.stack([vae(x) for _ in range(500)]).var(0)
+    assert float(rv(x).var.sum() / truth.sum()) == pytest.approx(1, abs=0.3)
+
+
+@pytest.mark.parametrize("doubly", [True, False])
+def test_importance_weights_are_those_of_the_mean_log_weights(doubly: bool) -> None:
+    """With several samples of one posterior all weights are alike, and the bound is that of one sample."""
+
+    class IWAE(VAE):
+        samples = 3
+
+        def forward(self, x: Tensor) -> Any:
+            mu, logvar = self.encoder(x).chunk(2, -1)
+            posterior = Normal(mu, 10 * logvar.exp())
+            z = posterior.rsample((self.samples,))
+            score = Normal(0.0, 1.0).log_prob(z).sum(-1) - posterior.log_prob(z).sum(-1)
+            score = score + Normal(self.decoder(z), 0.1).log_prob(x).sum(-1)
+            if doubly:
+                with torch.no_grad():
+                    weights = (score - torch.logsumexp(score, 0, keepdim=True)).exp()
+                return -(weights * score).sum(0).mean()
+            return math.log(self.samples) - torch.logsumexp(score, 0).mean()
+
+    x = torch.rand(8, 12)
+    losses = []
+    for IWAE.samples in (1, 3):
+        rv = rvconvert.convert(IWAE(lambda *a: None, False), example_inputs=x)
+        losses.append(rv(x))
+        losses[-1].backward()
+        assert all(torch.isfinite(p.grad).all() for p in rv.parameters() if p.grad is not None)
+    torch.testing.assert_close(losses[0], losses[1], rtol=1e-4, atol=0)
 
 
 def test_a_person_may_name_the_latents() -> None:

@@ -113,3 +113,13 @@ def test_elementwise_moments_against_dense_quadrature(case):
     tolerance = 2e-3 if case.kinked else 2e-5
     torch.testing.assert_close(got.mean, expected, rtol=tolerance, atol=tolerance)
     torch.testing.assert_close(got.var, variance, rtol=5 * tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("name", "sum mean var std prod amax logsumexp softmax log_softmax cumsum cumprod".split())
+def test_numpys_names_of_arguments_are_torchs(name):
+    x = RandomVariable(1 + torch.rand(3, 4), 0.01 * torch.rand(3, 4))
+    function = getattr(torch, name)
+    keep = name in ("sum", "mean", "var", "std", "prod", "amax", "logsumexp")
+    expected = function(x, dim=1, **({"keepdim": True} if keep else {}))
+    found = function(x, axis=1, **({"keepdims": True} if keep else {}))
+    assert torch.equal(found.mean, expected.mean) and torch.equal(found.var, expected.var)

@@ -7,6 +7,7 @@ for other threads, and all is restored whatever is raised.
 from __future__ import annotations
 
 import contextlib
+import functools
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -48,6 +49,10 @@ class Handler:
 
     def function_call(self, original: Callable[..., Any], function: type, args: tuple[Any, ...]) -> Any:
         """``function.apply(*args)`` of a ``torch.autograd.Function``; ``original(*args)`` does it."""
+        raise NotImplementedError
+
+    def function_forward(self, original: Callable[..., Any], function: type, args: tuple[Any, ...]) -> Any:
+        """The same of one whose ``apply`` was taken off its class before, ``reverse = Reverse.apply``: inside its forward."""
         raise NotImplementedError
 
     def asks_grad_mode(self) -> bool:
@@ -132,6 +137,18 @@ def intercepting(handler: Handler) -> Iterator[None]:
                 return args[0](*args[2:])
             return handler.function_call(original, cls, args)
 
+        def forward_of(cls: type[torch.autograd.Function], original: Callable[..., Any]) -> Callable[..., Any]:
+            takes_context = cls.setup_context is torch.autograd.Function.setup_context
+
+            @functools.wraps(original)
+            def forward(*args: Any, **kwargs: Any) -> Any:
+                if not capturing() or kwargs:
+                    return original(*args, **kwargs)
+                context, given = (args[:1], args[1:]) if takes_context else ((), args)
+                return handler.function_forward(functools.partial(original, *context), cls, given)
+
+            return forward
+
         ask = torch.is_grad_enabled
 
         def is_grad_enabled() -> bool:
@@ -146,9 +163,21 @@ def intercepting(handler: Handler) -> Iterator[None]:
         _patch(stack, nn.Module, "__call__", module_call)
         _patch(stack, torch.jit.ScriptFunction, "__call__", script_call)
         _patch(stack, torch.autograd.Function, "apply", classmethod(function_apply))
+        for cls in _functions(torch.autograd.Function):
+            own = vars(cls).get("forward")
+            if isinstance(own, staticmethod):
+                _patch(stack, cls, "forward", staticmethod(forward_of(cls, own.__func__)))
         _patch(stack, torch, "is_grad_enabled", is_grad_enabled)
         _patch(stack, torch.autograd.Variable, "__new__", variable)
         yield
+
+
+def _functions(base: type[Any]) -> Iterator[type[Any]]:
+    """The functions of autograd that are not torch's own."""
+    for cls in base.__subclasses__():
+        if not cls.__module__.startswith("torch."):
+            yield cls
+        yield from _functions(cls)
 
 
 def _release(outer: int | None) -> None:

@@ -65,13 +65,14 @@ class Recording:
         random_inputs: the placeholders given as random variables.
         draws: the nodes that draw.
         depends: the nodes that depend on a draw or a random input.
-        reads: (node, place) where Python reads the value of a tensor.
+        reads: (node, place, decides) where Python reads the value of a tensor, to decide by it or for a report.
         stale: (writer, place) where memory is used that was written in place through another tensor.
         once: why the recording serves the call at hand alone (empty if it can be kept).
         fixed: why the batch size is part of the graph (empty if it is not).
         overwritten: parameters that the run wrote to in place, with what they were.
         asks_grad_mode: the method asks whether gradients are on.
         sets_autocast: the method turns autocast on or off.
+        builds: the method made parameters, which the model had not before.
     """
 
     graph: fx.Graph
@@ -81,13 +82,14 @@ class Recording:
     random_inputs: list[fx.Node] = field(default_factory=list)
     draws: list[fx.Node] = field(default_factory=list)
     depends: set[fx.Node] = field(default_factory=set)
-    reads: list[tuple[fx.Node | None, str]] = field(default_factory=list)
+    reads: list[tuple[fx.Node | None, str, bool]] = field(default_factory=list)
     stale: list[tuple[fx.Node, str]] = field(default_factory=list)
     once: list[str] = field(default_factory=list)
     fixed: list[str] = field(default_factory=list)
     overwritten: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)
     asks_grad_mode: bool = False
     sets_autocast: bool = False
+    builds: bool = False
 
     @property
     def output(self) -> fx.Node:
@@ -269,12 +271,16 @@ class _Recorder(TorchFunctionMode, Handler):
         rule = self.registry.find(func)
         if rule is not None and isinstance(rule.kind, Read) and name != "item":
             return self.read(func, rule, args, kwargs)
+        if func is torch.broadcast_tensors and args and not isinstance(args[0], (list, tuple)):
+            return self.broadcast(args)
         if name == "item":
             value = func(*_plain(args))
             node = self.add("call_method", "item", (self.argument(args[0]),), {})
             node.meta["rule"] = rule
             self.inherit(node)
-            return TracedFloat(float(value), node, lambda _: self.note_read(node)) if isinstance(value, (int, float)) else value
+            if not isinstance(value, (int, float)):
+                return value
+            return TracedFloat(float(value), node, lambda name: self.note_read(node, name))
         return self.call(func, name, rule, args, kwargs)
 
     def property(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -300,10 +306,22 @@ class _Recorder(TorchFunctionMode, Handler):
         self.track(value, node)
         return value
 
-    def note_read(self, node: fx.Node | None) -> None:
+    def broadcast(self, tensors: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        """Each by itself, or a plain scale would be as random as the location beside it."""
+        with torch._C.DisableTorchFunction():
+            shapes = [tuple(t.shape) for t in tensors]
+            whole = torch.broadcast_shapes(*shapes)
+        with self:
+            size = [
+                next(t.shape[-d] for t, shape in zip(tensors, shapes, strict=True) if len(shape) >= d and shape[-d] == whole[-d])
+                for d in range(len(whole), 0, -1)
+            ]
+            return tuple(t.expand(size) for t in tensors)
+
+    def note_read(self, node: fx.Node | None, name: str) -> None:
         """Python knows the value of a tensor from here on; an assertion or torch's own check decides nothing."""
         if not where(user_frame())[1].startswith("assert") and not _checks_arguments():
-            self.recording.reads.append((node, self.line()))
+            self.recording.reads.append((node, self.line(), name not in _REPORTS))
 
     def read(self, func: Any, rule: Rule, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The value of a tensor goes to Python, or into the shape of a result."""
@@ -318,7 +336,7 @@ class _Recorder(TorchFunctionMode, Handler):
         known = [self.nodes[id(t)] for t in tensors if id(t) in self.nodes]
         random = [node for node in known if node in self.recording.depends]
         if known or any(id(t) in self.tensors or id(t) in self.attributes for t in tensors):
-            self.note_read(random[0] if random else known[0] if known else None)
+            self.note_read(random[0] if random else known[0] if known else None, getattr(func, "__name__", ""))
         return value
 
     def call(self, func: Any, name: str, rule: Rule | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -407,9 +425,17 @@ class _Recorder(TorchFunctionMode, Handler):
             return
         if path is not None:
             self.add("call_function", assign_mean, (self.graph.get_attr(path), node), {}).meta["mutates"] = True
-        for other in self.alive:
+        whole = None if tensor.requires_grad else _storage_key(tensor)
+        for other in list(self.alive):
             if isinstance(other, torch.Tensor) and other is not tensor and _storage(other) == key and key is not None:
-                self.writers[id(other)] = node
+                held = self.nodes.get(id(other))
+                if held is None or whole is None or _storage_key(other) != whole:
+                    self.writers[id(other)] = node
+                    continue
+                again = self.add("call_function", rewritten, (held, node), {})  # x.detach().clamp_(...)
+                again.meta["part"] = True
+                self.inherit(again)
+                self.track(other, again)
         self.track(tensor, node)
 
     # --- modules --------------------------------------------------------------------------------
@@ -517,12 +543,23 @@ class _Recorder(TorchFunctionMode, Handler):
         self.finish(node, result, [x for x, v in zip(mutable, versions, strict=True) if _version(x) != v])
         return result
 
+    def function_forward(self, original: Callable[..., Any], function: type, args: tuple[Any, ...]) -> Any:
+        """The same seen from inside its forward, which runs without gradients though its node has them."""
+
+        def without_gradients(*given: Any) -> Any:
+            with torch.no_grad():
+                return original(*given)
+
+        with torch.enable_grad():
+            return self.function_call(without_gradients, function, args)
+
     def asks_grad_mode(self) -> bool:
         """What the model is told; that it asked is noted."""
         self.recording.asks_grad_mode = True
         return torch._C.is_grad_enabled() if self.told is None else self.told
 
 
+_REPORTS = frozenset("__float__ __array__ numpy tolist".split())  # as a log takes a loss
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.DataParallel)
 _IMMEDIATE = (bool, int, float, complex, str, torch.dtype, torch.device, torch.memory_format, torch.layout)
 
@@ -593,6 +630,14 @@ def set_autocast(state: AutocastState) -> None:
         torch.set_autocast_enabled(kind, enabled)
         torch.set_autocast_dtype(kind, dtype)
     torch.clear_autocast_cache()
+
+
+def rewritten(base: Any, written: Any) -> Any:
+    """What ``base`` is once a detached alias of it was written: what was written, with its own gradient."""
+    if isinstance(base, RandomVariable) and isinstance(written, RandomVariable) and not base.precedence:
+        mean, var = base.mean, base.var
+        return base.with_moments(mean + (written.mean - mean).detach(), var + (written.var - var).detach())
+    return base + (written - base).detach()
 
 
 def assign_mean(target: torch.Tensor, value: Any) -> None:
@@ -739,6 +784,7 @@ def record(
     args, kwargs = structure.build(iter(values))
     with intercepting(recorder), recorder:
         result = method(*args, **kwargs)
+    recording.builds = any(id(p) not in recorder.tensors for p in root.parameters())
     leaves, recording.outputs = flatten(result, _is_output)
     leaves += before.changes(recorder)
     recording.graph.output(tuple(recorder.argument(leaf) for leaf in leaves))
@@ -797,7 +843,8 @@ class _Kept:
                 found, structure = flatten(value, _is_output)
                 recorder.recording.kept.append(Kept(path, name, structure, len(found), bool(grown)))
                 leaves += found
-                if grown or not found:
+                new = name not in held and _is_record(name, value)  # the next call may find it, and add to it
+                if grown or not found or new:
                     recorder.recording.once.append(f"the method changes {type(module).__name__}.{name}")
             for name, value in module._buffers.items():
                 if value is not self.buffers[module].get(name) and value is not None:

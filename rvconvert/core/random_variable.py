@@ -334,12 +334,16 @@ def in_settings(result: Any, settings: Settings) -> Any:
     return result
 
 
+_NUMPY_NAMES = {"axis": "dim", "keepdims": "keepdim"}  # torch takes either
+
+
 def propagate(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Apply a torch function to arguments that hold random variables, by the rule for it.
 
     Raises:
         UnsupportedOperationError: no rule serves ``func``.
     """
+    kwargs = {_NUMPY_NAMES.get(name, name): value for name, value in kwargs.items()}
     in_place = is_in_place(func, kwargs)
     target = args[0] if in_place and args else None
     if isinstance(target, RandomVariable):  # the rule sees what the variable was; the variable becomes the result

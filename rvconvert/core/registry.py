@@ -147,7 +147,7 @@ def operation_name(func: Callable[..., Any]) -> str:
         return resolved.replace("torch.Tensor.", "Tensor.")
     module = getattr(func, "__module__", None)
     name = getattr(func, "__qualname__", None) or getattr(func, "__name__", None) or repr(func)
-    return f"{module}.{name}" if module else str(name)
+    return f"{module}.{name}".replace("_VariableFunctionsClass.", "") if module else str(name)
 
 
 class FunctionTable:

@@ -135,7 +135,7 @@ class Measurement:
     @torch.no_grad()
     def gain_with(self, x: RandomVariable, true: Tensor, level: Tensor | None, *, slopes: bool) -> Gain:
         """The gain after this batch too."""
-        mean, var, true = _parts(x.mean.double()), _parts(x.var.double()), _parts(true.double())
+        mean, var, true = (_parts(each.double().nan_to_num(0, 0, 0)) for each in (x.mean, x.var, true))  # memory not yet written
         samples, channels, places = var.shape
         by_element = slopes and places * channels <= _ELEMENTS and samples >= _IMAGES
         if self.sums and (self.sums["weight"].shape[0] != channels or by_element != (self.sums["weight"].shape[1] == places)):
@@ -236,7 +236,7 @@ class Gains:
             if isinstance(value, SampledVariable) and value.is_floating_point():
                 self._truth[key] = value.var.detach()
             return value
-        if type(value) is not RandomVariable:
+        if type(value) is not RandomVariable or value.numel() == 0:
             return value
         if self._phase == "independent":
             self._independent[key] = self._independent.get(key, 0.0) + float(value.var.double().sum())

@@ -177,7 +177,7 @@ class LowRankVariable(SampledVariable):
 _ROW_BY_ROW = (Elementwise, Metadata, Collapse)
 _ROW_BY_ROW_NAMES = frozenset(
     "linear conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d batch_norm instance_norm group_norm "
-    "layer_norm dropout interpolate".split()
+    "layer_norm dropout interpolate masked_fill".split()
 )
 
 

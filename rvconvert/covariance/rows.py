@@ -56,16 +56,20 @@ class Rows:
 
 def moved(rows: Rows, shape: Sequence[int], move: Callable[[Tensor], Any]) -> list[Rows | None]:
     """Where rows are after an operation that only moves elements: of each tensor in its result."""
-    numbers = rows.along(torch.tensor(rows.of), len(shape)).expand(tuple(shape))
+    numbers = rows.along(torch.tensor(rows.of, dtype=torch.float64), len(shape)).expand(tuple(shape))
     result = move(numbers)
-    return [_found(each, rows.count) for each in (result if isinstance(result, (list, tuple)) else [result])]
+    parts = result if isinstance(result, (list, tuple)) else [result]
+    # A cast moves nothing, and a bool is no row's number.
+    parts = [numbers if each.dtype != numbers.dtype and each.shape == numbers.shape else each for each in parts]
+    return [_found(each, rows.count) if each.dtype == numbers.dtype else None for each in parts]
 
 
 def _found(numbers: Tensor, count: int) -> Rows | None:
     for dim in range(numbers.ndim):
         line = numbers.movedim(dim, -1).reshape(-1, numbers.shape[dim]) if numbers.numel() else numbers.reshape(0, 0)
         if len(line) and numbers.shape[dim] > 1 and bool((line == line[:1]).all()):
-            return Rows(dim - numbers.ndim, tuple(line[0].tolist()), count)
+            whole = bool(((line[0] >= 0) & (line[0] < count)).all())  # what is filled in or padded is of no row
+            return Rows(dim - numbers.ndim, tuple(map(int, line[0].tolist())), count) if whole else None
     return None
 
 
@@ -91,8 +95,8 @@ def still(
     ]
     again = function(*mixed)
     result = result.detach()
-    rounding = 1e-5 * float(result.abs().max()) if result.numel() else 0.0
-    same = torch.isclose(again, result, rtol=1e-3, atol=rounding, equal_nan=True)
+    largest = float(result.nan_to_num(0, 0, 0).abs().max()) if result.is_floating_point() and result.numel() else 0.0
+    same = torch.isclose(again, result, rtol=1e-3, atol=1e-5 * largest, equal_nan=True)
     return after if bool((same | after.along(which, result.ndim)).all()) else None
 
 

@@ -6,7 +6,7 @@ so. Half-precision inputs are computed in float32. var = 0 gives (f(mean), 0) an
 
 from rvconvert.moments.closed_form import cos, cosh, exp, expm1, sin, sinh, square
 from rvconvert.moments.error_function import erf
-from rvconvert.moments.lognormal import log, power, reciprocal, rsqrt, sqrt
+from rvconvert.moments.lognormal import log, positive_power, power, reciprocal, rsqrt, sqrt
 from rvconvert.moments.piecewise import (
     celu,
     clamp,
@@ -43,6 +43,7 @@ __all__ = [
     "log",
     "logsigmoid",
     "mish",
+    "positive_power",
     "power",
     "reciprocal",
     "relu",

@@ -27,6 +27,12 @@ def power(mean: Tensor, var: Tensor, exponent: float) -> Moments:
     """x^exponent: exact for 0, 1, 2, ..., else of a lognormal variable."""
     if exponent >= 0 and exponent == int(exponent):
         return _whole_power(mean, var, int(exponent))
+    return positive_power(mean, var, exponent)
+
+
+@at_least_float32
+def positive_power(mean: Tensor, var: Tensor, exponent: float | Tensor) -> Moments:
+    """x^exponent of a lognormal variable, whatever the exponent."""
     r = _relative(mean, var)
     log_scale = torch.log1p(r)
     # The root of 0 has an infinite slope; with nothing varying it adds nothing to the variance.

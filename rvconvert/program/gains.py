@@ -21,7 +21,7 @@ __all__ = ["gain_keys", "insert_gains"]
 
 _MOVES = (Shape, Metadata, Collapse)
 # One factor a channel, exact whatever is correlated: the gain before it is right behind it.
-_SCALES = frozenset(("batch_norm",))
+_SCALES = frozenset(("batch_norm", "setitem"))  # a write is a move as well
 
 
 def gain_keys(recording: Recording, roles: Roles, method: str, settings: Settings) -> dict[fx.Node, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
@@ -20,7 +21,10 @@ from rvconvert.rules.kinds import Metadata
 __all__ = ["node_row", "refuse_unsupported", "report_graph"]
 
 
-def row_for(operation: str, rule: Rule | None, place: dict[str, Any]) -> Row:
+_INTEGERS = frozenset("long int short bool byte char one_hot".split())
+
+
+def row_for(operation: str, rule: Rule | None, place: dict[str, Any], *, function: bool = False) -> Row:
     """The row of a random operation: with its rule, or with why there is none and a stub to paste."""
     if rule is not None:
         return Row(operation, "random", **place, rule=rule.name, exactness=rule.exactness.value, assumption=rule.assumption)
@@ -32,6 +36,14 @@ def row_for(operation: str, rule: Rule | None, place: dict[str, Any]) -> Row:
             reason="a gradient inside the model: mean and variance have none along a draw",
             hint='rvconvert.convert(model, covariance="sampled")  # takes it along each path',
         )
+    if function:
+        return Row(
+            operation,
+            "unsupported",
+            **place,
+            reason="a function of autograd, with nothing to look into",
+            hint="rvconvert.convert(model)  # without strict=True, it is taken on a few nodes of its input",
+        )
     if operation.endswith("ScriptModule"):
         return Row(
             operation,
@@ -41,15 +53,26 @@ def row_for(operation: str, rule: Rule | None, place: dict[str, Any]) -> Row:
             hint='use the nn.Module that it was made of, or rvconvert.convert(model, covariance="sampled")',
         )
     short = operation.rsplit(".", 1)[-1].strip("_") or "operation"
+    if short in _INTEGERS:
+        return Row(
+            operation,
+            "unsupported",
+            **place,
+            reason="whole numbers made of a random variable: a mean of them would be another one",
+            hint='rvconvert.convert(model, covariance="sampled")  # makes them on each path',
+        )
+    target = operation if "." in operation and not operation.startswith("Tensor.") else f"torch.{operation}"
     return Row(
         operation,
         "unsupported",
         **place,
         reason="no rule for a random variable",
         hint=(
-            f"@rvconvert.rule({operation if '.' in operation else 'torch.' + operation})\n"
+            f"@rvconvert.rule({target})\n"
             f"def {short}(x, *args, **kwargs):\n"
-            "    return rvconvert.RandomVariable(..., ...)  # mean and var of the result, from x.mean and x.var"
+            "    mean, var = x.mean, x.var  # make those of the result of them\n"
+            "    return rvconvert.RandomVariable(mean, var)\n"
+            '# or, with no rule: rvconvert.convert(model, covariance="sampled")'
         ),
     )
 
@@ -58,7 +81,8 @@ def report_graph(recording: Recording, roles: Roles, model: str, method: str, se
     """One row a node that computes something, with its role."""
     sizes = _sizes(recording.graph)
     rows = [row for node in recording.graph.nodes if node not in sizes for row in _rows(node, roles, settings)]
-    notes = [f"L_c is attached to {_operation(n)} at {short_place(n.meta.get('where', ''))}" for n in roles.reconstructions]
+    attached = Counter(f"{_operation(n)} at {short_place(n.meta.get('where', ''))}" for n in roles.reconstructions)
+    notes = [f"L_c is attached to {name}" + (f", {count} times" if count > 1 else "") for name, count in attached.items()]
     if not roles.reconstructions:
         notes.append("no L_c: nothing that leaves or meets an input has a decoder behind it")
     nuisance = [short_place(n.meta["where"]) for n in recording.draws if n not in roles.latents]
@@ -105,12 +129,13 @@ def _rows(node: fx.Node, roles: Roles, settings: Settings) -> Iterable[Row]:
 
 
 def _sizes(graph: fx.Graph) -> set[fx.Node]:
-    """Sizes of tensors and the arithmetic on them, which say nothing of moments."""
+    """Sizes of tensors and the arithmetic on them and on reported numbers, which say nothing of moments."""
     found: set[fx.Node] = set()
+    reported = {node for node in graph.nodes if node.target == "item"}
     for node in graph.nodes:
         inputs = node.all_input_nodes
         arithmetic = getattr(node.target, "__module__", "") == "_operator" or node.target in (int, float, torch.Size)
-        if node.target == "size" or (arithmetic and inputs and all(each in found for each in inputs)):
+        if node.target == "size" or (arithmetic and inputs and all(each in found or each in reported for each in inputs)):
             found.add(node)
     return found
 
@@ -121,7 +146,11 @@ def _module_rows(node: fx.Node, operation: str, place: dict[str, Any], settings:
     if rule is not None:
         yield row_for(operation, rule, place)
         return
-    if node.op == "call_function":  # a scripted module, a function of autograd: nothing to look into
+    if node.target is apply_function:
+        rule = None if settings.strict else registry.fallback(node.meta["function"].apply)
+        yield row_for(operation, rule, place, function=True)
+        return
+    if node.op == "call_function":  # a scripted module: nothing to look into
         yield row_for(operation, None, place)
         return
     known = {f: registry.find(f) for f in dict.fromkeys(node.meta["functions"])}
@@ -171,20 +200,16 @@ def refuse_unsupported(report: Report) -> None:
     rows = report.unsupported
     if not rows:
         return
-    kinds: dict[tuple[str, str, str], list[Row]] = {}  # the same hint once, however often a loop comes by
+    kinds: dict[tuple[str, str, str], list[Row]] = {}  # the same hint once
     for row in rows:
         kinds.setdefault((row.operation, row.reason, row.hint), []).append(row)
     parts = [f"{report.model}.{report.method}: {len(kinds)} operation{'s have' if len(kinds) > 1 else ' has'} no rule:"]
     for index, ((operation, reason, hint), same) in enumerate(kinds.items(), 1):
-        places: dict[tuple[str, str, str], int] = {}
-        for row in same:
-            place = (row.module or "the model itself", row.where, row.source)
-            places[place] = places.get(place, 0) + 1
         parts.append(f"\n{index}. {operation}")
-        for (module, place_of, source), count in places.items():
-            parts.append(f"   in {module}, {place_of}" + (f" (×{count})" if count > 1 else ""))
-            if source:
-                parts.append(f"     {source}")
+        for row in same:
+            parts.append(f"   in {row.module or 'the model itself'}, {row.where}")
+            if row.source:
+                parts.append(f"     {row.source}")
         parts.append(f"   why: {reason}")
         parts.append("   write:\n" + "\n".join(f"     {line}" for line in hint.splitlines()))
     raise UnsupportedOperationError("\n".join(parts), rows)

@@ -16,6 +16,7 @@ from torch import fx, nn
 
 from rvconvert.capture.recorder import Recording
 from rvconvert.core.registry import Rule
+from rvconvert.rules.draws import INTEGER
 from rvconvert.rules.kinds import Bilinear, Collapse, Elementwise, Metadata, Shape
 
 __all__ = ["Roles", "assign"]
@@ -35,6 +36,7 @@ class Roles:
         losses: outputs that are a loss or a term of one.
         decoded: the random nodes with a decoder behind them.
         unused: random nodes whose value nothing uses, such as a check of a distribution's arguments.
+        scores: values of a loss function, errors, and what is made of them: Python may report them, as logs do.
     """
 
     latents: tuple[fx.Node, ...]
@@ -45,6 +47,7 @@ class Roles:
     losses: frozenset[fx.Node]
     decoded: frozenset[fx.Node]
     unused: frozenset[fx.Node]
+    scores: frozenset[fx.Node]
 
     def of(self, node: fx.Node) -> str:
         """The role of a node in a word; empty if it has none of its own."""
@@ -57,22 +60,24 @@ class Roles:
         return "loss" if node in self.losses else ""
 
 
-def assign(recording: Recording, named: Iterable[str] = ()) -> Roles:
+def assign(recording: Recording, named: Iterable[str] = (), *, paths: bool = False) -> Roles:
     """The roles in a recording.
 
     Args:
         recording: of the method.
         named: the draws that are latents whatever they do, by the end of their ``file:line`` or their node's name.
+        paths: random variables are on paths of their own, so that weights of samples are weights.
     """
     graph = _Graph(recording)
     latents = graph.named(tuple(named)) if named else graph.latents()
-    return graph.roles(latents)
+    return graph.roles(latents, paths)
 
 
 # Errors, log-likelihoods and their like are no activation of a last layer: a reconstruction ends before them.
 _ERRORS = frozenset("pow square abs log log1p log2 log10 log_softmax logsigmoid neg".split())
 _PRODUCTS = frozenset("mul multiply addcmul lerp div true_divide divide".split())
 _DISTANCES = frozenset("cdist pairwise_distance cosine_similarity dist".split())
+_EXPONENTIALS = frozenset("exp expm1 softmax log_softmax logsumexp logaddexp".split())
 _EVEN = frozenset("pow square abs norm vector_norm huber_loss".split())
 
 
@@ -169,6 +174,7 @@ class _Graph:
         noise: dict[fx.Node, frozenset[fx.Node]] = {}  # draws that a value is, scaled and shifted by constants
         posterior: dict[fx.Node, frozenset[fx.Node]] = {}  # draws that the input has placed or scaled
         found: set[fx.Node] = set()
+        values: set[fx.Node] = set()  # a decoder's, and what is made of them
         shifted: set[fx.Node] = set()  # draws that an input alone, through no layer, has placed
         decoded: set[fx.Node] = set()
         none: frozenset[fx.Node] = frozenset()
@@ -190,7 +196,13 @@ class _Graph:
                 found |= placed
                 decoded |= plain
                 posterior[node], noise[node] = placed, none
+                values.add(node)
                 continue
+            behind = [n for n in sources if n in values]
+            if behind:
+                values.add(node)
+                if self._name(node) in _PRODUCTS:  # a factor of what a decoder gives, with a posterior of its own
+                    found |= none.union(*(posterior.get(n, none) for n in sources if n not in values))
             others = [n for n in sources if not noise.get(n)]
             reached = any(n in self.learned or posterior.get(n) for n in others)
             if plain and reached and not self._gates(node, noise):
@@ -204,7 +216,7 @@ class _Graph:
             leaving = [n for n in self.outputs if _rank(n) >= 2]
             found = set(none.union(*(posterior.get(n, none) for n in leaving)))
             found = found or (shifted & decoded.union(*(noise.get(n, none) for n in leaving)))
-        return [n for n in self.recording.draws if n in found]
+        return [n for n in self.recording.draws if n in found and n.meta["draw"].law is not INTEGER]
 
     def _compares(self, node: fx.Node) -> bool:
         return str(node.meta.get("dtype")) == "torch.bool"
@@ -216,7 +228,7 @@ class _Graph:
 
     # --- roles -------------------------------------------------------------------------------------
 
-    def roles(self, latents: list[fx.Node]) -> Roles:
+    def roles(self, latents: list[fx.Node], paths: bool) -> Roles:
         """Reconstructions and losses, given the latents."""
         self.nuisance = self.forward_of(n for n in self.recording.draws if n not in latents)
         self.samples = {n for n in self.recording.draws if n not in latents}
@@ -234,9 +246,12 @@ class _Graph:
         chosen = list(leaves)
         candidates = meeting or (set() if leaves else {source for source, _ in edges})
         for source in (n for n in self.nodes if n in candidates):
-            if not any(self.same(source, n, random) or self.same(n, source, random) or self.behind(n, source) for n in chosen):
+            known = any(self.same(source, n, random) or self.same(n, source, random) or self.behind(n, source) for n in chosen)
+            if not known and not any(self.decodes_between(source, n, random) for n in leaves):
                 chosen.append(source)
         at_mean = {(source, user) for source, user in edges if source in candidates}
+        if not paths:
+            at_mean |= self.importance_weights(inside & loss_like)
         drawn_from: list[fx.Node] = []
         for node in self.nodes:  # a loss function takes what it compares at the mean, a draw of the likelihood its parameters
             sources = [n for n in node.all_input_nodes if n in random]
@@ -263,7 +278,12 @@ class _Graph:
             losses,
             frozenset(decoded),
             self.unused(random),
+            self.scores(random, decoded),
         )
+
+    def importance_weights(self, scores: set[fx.Node]) -> set[tuple[fx.Node, fx.Node]]:
+        """(score, exponential of it): weights of samples, which the moments of a Gaussian log-weight would let explode."""
+        return {(n, user) for n in scores for user in n.users if user in scores and self._name(user) in _EXPONENTIALS}
 
     def samples_likelihood(self, node: fx.Node) -> bool:
         """A draw that is no latent, or a comparison with one: what it makes of a random value is a draw at its mean."""
@@ -318,6 +338,15 @@ class _Graph:
                 found.add(node)
         return found
 
+    def scores(self, random: set[fx.Node], decoded: set[fx.Node]) -> frozenset[fx.Node]:
+        """A loss function's values and errors, and numbers made of them."""
+        found: set[fx.Node] = set()
+        for node in self.nodes:
+            scores = self.is_loss(node) or self.is_error(node, random, decoded) or any(n in found for n in node.all_input_nodes)
+            if scores and node in random and not self.decodes(node, random) and not self._compares(node):
+                found.add(node)
+        return frozenset(found)
+
     def is_error(self, node: fx.Node, random: set[fx.Node], decoded: set[fx.Node]) -> bool:
         """An even function of a difference from an input."""
         if self._name(node) not in _EVEN and not (self._name(node) in _PRODUCTS and len(set(node.all_input_nodes)) == 1):
@@ -331,7 +360,7 @@ class _Graph:
 
     def reduces(self, node: fx.Node, sources: list[fx.Node]) -> bool:
         """Fewer numbers come out than went in, and not because some were selected."""
-        if self._kind(node, Shape) or "draw" in node.meta:
+        if self._kind(node, Shape) or "draw" in node.meta or "shape" not in node.meta:  # of several results, each has its own
             return False
         return bool(sources) and _size(node) < max(map(_size, sources))
 
@@ -352,9 +381,8 @@ class _Graph:
                 elif first not in fits:
                     dropped.add(first)
         kept = [n for n in leaves if n not in dropped]
-        if any(n in fits for n in kept):  # a number for each example beside it is a score
-            kept = [n for n in kept if n in fits or _size(n) > _batch(n)]
-        return kept
+        least = min((_size(n) for n in kept if n in fits), default=0)  # fewer numbers beside it are a score: logits of classes
+        return [n for n in kept if _size(n) >= least]
 
     def fits_an_input(self, node: fx.Node) -> bool:
         """As many numbers as in an input that is a batch of vectors or more."""

@@ -180,7 +180,12 @@ def _power(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Te
         mean, var = torch.broadcast_tensors(exponent.mean * rate, exponent.var * rate.square())
         return gaussian.exp(mean, var)
     if isinstance(exponent, Tensor):
-        return quadrature(lambda value: torch.pow(value, exponent), *_broadcast(x, exponent))
+        mean, var = _broadcast(x, exponent)
+        broken = (exponent != exponent.round()) | exponent.requires_grad
+        below = (exponent < 0) | (broken & (mean.square() < 64 * var))  # where a Gaussian has no moments
+        found = quadrature(lambda value: torch.pow(value, torch.where(below, 1, exponent)), mean, var)
+        positive = gaussian.positive_power(mean, var, torch.where(below, exponent, 1))
+        return torch.where(below, positive[0], found[0]), torch.where(below, positive[1], found[1])
     return gaussian.power(x.mean, x.var, exponent)
 
 
