@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import inspect
 from typing import Any, TypeVar
 
@@ -99,7 +100,12 @@ def plan(
         else:
             args, kwargs = _with_random_inputs(conversion, name, model, _as_args(example_inputs), example_kwargs or {})
             with intercept.lock, intercept.plainly():
-                reports.append(conversion.examine(name, model, args, kwargs).report)
+                examined = conversion.examine(name, model, args, kwargs)
+                report = examined.report
+                if examined.refusal is not None and conversion.samples_in_other_mode(examined, name, model, args, kwargs):
+                    note = "it draws in the other mode only, and is converted there: model.train() or model.eval()"
+                    report = dataclasses.replace(report, refusal="", notes=(*report.notes, note))
+                reports.append(report)
     return merge(reports)
 
 

@@ -152,6 +152,14 @@ class Conversion:
     def warn_without_penalty(self, name: str) -> None:
         """Say once that a call in training attaches no L_c."""
         if self.options.attach and self.options.penalty and self.options.output == "mean":
+            if self.options.random_inputs:
+                names = " and ".join(self.options.random_inputs)
+                self.warn(
+                    "no penalty",
+                    f"{self.plain_class.__name__}.{name} attaches no variance penalty L_c: {names} came as a plain tensor. Give "
+                    "the posterior: rvconvert.RandomVariable(mu, logvar.exp())",
+                )
+                return
             self.warn(
                 "no penalty",
                 f"{self.plain_class.__name__}.{name} attaches no variance penalty L_c: nothing that it returns, and nothing that "
@@ -418,21 +426,24 @@ class Conversion:
             reason = f"the draw at {places} is no latent: no decoder's value depends on it, or no input places it"
         elif discrete := [short_place(str(n.meta["where"])) for n in recording.graph.nodes if _chooses(n)]:
             reason += f"; it picks by argmin or argmax, as vector quantization does, at {discrete[0]}"
-        functions = [m for m in vars(self.plain_class) if inspect.isfunction(getattr(self.plain_class, m))]
+        own = {} if self.plain_class.__module__.startswith("torch.") else vars(self.plain_class)
+        functions = [m for m in own if inspect.isfunction(getattr(self.plain_class, m))]
         others = [m for m in functions if m[0] != "_" and m != name]
         advice = [f"    rvconvert.convert(model, methods=({other!r},))" for other in others[:_SUGGESTED]]
         if drawn:
             advice.append(f"    rvconvert.convert(model, latent=({drawn[0].rpartition('/')[2]!r},))")
         for path, module in model.named_modules():
             if path and any(part in path.rpartition(".")[2].lower() for part in ("dec", "gen")):
-                argument = [*inspect.signature(type(module).forward).parameters, "z"][1]
+                argument = _first_argument(module)
                 advice.append(f"    rvconvert.convert(model.{path}, random_inputs=({argument!r},))  # a bare decoder")
                 break
+        if not advice:
+            advice = [f"    rvconvert.convert(model, random_inputs=({_first_argument(model)!r},))  # if it is a decoder"]
         return NoReparameterizationError(
             "\n".join(
                 [
                     f"{label}: nothing to convert, {reason}. What encodes, samples and decodes is converted, or a decoder alone:",
-                    *(advice or ["    rvconvert.convert(decoder, random_inputs=('z',))"]),
+                    *advice,
                 ]
             )
         )
@@ -457,6 +468,10 @@ def _modules_of(model: nn.Module) -> list[nn.Module]:
         modules = list(model.modules())
         _WALKED[model] = (modules[1:], [[*m._modules.values()] for m in modules])
     return modules
+
+
+def _first_argument(module: nn.Module) -> str:
+    return [*inspect.signature(type(module).forward).parameters, "input"][1]
 
 
 def _read_refusal(label: str, place: str) -> ConversionError:

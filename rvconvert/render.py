@@ -90,6 +90,8 @@ def report_table(report: Report) -> RenderableType:
     parts += [*map(_obstacle, report.unsupported), Text(_summary(report))]
     parts += [Text(line, "dim") for line in _assumptions(report)]
     parts += [Text(f"note: {note}", "yellow") for note in report.notes]
+    if report.refusal:
+        parts += [Text(), Text(f"convert refuses this: {report.refusal}", "red", no_wrap=True, overflow="ignore")]
     return Group(*parts)
 
 
@@ -186,7 +188,8 @@ def _summary(report: Report) -> str:
         parts.append(f"{counts['noise']} noise source{'s' if counts['noise'] > 1 else ''}")
     if counts.get("unsupported"):
         parts.append(f"{counts['unsupported']} without a rule")
-    return f"{'; '.join(parts)}. Recording: {report.lifetime} ({report.reason})."
+    kept = "" if report.refusal else f" Recording: {report.lifetime} ({report.reason})."
+    return f"{'; '.join(parts)}.{kept}"
 
 
 def _assumptions(report: Report) -> list[str]:

@@ -96,4 +96,5 @@ def merge(reports: Sequence[Report]) -> Report:
         "; ".join(dict.fromkeys(r.reason for r in reports)),
         tuple(row for r in reports for row in r.rows),
         tuple(note for r in reports for note in r.notes),
+        "\n".join(r.refusal for r in reports if r.refusal),
     )

@@ -356,3 +356,25 @@ def test_calibrate_rewrites_the_file_whole_or_not_at_all(folder: Path, capsys) -
     rvconvert.save(rvconvert.convert(vae), "independent.pt", model="net.py:Images", kwargs={})
     code, _, err = run(capsys, "calibrate independent.pt --images images.npy")
     assert code == 1 and "covariance='independent'" in err and "--covariance calibrated" in err
+
+
+def test_plan_says_what_convert_would_refuse(tmp_path, monkeypatch, capsys):
+    (tmp_path / "branching.py").write_text(
+        "import torch\nfrom torch import nn\n\n\nclass Branching(nn.Module):\n    def __init__(self):\n        super().__init__()\n"
+        "        self.encoder, self.decoder = nn.Linear(4, 6), nn.Linear(3, 4)\n\n    def forward(self, x):\n"
+        "        mu, logvar = self.encoder(x).chunk(2, -1)\n        z = mu + torch.randn_like(mu) * torch.exp(0.5 * logvar)\n"
+        "        return self.decoder(z) if z.mean() > 0 else self.decoder(-z)\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    assert main(["plan", "branching.py:Branching", "--example-shape", "5,4"]) == 1
+    shown = capsys.readouterr().out
+    assert "convert refuses this" in shown and "branching.py:13" in shown
+    assert main(["plan", "branching.py:Branching"]) == 1
+    assert "give --example-shape" in capsys.readouterr().err
+
+
+def test_an_unknown_option_is_refused_by_its_own_command(capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(["plan", "m.py:M", "--exmple-shape", "5,4"])
+    assert caught.value.code == 2
+    assert "rvconvert plan: error" in (error := capsys.readouterr().err) and "did you mean --example-shape?" in error

@@ -137,6 +137,25 @@ def test_a_latent_of_another_law_is_put_at_its_mean(tmp_path: Path) -> None:
     torch.testing.assert_close(run(path, x)[0], model.decoder(model.encoder(x)[:, :2]).detach())
 
 
+class NormalPosterior(nn.Module):
+    """A posterior of torch.distributions, whose checks of its arguments no exporter follows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder, self.decoder = nn.Linear(3, 4), nn.Linear(2, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        loc, scale = self.encoder(x).chunk(2, -1)
+        return self.decoder(torch.distributions.Normal(loc, scale.exp()).rsample())
+
+
+def test_a_posterior_of_torch_distributions_exports(tmp_path: Path) -> None:
+    model, x = NormalPosterior(), torch.rand(4, 3)
+    path = rvconvert.export(model, tmp_path / "m.pt2", x)
+    torch.testing.assert_close(run(path, x)[0], model.decoder(model.encoder(x)[:, :2]).detach())
+    assert torch.distributions.Distribution._validate_args
+
+
 def test_refusals(tmp_path: Path) -> None:
     model, x = Laplace(masked=True), torch.rand(4, 3)
     with pytest.raises(CheckpointError, match=r"must end in \.onnx or \.pt2"):
@@ -146,6 +165,8 @@ def test_refusals(tmp_path: Path) -> None:
     sampled = rvconvert.convert(VanillaVAE(), covariance="sampled")
     with pytest.raises(ConversionError, match="draws its paths at each call"):
         rvconvert.export(sampled, tmp_path / "m.pt2", torch.rand(4, 3, 16, 16), deviation=True)
+    with pytest.raises(ConversionError, match="export the deviation in calibrated mode"):
+        rvconvert.export(VanillaVAE(), tmp_path / "m.pt2", torch.rand(4, 3, 16, 16), deviation=True, covariance="lowrank")
     (tmp_path / "there.pt2").touch()
     with pytest.raises(CheckpointError, match="--force"):
         rvconvert.export(VanillaVAE(), tmp_path / "there.pt2", torch.rand(4, 3, 16, 16))

@@ -51,7 +51,9 @@ def run_calibrate(args: argparse.Namespace) -> tuple[dict[str, Any], Sequence[An
             raise
         text = (str(error).strip().splitlines() or [""])[0]
         what = f"{tuple(images.shape)}: {type(error).__name__}: {text}"
-        raise ConversionError(f"the model failed on images {what}; --traceback shows where") from error
+        raise ConversionError(
+            f"the model failed on images {what}. --size N crops and scales them to the size it takes; --traceback shows where"
+        ) from error
     gains = model.__dict__["_rvconvert"].gains.to_tensors()
     checkpoint.write(source.state, args.source, recipe=source.recipe, gains=gains, force=True)
     data = {**report.to_dict(), "checkpoint": str(args.source)}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import difflib
 import importlib
 import inspect
 import json
@@ -25,7 +26,7 @@ from rvconvert.cli.images import read_images
 from rvconvert.converted import conversion_of
 from rvconvert.core.random_variable import RandomVariable
 from rvconvert.core.registry import REGISTRY
-from rvconvert.errors import ConversionError
+from rvconvert.errors import ConversionError, TransferError
 from rvconvert.files import checkpoint
 from rvconvert.files.export import SUFFIXES, export
 from rvconvert.files.recipe import Recipe, construct, import_class, library_version
@@ -44,7 +45,11 @@ Result = tuple[dict[str, Any], Sequence[Any], int]  # data for --json, renderabl
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
     parser = _parser()
-    args = parser.parse_args(arguments)
+    args, unknown = parser.parse_known_args(arguments)
+    if unknown:
+        options = [option for action in args.parser._actions for option in action.option_strings]
+        close = difflib.get_close_matches(unknown[0].partition("=")[0], options, n=1)
+        args.parser.error(f"unrecognized argument {unknown[0]}" + (f"; did you mean {close[0]}?" if close else ""))
     try:
         data, shown, code = args.command(args)
         if args.json:
@@ -83,8 +88,12 @@ def run_plan(args: argparse.Namespace) -> Result:
     source = checkpoint.read(args.checkpoint, allow_pickle=args.allow_pickle, key=args.key) if args.checkpoint else None
     model = _model(args, source)
     notes = _fill(model, source, args) if source else []
-    report = _guarded(args, lambda: plan(model, example_inputs=_examples(args), **_options(args)))
-    return report.to_dict(), [render.report_table(report), *(f"note: {n}" for n in notes)], 1 if report.unsupported else 0
+    examples = _examples(args)
+    if examples is None:
+        raise ConversionError("nothing to run the model on, and a plan is made from a run: give --example-shape N,C,H,W")
+    report = _guarded(args, lambda: plan(model, example_inputs=examples, **_options(args)))
+    shown = [render.report_table(report), *(f"note: {n}" for n in notes)]
+    return report.to_dict(), shown, 1 if report.unsupported or report.refusal else 0
 
 
 def run_convert(args: argparse.Namespace) -> Result:
@@ -99,7 +108,7 @@ def run_convert(args: argparse.Namespace) -> Result:
     examples = _examples(args)
     made = _guarded(args, lambda: convert(model, example_inputs=examples, inplace=True, **_options(args)))
     if examples is None:
-        notes.append("not tried on an input: give --example-shape to have every operation checked now")
+        notes.append("not tried on an input yet: give --example-shape to have every operation checked now")
     checkpoint.write(made.state_dict(), args.out, recipe=Recipe.of(made, args.model, args.kwargs), force=args.force)
     data = {
         "model": args.model,
@@ -111,7 +120,8 @@ def run_convert(args: argparse.Namespace) -> Result:
         "notes": notes,
     }
     text = f"{args.out}: {type(model).__name__}, {data['entries']} entries, {data['parameters']:,} parameters, converted"
-    next_step = f"next: rvconvert verify {args.out} --model {args.model}"
+    shapes = [f"--example-shape {','.join(map(str, shape))}" for shape, _ in args.example_shape or ()]
+    next_step = f"next: rvconvert verify {args.out} --model {args.model} {' '.join(shapes) or '--images PATH'}"
     return data, [text, *(f"note: {n}" for n in notes), next_step], 0
 
 
@@ -222,7 +232,11 @@ def _model(args: argparse.Namespace, source: checkpoint.Checkpoint | None = None
 
 def _fill(model: nn.Module, source: checkpoint.Checkpoint, args: argparse.Namespace) -> list[str]:
     """Load a plain checkpoint into the model; returns what a person should know about it."""
-    notes = checkpoint.load_weights(model, source, args.prefix)
+    try:
+        notes = checkpoint.load_weights(model, source, args.prefix)
+    except TransferError as error:
+        how = f"of another model, or of {type(model).__name__} constructed with other arguments"
+        raise TransferError(f"{error}\nThese are weights {how}: --kwargs '{{\"latent_dim\": 32}}' gives them") from None
     if source.hyper_parameters and args.kwargs:
         notes.append(f"constructed with {args.kwargs}")
     return notes
@@ -351,7 +365,7 @@ def _parser() -> argparse.ArgumentParser:
             epilog=f"Example: {example}",
             parents=[common],
         )
-        made.set_defaults(command=command)
+        made.set_defaults(command=command, parser=made)
         return made
 
     demo = add(

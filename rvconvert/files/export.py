@@ -95,10 +95,13 @@ def _propagating(model: nn.Module, method: str, args: Any, kwargs: Any, given: d
         options: dict[str, Any] = {"methods": (method,), **given, "output": "distribution", "attach": False}
         made = convert(model, example_inputs=args, example_kwargs=kwargs, **options)
     conversion = conversion_of(made)
-    if conversion.options.covariance == "sampled":
+    covariance = conversion.options.covariance
+    if not conversion.settings.needs_rules:
+        why = "draws its paths at each call" if covariance == "sampled" else "makes its nodes at each call"
         raise ConversionError(
-            "covariance='sampled' draws its paths at each call, which a deterministic file cannot; export the deviation in "
-            "another mode: rvconvert.export(rvconvert.to_plain(model), path, x, deviation=True, covariance='independent')"
+            f"covariance={covariance!r} {why}, which a deterministic file cannot; export the deviation in calibrated mode: "
+            "rv = rvconvert.convert(model, covariance='calibrated'); rvconvert.calibrate(rv, images); "
+            "rvconvert.export(rv, path, x, deviation=True)"
         )
     if method not in conversion.options.methods:
         raise ConversionError(f"{method!r} is not converted; {', '.join(conversion.options.methods)} is")
@@ -195,16 +198,22 @@ def _repeats(program: Any, tensors: list[torch.Tensor]) -> bool:
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Without what torch's exporters say of themselves: what they deprecate, and packages they would know too."""
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+    # Arguments of distributions were checked by the run before; an exporter cannot follow the checks.
+    checks = torch.distributions.Distribution._validate_args
+    loggers = {logging.getLogger(name): level for name, level in (("torch.onnx", logging.ERROR), ("torch", logging.CRITICAL))}
+    levels = {logger: logger.level for logger in loggers}
+    for logger, level in loggers.items():
+        logger.setLevel(level)
+    torch.distributions.Distribution.set_default_validate_args(False)
     try:
         with warnings.catch_warnings():
             for category in (DeprecationWarning, FutureWarning, UserWarning):
                 warnings.simplefilter("ignore", category)
             yield
     finally:
-        logger.setLevel(level)
+        torch.distributions.Distribution.set_default_validate_args(checks)
+        for logger, level in levels.items():
+            logger.setLevel(level)
 
 
 def _onnx(program: Any, input_names: list[str], output_names: list[str]) -> bytes:

@@ -79,7 +79,7 @@ def row_for(operation: str, rule: Rule | None, place: dict[str, Any], *, functio
 
 def report_graph(recording: Recording, roles: Roles, model: str, method: str, settings: Settings) -> Report:
     """One row a node that computes something, with its role."""
-    sizes = _sizes(recording.graph)
+    sizes = _sizes(recording.graph) | _checks(recording.graph)
     rows = [row for node in recording.graph.nodes if node not in sizes for row in _rows(node, roles, settings)]
     attached = Counter(f"{_operation(n)} at {short_place(n.meta.get('where', ''))}" for n in roles.reconstructions)
     notes = [f"L_c is attached to {name}" + (f", {count} times" if count > 1 else "") for name, count in attached.items()]
@@ -136,6 +136,16 @@ def _sizes(graph: fx.Graph) -> set[fx.Node]:
         inputs = node.all_input_nodes
         arithmetic = getattr(node.target, "__module__", "") == "_operator" or node.target in (int, float, torch.Size)
         if node.target == "size" or (arithmetic and inputs and all(each in found or each in reported for each in inputs)):
+            found.add(node)
+    return found
+
+
+def _checks(graph: fx.Graph) -> set[fx.Node]:
+    """What ``torch.distributions`` asks of its arguments, which decides nothing but an error."""
+    found: set[fx.Node] = set()
+    for node in reversed(graph.nodes):
+        asks = node.target is getattr(torch, "_is_all_true", None)
+        if asks or (node.op in ("call_function", "call_method") and node.users and all(user in found for user in node.users)):
             found.add(node)
     return found
 
