@@ -360,7 +360,8 @@ def test_calibrate_rewrites_the_file_whole_or_not_at_all(folder: Path, capsys) -
 
 def test_plan_says_what_convert_would_refuse(tmp_path, monkeypatch, capsys):
     (tmp_path / "branching.py").write_text(
-        "import torch\nfrom torch import nn\n\n\nclass Branching(nn.Module):\n    def __init__(self):\n        super().__init__()\n"
+        "import torch\nfrom torch import nn\n\n\nclass Branching(nn.Module):\n"
+        "    def __init__(self):\n        super().__init__()\n"
         "        self.encoder, self.decoder = nn.Linear(4, 6), nn.Linear(3, 4)\n\n    def forward(self, x):\n"
         "        mu, logvar = self.encoder(x).chunk(2, -1)\n        z = mu + torch.randn_like(mu) * torch.exp(0.5 * logvar)\n"
         "        return self.decoder(z) if z.mean() > 0 else self.decoder(-z)\n"
