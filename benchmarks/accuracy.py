@@ -101,9 +101,7 @@ CASES = [
         kinks=(0,),
         arguments=(torch.tensor(0.25),),
     ),
-    Case(
-        "relu6", gaussian.relu6, lambda x: np.clip(x, 0, 6), lambda x: (abs(x - 3) < 3) * 1.0, PANELS, (0, 6)
-    ),
+    Case("relu6", gaussian.relu6, lambda x: np.clip(x, 0, 6), lambda x: (abs(x - 3) < 3) * 1.0, PANELS, (0, 6)),
     Case(
         "hardtanh",
         gaussian.hardtanh,
@@ -212,9 +210,7 @@ CASES = [
 def grid(means: int = 97, deviations: int = 29) -> tuple[np.ndarray, np.ndarray]:
     """Means and variances, float32 values in float64, so that both sides see the same numbers."""
     m, s = np.meshgrid(np.linspace(-6, 6, means), np.geomspace(1e-3, 3, deviations))
-    return m.ravel().astype(np.float32).astype(np.float64), (s.ravel() ** 2).astype(np.float32).astype(
-        np.float64
-    )
+    return m.ravel().astype(np.float32).astype(np.float64), (s.ravel() ** 2).astype(np.float32).astype(np.float64)
 
 
 def reference(case: Case, mean: np.ndarray, var: np.ndarray, panels: int = 32, nodes: int = 16):
@@ -274,17 +270,13 @@ def errors(case: Case, dtype=torch.float32, points=None):
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dtype", choices=("float32", "float64"), default="float32")
     parser.add_argument("--json", metavar="FILE", help="write the table as JSON too")
     parser.add_argument("--markdown", metavar="FILE", help="write the table as Markdown too")
     options = parser.parse_args()
     rows = []
-    print(
-        f"{'function':<18} {'mean error':>10} {'var error':>10}  path; worst at (mean, s)"
-    )
+    print(f"{'function':<18} {'mean error':>10} {'var error':>10}  path; worst at (mean, s)")
     for case in CASES:
         mean_error, var_error, where, negative = errors(case, getattr(torch, options.dtype))
         worst = " ".join(f"({m:.3g}, {s:.3g})" for m, s in where) + (" NEGATIVE VARIANCE" if negative else "")

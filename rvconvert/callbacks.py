@@ -13,8 +13,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import warnings
-from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +22,9 @@ from rvconvert.converted import is_converted
 from rvconvert.core.tree import flatten
 from rvconvert.errors import ConversionError
 from rvconvert.verify import output_variances
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 __all__ = ["Monitor", "for_lightning", "for_transformers"]
 

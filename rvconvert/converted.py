@@ -9,8 +9,7 @@ import types
 import warnings
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import fx, nn
@@ -31,8 +30,12 @@ from rvconvert.program.gains import gain_keys
 from rvconvert.program.plan import refuse_unsupported, report_graph
 from rvconvert.program.rewrite import compile_graph, to_random_variables
 from rvconvert.program.roles import Roles, assign
-from rvconvert.report import Report
 from rvconvert.rules.noise import all_entering
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from rvconvert.report import Report
 
 __all__ = ["Conversion", "ConvertedModel", "conversion_of", "convert_copy", "is_converted", "plain_copy"]
 
@@ -104,9 +107,7 @@ class Conversion:
         means = [self.take_mean(each) for each in beside]
         if not options.attach or options.penalty == 0:
             return (self.take_mean(value), *means) if means else self.take_mean(value)
-        return attach_penalty(
-            value.contiguous(), options.penalty, options.penalty_kind, self.penalty_scale, beside=means
-        )
+        return attach_penalty(value.contiguous(), options.penalty, options.penalty_kind, self.penalty_scale, beside=means)
 
     def take_mean(self, value: Any) -> Any:
         """The mean of a random variable that is not a reconstruction: a latent, a loss."""
@@ -324,7 +325,7 @@ class Conversion:
             if other:
                 try:
                     return self.examine(name, model, args, kwargs).refusal is None
-                except Exception:
+                except Exception:  # noqa: BLE001 (the model's own code)
                     return False
         return False
 
@@ -415,9 +416,7 @@ class Conversion:
             return None
         return self.nothing_to_convert(recording, label, name, model)
 
-    def nothing_to_convert(
-        self, recording: Recording, label: str, name: str, model: nn.Module
-    ) -> NoReparameterizationError:
+    def nothing_to_convert(self, recording: Recording, label: str, name: str, model: nn.Module) -> NoReparameterizationError:
         """The refusal of a method whose result depends on no latent."""
         reason = "no draw from a Gaussian was found in it"
         drawn = [short_place(str(n.meta["where"])) for n in recording.draws]

@@ -8,13 +8,14 @@ from __future__ import annotations
 import os
 import tempfile
 from pathlib import Path
-from typing import Any
-
-from torch import nn
+from typing import TYPE_CHECKING, Any
 
 from rvconvert.errors import CheckpointError, ConversionError
 from rvconvert.files.checkpoint import load, save
 from rvconvert.files.recipe import Recipe
+
+if TYPE_CHECKING:
+    from torch import nn
 
 __all__ = ["from_pretrained", "push_to_hub", "save_pretrained"]
 

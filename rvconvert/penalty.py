@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from rvconvert.core.random_variable import RandomVariable
 from rvconvert.errors import ConversionError
 from rvconvert.moments.quadrature import flushed
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 __all__ = ["attach_penalty", "variance_penalty"]
 

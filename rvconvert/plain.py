@@ -5,8 +5,7 @@ from __future__ import annotations
 import difflib
 import functools
 from collections import defaultdict
-from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -16,6 +15,9 @@ from rvconvert.capture.recorder import user_frame, where
 from rvconvert.converted import conversion_of, is_converted, plain_copy
 from rvconvert.errors import ConversionError, TransferError
 from rvconvert.rules.draws import DRAWS
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
 
 __all__ = ["to_plain", "transfer_weights"]
 

@@ -7,8 +7,7 @@ import itertools
 import re
 import shutil
 import sys
-from collections.abc import Iterable, Sequence
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from rich import box
 from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
@@ -26,7 +25,11 @@ from rich.table import Table
 from rich.text import Text
 
 from rvconvert.core.registry import Exactness, Rule
-from rvconvert.report import Report, Row
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    from rvconvert.report import Report, Row
 
 __all__ = ["folded_rows", "progress", "report_table", "rules_table", "show", "show_error", "table", "to_text"]
 

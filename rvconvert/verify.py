@@ -10,8 +10,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -24,11 +23,15 @@ from rvconvert.core.random_variable import RandomVariable, Settings
 from rvconvert.core.tree import flatten
 from rvconvert.covariance.calibrated import calibrated, level_of
 from rvconvert.errors import ConversionError
-from rvconvert.options import Options
 from rvconvert.program.gains import gain_keys
 from rvconvert.program.plan import node_row
 from rvconvert.rules.kinds import Elementwise, substitute, unique
 from rvconvert.rules.noise import all_entering, nth_source
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from rvconvert.options import Options
 
 __all__ = ["OutputVariances", "Verification", "VerifiedNode", "output_variances", "truth_ratio", "verify"]
 

@@ -43,7 +43,10 @@ CALLS: dict[Any, list[Callable[[Any], Any]]] = {
     torch.rand: [lambda f: f(2, 3), lambda f: f(torch.Size((2, 3)), dtype=torch.float64, device="cpu")],
     torch.rand_like: [lambda f: f(_P), lambda f: f(_P, dtype=torch.float64)],
     torch.Tensor.uniform_: [
-        lambda f: f(_empty()), lambda f: f(_empty(), -1.0), lambda f: f(_empty(), -1.0, 3.0), lambda f: f(_empty(), to=4.0)
+        lambda f: f(_empty()),
+        lambda f: f(_empty(), -1.0),
+        lambda f: f(_empty(), -1.0, 3.0),
+        lambda f: f(_empty(), to=4.0),
     ],
     torch.Tensor.exponential_: [lambda f: f(_empty()), lambda f: f(_empty(), 2.0), lambda f: f(_empty(), lambd=0.5)],
     torch.bernoulli: [lambda f: f(_P), lambda f: f(_empty(), 0.3)],

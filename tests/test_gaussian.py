@@ -44,9 +44,7 @@ def test_softplus_with_a_steep_beta():
 
 @named("case", DIFFERENTIABLE, ids=lambda case: case.name)
 def test_gradients_against_differences_of_the_reference(case):
-    m, v = (
-        a.ravel() for a in np.meshgrid(np.array([-4.3, -1.1, -0.2, 0.37, 2.6]), np.array([1e-3, 0.3, 4.0]))
-    )
+    m, v = (a.ravel() for a in np.meshgrid(np.array([-4.3, -1.1, -0.2, 0.37, 2.6]), np.array([1e-3, 0.3, 4.0])))
     mean, var = (torch.tensor(a, requires_grad=True) for a in (m, v))
     out, out_var = case.moments(mean, var, *case.arguments)
     got = [
@@ -65,9 +63,7 @@ def test_gradients_against_differences_of_the_reference(case):
     # The natural size of each: dVar/dm can vanish by symmetry, so it is measured against dVar/dv and s.
     size = [np.abs(e) for e in expected]
     floor = [1e-2 * size[0], 1e-2 * size[0] / np.sqrt(v), 1e-2 * size[3] * np.sqrt(v), 1e-2 * size[3]]
-    for name, g, e, a, b in zip(
-        ("dE/dm", "dE/dv", "dVar/dm", "dVar/dv"), got, expected, size, floor, strict=True
-    ):
+    for name, g, e, a, b in zip(("dE/dm", "dE/dv", "dVar/dm", "dVar/dv"), got, expected, size, floor, strict=True):
         error = np.abs(g.numpy() - e) / np.maximum(np.maximum(a, b), 1e-6)
         assert error.max() <= 3e-3, (name, error.max(), m[error.argmax()], v[error.argmax()])
 
@@ -173,9 +169,7 @@ def test_relu_gradient_at_zero():
     var = torch.tensor([1.0, 1e-6, 0.0], requires_grad=True)
     out, out_var = gaussian.relu(mean, var)
     by_mean, by_var = torch.autograd.grad(out.sum(), (mean, var), retain_graph=True)
-    torch.testing.assert_close(
-        by_mean, torch.tensor([0.5, 0.5, 0.0])
-    )  # torch's own subgradient where var = 0
+    torch.testing.assert_close(by_mean, torch.tensor([0.5, 0.5, 0.0]))  # torch's own subgradient where var = 0
     torch.testing.assert_close(by_var[:2], 0.3989422804 / (2 * var.detach()[:2].sqrt()))
     assert by_var[2] == 0
     assert all(g.isfinite().all() for g in torch.autograd.grad(out_var.sum(), (mean, var)))
@@ -216,9 +210,7 @@ def test_clamp_bounds_get_their_gradient():
     torch.testing.assert_close(wide, (mean, var), rtol=1e-6, atol=1e-6)
 
 
-@named(
-    "function", [gaussian.relu, gaussian.absolute, gaussian.gelu, gaussian.erf, gaussian.exp, gaussian.sin]
-)
+@named("function", [gaussian.relu, gaussian.absolute, gaussian.gelu, gaussian.erf, gaussian.exp, gaussian.sin])
 def test_closed_forms_gradcheck(function):
     mean = torch.linspace(-3, 3, 7, dtype=torch.float64).add(0.013).requires_grad_()
     var = torch.linspace(0.05, 2, 7, dtype=torch.float64).requires_grad_()
@@ -243,16 +235,12 @@ def test_generic_quadrature_of_smooth_functions():
             # sin² over deviations of 3 oscillates too fast for the nodes: its variance is 2e-3 off there.
             m, v = (a[GRID[1] <= (1.1 if name == "sin" else 9.1)] for a in GRID)
             expected, variance = accuracy.reference(case, m, v, panels=12)
-            out, out_var = quadrature(
-                TORCH[name], torch.tensor(m, dtype=dtype), torch.tensor(v, dtype=dtype)
-            )
+            out, out_var = quadrature(TORCH[name], torch.tensor(m, dtype=dtype), torch.tensor(v, dtype=dtype))
             error = np.abs(out.double().numpy() - expected) / np.sqrt(expected**2 + variance)
             assert error.max() <= 2e-5, name
             # Values of f differ by rounding: the variance keeps what float32 leaves of f(x) - f(mean).
             noise = small * (1 + np.abs(expected)) * 1e-3
-            assert (
-                np.abs(out_var.double().numpy() - variance) <= 2e-4 * variance + noise * np.sqrt(variance)
-            ).all(), name
+            assert (np.abs(out_var.double().numpy() - variance) <= 2e-4 * variance + noise * np.sqrt(variance)).all(), name
 
 
 @named("name", ["elu", "selu", "softsign", "hardtanh", "hardswish", "hardshrink", "threshold"])
@@ -271,9 +259,7 @@ def test_generic_quadrature_splits_at_kinks(name):
 def test_generic_quadrature_of_a_written_out_elu():
     m, v = (torch.tensor(a, dtype=torch.float32) for a in GRID)
     expected, variance = gaussian.elu(m, v, 0.7)
-    out, out_var = quadrature(
-        lambda x: torch.where(x > 0, x, 0.7 * (torch.exp(x) - 1)), m, v, kinks=(0.0,)
-    )
+    out, out_var = quadrature(lambda x: torch.where(x > 0, x, 0.7 * (torch.exp(x) - 1)), m, v, kinks=(0.0,))
     torch.testing.assert_close(out, expected, rtol=1e-4, atol=2e-5)
     torch.testing.assert_close(out_var, variance, rtol=5e-2, atol=1e-5)
 
@@ -298,9 +284,7 @@ def test_generic_quadrature_at_zero_variance():
     slope = torch.sigmoid(mean.detach()) * torch.sigmoid(-mean.detach())
     by_mean, by_var = torch.autograd.grad(out.sum(), (mean, var), retain_graph=True)
     torch.testing.assert_close(by_mean, slope, rtol=1e-3, atol=1e-4)
-    torch.testing.assert_close(
-        by_var, 0.5 * slope * (1 - 2 * torch.sigmoid(mean.detach())), rtol=2e-2, atol=1e-3
-    )
+    torch.testing.assert_close(by_var, 0.5 * slope * (1 - 2 * torch.sigmoid(mean.detach())), rtol=2e-2, atol=1e-3)
     torch.testing.assert_close(torch.autograd.grad(out_var.sum(), var)[0], slope**2, rtol=2e-3, atol=1e-4)
 
 

@@ -1,6 +1,6 @@
 """What L_c does: the paper's lambda, 50, against 0, 5 and 500 (sections 4.3 and 5.1).
 
-    python -m benchmarks.paper.penalty_sweep --data DIR
+python -m benchmarks.paper.penalty_sweep --data DIR
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Write every table anew from the JSON files, and the marked blocks of README.md with them.
 
-    python -m benchmarks.paper.report
+python -m benchmarks.paper.report
 """
 
 from __future__ import annotations

@@ -107,9 +107,7 @@ def evaluate(model: nn.Module, mode: str, images: Tensor, training: Tensor) -> d
     mu, logvar = plain.encode(images)
     var = logvar.exp()
     _, true = monte_carlo(decoder, mu, var, MONTE_CARLO)
-    sampled_error = statistics.fmean(
-        float(F.mse_loss(decoder(mu + var.sqrt() * torch.randn_like(mu)), images)) for _ in range(8)
-    )
+    sampled_error = statistics.fmean(float(F.mse_loss(decoder(mu + var.sqrt() * torch.randn_like(mu)), images)) for _ in range(8))
     reported = None
     if mode == "calibrated":
         rv = calibrated(plain, training[:256])

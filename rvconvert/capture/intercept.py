@@ -10,15 +10,17 @@ import contextlib
 import functools
 import sys
 import threading
-from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 from torch.utils import checkpoint
 
 from rvconvert.errors import TracingError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
 
 __all__ = [
     "COMMAND_LINE",

@@ -8,10 +8,8 @@ import itertools
 import linecache
 import operator
 import sys
-import types
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -21,12 +19,17 @@ from torch.overrides import TorchFunctionMode
 from rvconvert.capture.intercept import COMMAND_LINE, INTERNAL, Handler, intercepting
 from rvconvert.capture.traced_number import TracedFloat, TracedInt, ignored, traced_size, untraced
 from rvconvert.core.random_variable import RandomVariable, Settings, in_settings, propagate, random_variables
-from rvconvert.core.registry import Registry, Rule
 from rvconvert.core.tree import Structure, flatten
 from rvconvert.places import short_place
 from rvconvert.rules.draws import DRAWS
 from rvconvert.rules.kinds import Metadata, Read, out_of_place
 from rvconvert.rules.shape import setitem
+
+if TYPE_CHECKING:
+    import types
+    from collections.abc import Callable, Iterator
+
+    from rvconvert.core.registry import Registry, Rule
 
 __all__ = ["Kept", "Recording", "autocast_state", "record", "set_autocast", "unchanged", "user_frame", "where"]
 
@@ -835,9 +838,12 @@ class _Kept:
                 if name in _TABLES:
                     continue
                 same = name in held and value is held[name]
-                grown = (module, name) in self.contents and same and self.contents[module, name] != [
-                    id(each) for each in (value.values() if isinstance(value, dict) else value)
-                ]
+                grown = (
+                    (module, name) in self.contents
+                    and same
+                    and self.contents[module, name]
+                    != [id(each) for each in (value.values() if isinstance(value, dict) else value)]
+                )
                 if (same and not grown) or (not _is_output(value) and _equal(value, held.get(name, recorder))):
                     continue
                 found, structure = flatten(value, _is_output)

@@ -56,7 +56,7 @@ def state_matters(model: nn.Module, method: Any, args: Any, kwargs: Any) -> bool
                 call(leaves)
             try:
                 results.append(call(other_values(leaves)))
-            except Exception:
+            except Exception:  # noqa: BLE001 (a model's own code may fail in any way)
                 return True
     return not all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
@@ -86,7 +86,7 @@ def replay_differs(run: Run, recording: Recording, model: nn.Module, method: Any
         expected = results(eager, inputs)
         try:
             found = results(replayed, inputs)
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 (a model's own code may fail in any way)
             return f"{type(error).__name__}: {error}"
         for a, b in zip(expected, found, strict=False):
             if a.dtype != b.dtype:
@@ -104,13 +104,13 @@ def replay_differs(run: Run, recording: Recording, model: nn.Module, method: Any
     elif not recording.fixed and len(batch) == 1:
         try:  # other values and another batch size at once
             smaller = compare([x[: (x.shape[0] + 1) // 2] if x.ndim else x for x in other])
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 (a model's own code may fail in any way)
             smaller = f"{type(error).__name__}: {error}"
         if smaller is None:
             return None
     try:
         difference = compare(other)
-    except Exception:
+    except Exception:  # noqa: BLE001 (a model's own code may fail in any way)
         difference = compare(leaves)
     if difference is not None:
         return f"the recorded graph does not replay equal to the model ({difference})"

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import fx
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 __all__ = ["TracedFloat", "TracedInt", "ignored", "traced_size", "untraced"]
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import argparse
-from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rvconvert.calibration import calibrate
 from rvconvert.cli.images import read_images
 from rvconvert.errors import ConversionError
 from rvconvert.files import checkpoint
+
+if TYPE_CHECKING:
+    import argparse
+    from collections.abc import Callable, Sequence
 
 __all__ = ["add_arguments", "run_calibrate"]
 

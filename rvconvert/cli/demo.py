@@ -11,9 +11,7 @@ import dataclasses
 import json
 import shlex
 import time
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -30,6 +28,10 @@ from rvconvert.errors import CheckpointError
 from rvconvert.files import checkpoint
 from rvconvert.plain import to_plain
 from rvconvert.verify import truth_ratio
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
 
 __all__ = ["Demo", "DigitVAE", "run"]
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +11,8 @@ import torch
 from rvconvert.errors import ConversionError
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from PIL.Image import Image
 
 __all__ = ["heat", "labelled_rows", "read_images"]
@@ -61,7 +62,7 @@ def _read_array(path: Path) -> Any:
         raise ConversionError(f"{path}: no such file or folder") from None
     except ConversionError:
         raise
-    except Exception as error:  # a damaged or foreign file may fail in any way
+    except Exception as error:  # noqa: BLE001 - a damaged or foreign file may fail in any way
         raise ConversionError(f"{path} cannot be read as an array: {str(error).splitlines()[0][:150]}") from None
     raise ConversionError(f"{path}: images come as .npy, .npz, .pt or a folder of pictures")
 

@@ -149,7 +149,7 @@ class RandomVariable:
 
     @property
     def mean(self) -> torch.Tensor:
-        """Expected values, shaped like the variable. (For the mean over a dimension: ``torch.mean(x, dim)``.)"""
+        """Expected values, shaped like the variable; the mean over a dimension is ``torch.mean(x, dim)``."""
         return self._mean
 
     @property
@@ -296,6 +296,7 @@ _ARITHMETIC = frozenset(
     for prefix in ("", "r", "i")
 ) | {f"__{name}__" for name in ("neg", "abs", "invert", "getitem", "setitem", "gt", "lt", "ge", "le", "eq", "ne")}
 
+
 def random_variables(*values: Any) -> list[RandomVariable]:
     """The random variables in nested lists, tuples and mappings, in order."""
     found: list[RandomVariable] = []
@@ -314,8 +315,7 @@ _IN_PLACE = FunctionTable(
         getattr(namespace, name): True
         for namespace in NAMESPACES
         for name in dir(namespace)
-        if name == "__setitem__"
-        or (name.endswith("_") and not name.endswith("__") and callable(getattr(namespace, name)))
+        if name == "__setitem__" or (name.endswith("_") and not name.endswith("__") and callable(getattr(namespace, name)))
     }
 )
 

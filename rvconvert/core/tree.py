@@ -84,7 +84,7 @@ def _flatten(value: Any, is_leaf: Callable[[Any], bool], leaves: list[Any], pare
     if isinstance(value, Mapping) and hasattr(value, "__setitem__"):
         try:
             entries = dict(value.items())
-        except Exception:  # a configuration whose entries cannot all be read holds no tensor
+        except Exception:  # noqa: BLE001 - a configuration whose entries cannot all be read holds no tensor
             return Structure("constant", value)
         parts = tuple(_flatten(each, is_leaf, leaves, parents) for each in entries.values())
         keys = tuple(entries)

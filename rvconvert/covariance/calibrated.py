@@ -19,8 +19,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -28,6 +27,9 @@ from torch import Tensor
 from rvconvert.core.mode import MODES
 from rvconvert.core.random_variable import RandomVariable
 from rvconvert.covariance.sampled import SampledVariable
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
 
 __all__ = ["FLOOR", "Gain", "Gains", "Measurement", "calibrated", "level_of"]
 

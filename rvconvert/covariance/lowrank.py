@@ -10,7 +10,6 @@ degree in the noise, variances for linear ones, whatever the marginals in betwee
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,6 +23,8 @@ from rvconvert.covariance.sampled import SampledVariable, drawn_paths, squared
 from rvconvert.rules.kinds import MOVES_ANY_LAYOUT, Collapse, Elementwise, Metadata, Shape, out_of_place, substitute
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Sequence
+
     from rvconvert.core.registry import Rule
 
 __all__ = ["Frame", "LowRankVariable", "cubature_normal"]
@@ -218,9 +219,7 @@ def _located(result: Any, func: Any, args: Any, kwargs: Any, x: LowRankVariable,
     return all(where is not None for where in found)
 
 
-def _rows_after(
-    rows: Rows, func: Any, args: Any, kwargs: Any, inputs: dict[int, LowRankVariable], result: Any
-) -> Rows | None:
+def _rows_after(rows: Rows, func: Any, args: Any, kwargs: Any, inputs: dict[int, LowRankVariable], result: Any) -> Rows | None:
     """Where the rows are after the function; None where it, run on one path more, is seen to let them meet."""
     made = random_variables(result)
     if not made or not isinstance(made[0], LowRankVariable) or is_in_place(func, kwargs):

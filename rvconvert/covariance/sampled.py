@@ -8,7 +8,6 @@ Mean and variance are those across the paths; mean^2 + var is an unbiased estima
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,6 +23,8 @@ from rvconvert.rules.noise import entering
 from rvconvert.rules.shape import setitem
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
     from rvconvert.core.registry import Rule
 
 __all__ = ["SampledVariable", "antithetic_normal"]

@@ -11,14 +11,13 @@ import contextlib
 import copy
 import dataclasses
 import inspect
-import io
 import os
 import tempfile
 import warnings
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -26,11 +25,15 @@ from torch import nn
 
 from rvconvert._convert import convert
 from rvconvert.converted import conversion_of, is_converted
-from rvconvert.core.registry import Registry
 from rvconvert.covariance.calibrated import Gains
 from rvconvert.errors import CheckpointError, ConversionError, TransferError
 from rvconvert.files.recipe import Recipe, construct, import_class, imported_class
 from rvconvert.plain import to_plain, transfer_weights
+
+if TYPE_CHECKING:
+    import io
+
+    from rvconvert.core.registry import Registry
 
 __all__ = [
     "Checkpoint",
@@ -359,7 +362,7 @@ def _read_safetensors(path: Path) -> Checkpoint:
             state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - a handle, not a dict
             prefix = f"{GAINS_KEY}."
             gains = {key.removeprefix(prefix): state.pop(key) for key in list(state) if key.startswith(prefix)}
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001 (a damaged file may fail in any way)
         raise CheckpointError(f"{path} is damaged or cut off ({_first_line(error)}); copy or download it again") from None
     return Checkpoint(path, state, _recipe(path, metadata.get(RECIPE_KEY)), gains=gains)
 
@@ -373,7 +376,7 @@ def _read_torch(path: Path, start: bytes, allow_pickle: bool) -> Any:
         with warnings.catch_warnings(), torch.serialization.safe_globals(_HARMLESS):
             warnings.simplefilter("ignore")
             return torch.load(path, map_location="cpu", weights_only=not allow_pickle)
-    except Exception as error:  # a foreign file may break the unpickler in any way
+    except Exception as error:  # noqa: BLE001 - a foreign file may break the unpickler in any way
         raise CheckpointError(_why_unreadable(path, error, allow_pickle)) from None
 
 

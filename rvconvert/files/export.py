@@ -7,22 +7,24 @@ import copy
 import dataclasses
 import inspect
 import logging
-import os
 import warnings
-from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from rvconvert._convert import convert, convert_copy
-from rvconvert.converted import conversion_of, is_converted
+from rvconvert._convert import convert
+from rvconvert.converted import conversion_of, convert_copy, is_converted, plain_copy
 from rvconvert.core.random_variable import RandomVariable
 from rvconvert.core.tree import Structure, flatten
 from rvconvert.errors import ConversionError
 from rvconvert.files.checkpoint import check_destination, write_atomically
-from rvconvert.plain import make_deterministic, plain_copy
+from rvconvert.plain import make_deterministic
+
+if TYPE_CHECKING:
+    import os
+    from collections.abc import Iterator
+    from pathlib import Path
 
 __all__ = ["SUFFIXES", "export"]
 
@@ -177,7 +179,7 @@ def _program(flat: _Flat, tensors: tuple[torch.Tensor, ...], name: str) -> Any:
         try:
             fresh = tuple(x.clone() for x in tensors)  # the attempt leaves marks on them
             return torch.export.export(flat, fresh, dynamic_shapes=shapes, strict=False)
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 (an exporter may fail in any way)
             failure = error
     reason = (str(failure).strip().splitlines() or [type(failure).__name__])[0]
     raise ConversionError(f"{name} cannot be exported: torch.export says: {reason}") from failure

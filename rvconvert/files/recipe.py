@@ -12,18 +12,21 @@ import json
 import os
 import sys
 import traceback
-from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from rvconvert.converted import conversion_of
-from rvconvert.core.registry import Registry
 from rvconvert.errors import CheckpointError, ConversionError
 from rvconvert.options import Options
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from rvconvert.core.registry import Registry
 
 __all__ = ["Recipe", "class_spec", "construct", "import_class", "imported_class", "library_version"]
 

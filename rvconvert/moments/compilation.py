@@ -127,7 +127,7 @@ def _run_compiled(kernel: Kernel, constants: tuple[Any, ...], flat: list[Tensor]
         start = time.perf_counter()
         try:
             results = function(*flat)
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 (a compiler may fail in any way)
             disable()
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             logger.warning("rvconvert: no compiled kernels, training will be slower (%s)", reason[:200])

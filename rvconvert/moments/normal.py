@@ -6,10 +6,13 @@ Notation: phi and Phi the density and distribution function, M(t) = Phi(-t)/phi(
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 Moments = tuple[Tensor, Tensor]
 

@@ -72,15 +72,11 @@ def _clamped(mean: Tensor, var: Tensor, lo: float | Tensor, hi: float | Tensor) 
     return quadrature(lambda x: torch.clamp(x, lo, hi), mean, var, (lo, hi))  # type: ignore[arg-type]
 
 
-_CLAMP = Kinked(
-    lambda t: t.clamp(0.0, 2.0), Shape(left=0.0, right=1.0, width=1.0, level=True, fold="odd"), middle=1.0
-)
+_CLAMP = Kinked(lambda t: t.clamp(0.0, 2.0), Shape(left=0.0, right=1.0, width=1.0, level=True, fold="odd"), middle=1.0)
 
 
 @at_least_float32
-def clamp(
-    mean: Tensor, var: Tensor, min: float | Tensor | None = None, max: float | Tensor | None = None
-) -> Moments:
+def clamp(mean: Tensor, var: Tensor, min: float | Tensor | None = None, max: float | Tensor | None = None) -> Moments:
     """min(max(x, min), max), exact; either bound may be None; tensors broadcast and get their gradient."""
     if min is None or (isinstance(min, float) and min == -math.inf):
         if max is None or (isinstance(max, float) and max == math.inf):
@@ -146,9 +142,7 @@ def _elu_curve(slope: float) -> int:
 
 
 @at_least_float32
-def elu(
-    mean: Tensor, var: Tensor, alpha: float = 1.0, scale: float = 1.0, input_scale: float = 1.0
-) -> Moments:
+def elu(mean: Tensor, var: Tensor, alpha: float = 1.0, scale: float = 1.0, input_scale: float = 1.0) -> Moments:
     """scale (x above 0, alpha (e^(input_scale x) - 1) below)."""
     if mean.dtype == torch.float64 or input_scale <= 0:
         out, out_var = quadrature(lambda x: _elu(x, alpha, input_scale), mean, var, (0.0,))

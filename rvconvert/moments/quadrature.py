@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
 
 INV_SQRT_2PI, LOG2_E = 0.3989422804014327, 1.4426950408889634
 STEEP_NODES = 17  # per panel, two panels: functions as steep as tanh
@@ -75,6 +78,7 @@ def flushed(grad: Tensor) -> Tensor:
 
 
 def smallest_deviation(dtype: torch.dtype, single: float, double: float) -> float:
+    """The least deviation to integrate with: ``double`` in float64, else ``single``."""
     return double if dtype == torch.float64 else single
 
 

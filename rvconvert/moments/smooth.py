@@ -64,8 +64,11 @@ def gelu(mean: Tensor, var: Tensor, approximate: str = "none") -> Moments:
 
 @at_least_float32
 def softplus(mean: Tensor, var: Tensor, beta: float = 1.0, threshold: float = 20.0) -> Moments:
-    """log(1 + e^(beta x))/beta; torch's linear branch above threshold/beta differs by less than e^-threshold/beta, which is
-    left out for threshold >= 15 and has its own kink below that."""
+    """log(1 + e^(beta x))/beta.
+
+    Torch's linear branch above threshold/beta differs by less than e^-threshold/beta, which is left out for threshold >= 15
+    and has its own kink below that.
+    """
     if threshold < 15:
         return quadrature(lambda x: F.softplus(x, beta, threshold), mean, var, kinks=(0.0, threshold / beta))
     out, out_var = table_moments(_SOFTPLUS, beta * mean, beta * beta * var)

@@ -175,6 +175,7 @@ def _place(mean: Tensor, var: Tensor, width: float) -> _Place:
 
 
 def read(coefficients: Tensor, cell: Tensor, first: int, count: int) -> list[Tensor]:
+    """``count`` coefficients, from the ``first`` on, of each element's cell."""
     read = torch.index_select(coefficients[first : first + count], 1, cell.reshape(-1))
     return list(read.view(count, *cell.shape).unbind())
 
@@ -300,7 +301,5 @@ def table_moments(curve: Curve, mean: Tensor, var: Tensor) -> tuple[Tensor, Tens
     if mean.dtype == torch.float64:
         return quadrature(curve.function, mean, var)
     number = curve.number
-    out: tuple[Tensor, Tensor] = _Tabulated.apply(
-        mean, var, _coefficients(number, mean.device), curve.width, _is_level(number)
-    )
+    out: tuple[Tensor, Tensor] = _Tabulated.apply(mean, var, _coefficients(number, mean.device), curve.width, _is_level(number))
     return out

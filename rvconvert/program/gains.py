@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import operator
 from collections import Counter
-from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import fx
 
-from rvconvert.capture.recorder import Recording
-from rvconvert.core.random_variable import Settings
-from rvconvert.core.registry import Rule
 from rvconvert.covariance.calibrated import calibrated, level_of
 from rvconvert.program.plan import node_row
-from rvconvert.program.roles import Roles
 from rvconvert.rules.kinds import Collapse, Metadata, Shape
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from rvconvert.capture.recorder import Recording
+    from rvconvert.core.random_variable import Settings
+    from rvconvert.core.registry import Rule
+    from rvconvert.program.roles import Roles
 
 __all__ = ["gain_keys", "insert_gains"]
 

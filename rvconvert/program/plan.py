@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import fx
 
 from rvconvert.capture.recorder import Recording, apply_function, call_by_rule
-from rvconvert.core.random_variable import Settings
 from rvconvert.core.registry import PLAIN, Exactness, Rule, operation_name
 from rvconvert.errors import UnsupportedOperationError
 from rvconvert.places import short_place
-from rvconvert.program.roles import Roles
 from rvconvert.report import Report, Row
 from rvconvert.rules.kinds import Metadata
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from rvconvert.core.random_variable import Settings
+    from rvconvert.program.roles import Roles
 
 __all__ = ["node_row", "refuse_unsupported", "report_graph"]
 

@@ -5,16 +5,19 @@ from __future__ import annotations
 import heapq
 import linecache
 import operator
-from collections.abc import Callable, Mapping
 from itertools import count
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import fx
 
 from rvconvert.capture.recorder import Recording, apply_function
 from rvconvert.program.gains import insert_gains
-from rvconvert.program.roles import Roles
 from rvconvert.rules.noise import nth_source
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from rvconvert.program.roles import Roles
 
 __all__ = ["compile_graph", "to_random_variables"]
 

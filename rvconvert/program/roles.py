@@ -10,14 +10,18 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING
 
 from torch import fx, nn
 
-from rvconvert.capture.recorder import Recording
-from rvconvert.core.registry import Rule
 from rvconvert.rules.draws import INTEGER
 from rvconvert.rules.kinds import Bilinear, Collapse, Elementwise, Metadata, Shape
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+    from rvconvert.capture.recorder import Recording
+    from rvconvert.core.registry import Rule
 
 __all__ = ["Roles", "assign"]
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +14,9 @@ from rvconvert import moments as gaussian
 from rvconvert.core.random_variable import RandomVariable, random_variables
 from rvconvert.core.registry import Exactness
 from rvconvert.rules.kinds import Composite, Elementwise, Shape, add_rule, bind, everywhere, first_order, not_everywhere
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 _GAUSSIAN = "a Gaussian input"
 
@@ -147,9 +149,7 @@ def _prelu(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     return gaussian.leaky_relu(x.mean, x.var, weight)
 
 
-add_rule(
-    "prelu", Elementwise(_prelu, kinks=kinks_of(_at_zero)), Exactness.MOMENT_MATCHED, _GAUSSIAN, modules=(nn.PReLU,)
-)
+add_rule("prelu", Elementwise(_prelu, kinks=kinks_of(_at_zero)), Exactness.MOMENT_MATCHED, _GAUSSIAN, modules=(nn.PReLU,))
 
 
 def _rrelu(input: Any, lower: float = 1 / 8, upper: float = 1 / 3, training: bool = False, inplace: bool = False) -> Any:

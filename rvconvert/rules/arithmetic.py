@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -27,6 +26,9 @@ from rvconvert.rules.kinds import (
     spread,
     unique,
 )
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 _INDEPENDENT = "operands are independent"
 
@@ -338,11 +340,11 @@ def _where_method(self: Any, condition: Any, other: Any) -> Any:
 
 _WHERE = "condition and branches are independent, unless all are functions of one variable"
 add_rule("where", Elementwise(_where, _where), Exactness.EXACT_IF_INDEPENDENT, _WHERE, functions=(torch.where,))
-add_rule(
-    "Tensor.where", Composite(_where_method), Exactness.EXACT_IF_INDEPENDENT, _WHERE, functions=(torch.Tensor.where,)
-)
+add_rule("Tensor.where", Composite(_where_method), Exactness.EXACT_IF_INDEPENDENT, _WHERE, functions=(torch.Tensor.where,))
 for _name in ("round", "floor", "ceil", "trunc", "fix", "frac"):
     add_rule(_name, Elementwise(), Exactness.APPROXIMATE, _STEPS)
+
+
 def _sign(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Tensor]:
     """P(X > 0) - P(X < 0); its square is 1 unless X is 0 for certain."""
     x = args[0] if args else kwargs["input"]

@@ -60,9 +60,7 @@ def rule(
             served = same if function in same else [function]
             if not replace:  # another spelling may have its rule already; only the target itself must be free
                 served = [f for f in served if f is function or table.find(f) is None]
-            table.register(
-                Rule(operation_name(function), Composite(body), made, assumption), served, replace=replace
-            )
+            table.register(Rule(operation_name(function), Composite(body), made, assumption), served, replace=replace)
         for module in modules:
             own = Rule(module.__qualname__, Composite(body), made, assumption, (module,), body=body)
             table.register(own, [], replace=replace)

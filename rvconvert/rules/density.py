@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import lru_cache
 from itertools import pairwise
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from rvconvert.core.random_variable import Density, RandomVariable
 from rvconvert.moments.quadrature import legendre
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from rvconvert.core.random_variable import Density, RandomVariable
 
 __all__ = ["UNIFORM", "Bernoulli", "Beta", "Gamma", "Uniform", "moments_under", "open_interval"]
 
@@ -210,4 +213,3 @@ class Bernoulli(_Parametric):
         """(2, *shape) each: the two values and their probabilities."""
         (p,) = self.parameters
         return torch.stack((torch.zeros_like(p), torch.ones_like(p))), torch.stack((1 - p, p))
-

@@ -7,9 +7,8 @@ its mean and variance and a sampler for its paths.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +19,9 @@ from rvconvert.core.registry import FunctionTable, operation_name
 from rvconvert.errors import ConversionError
 from rvconvert.rules.density import Bernoulli, Beta, Gamma
 from rvconvert.rules.noise import known_moments, standard_normal, standard_uniform
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 __all__ = ["DRAWS", "Draw", "Law"]
 
@@ -262,9 +264,7 @@ def _copies(x: Tensor, n: int) -> Tensor:
 def standard_gamma(input: Any, *, settings: Settings, generator: Any = None) -> RandomVariable:
     """``torch._standard_gamma`` as a random variable: mean and variance are the concentration."""
     alpha: Tensor = _at_mean(input)
-    return known_moments(
-        alpha, alpha, lambda n, g: torch._standard_gamma(_copies(alpha, n), generator=g), settings, Gamma(alpha)
-    )
+    return known_moments(alpha, alpha, lambda n, g: torch._standard_gamma(_copies(alpha, n), generator=g), settings, Gamma(alpha))
 
 
 def dirichlet(input: Any, *, settings: Settings, generator: Any = None) -> RandomVariable:

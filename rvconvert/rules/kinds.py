@@ -345,9 +345,7 @@ def widened(product: Function, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor
 
 
 # Comparisons: whether they hold where the first operand is the greater one.
-_ABOVE = dict.fromkeys(("gt", "ge", "greater", "greater_equal"), True) | dict.fromkeys(
-    ("lt", "le", "less", "less_equal"), False
-)
+_ABOVE = dict.fromkeys(("gt", "ge", "greater", "greater_equal"), True) | dict.fromkeys(("lt", "le", "less", "less_equal"), False)
 
 
 def everywhere(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
@@ -509,9 +507,7 @@ class Elementwise:
 
             def function(value: torch.Tensor) -> torch.Tensor:
                 values = {id(x): f(value) for x, f in zip(inputs, functions, strict=True)}
-                return func(
-                    *substitute(args, lambda x: values[id(x)]), **substitute(kwargs, lambda x: values[id(x)])
-                )
+                return func(*substitute(args, lambda x: values[id(x)]), **substitute(kwargs, lambda x: values[id(x)]))
 
             direct = len(random_variables(args, kwargs)) == 1
             affine = direct and self.affine(args, kwargs)

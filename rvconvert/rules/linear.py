@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import reduce
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +13,9 @@ from torch import nn
 from rvconvert.core.random_variable import RandomVariable
 from rvconvert.core.registry import Exactness
 from rvconvert.rules.kinds import Bilinear, Composite, FixedLinear, add_rule, moments, same_map
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 _INDEPENDENT = "inputs are independent"
 
@@ -41,9 +43,7 @@ for _dims, _conv, _transposed in (
     (3, nn.Conv3d, nn.ConvTranspose3d),
 ):
     add_rule(f"conv{_dims}d", Convolution(), Exactness.EXACT_IF_INDEPENDENT, _INDEPENDENT, modules=(_conv,))
-    add_rule(
-        f"conv_transpose{_dims}d", Convolution(), Exactness.EXACT_IF_INDEPENDENT, _INDEPENDENT, modules=(_transposed,)
-    )
+    add_rule(f"conv_transpose{_dims}d", Convolution(), Exactness.EXACT_IF_INDEPENDENT, _INDEPENDENT, modules=(_transposed,))
 for _name, _operands in (
     *((name, ("input", "other")) for name in ("matmul", "inner", "kron")),
     ("mm", ("input", "mat2")),
@@ -113,9 +113,7 @@ def _bilinear(input1: Any, input2: Any, weight: torch.Tensor, bias: torch.Tensor
     return like.with_moments(mean, var)
 
 
-add_rule(
-    "bilinear", Composite(_bilinear), Exactness.EXACT_IF_INDEPENDENT, _INDEPENDENT, modules=(nn.Bilinear,)
-)
+add_rule("bilinear", Composite(_bilinear), Exactness.EXACT_IF_INDEPENDENT, _INDEPENDENT, modules=(nn.Bilinear,))
 
 
 def _linalg_cross(input: Any, other: Any, *, dim: int = -1) -> Any:

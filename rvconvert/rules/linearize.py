@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.overrides
 from torch import Tensor
 
-from rvconvert.core.random_variable import RandomVariable
 from rvconvert.core.registry import REGISTRY, Exactness, Rule, as_constant, operation_name
 from rvconvert.errors import UnsupportedOperationError
 from rvconvert.rules.draws import DRAWS
 from rvconvert.rules.kinds import full_precision, join, out_of_place, substitute, unique
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from rvconvert.core.random_variable import RandomVariable
 
 __all__ = ["LINEARIZED", "ON_NODES", "Linearized", "chooser", "on_nodes", "probes"]
 
@@ -97,6 +100,7 @@ def on_nodes(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, 
     """
     inputs = unique(args, kwargs)
     like = inputs[0]
+
     def call(value: Callable[[RandomVariable], Tensor]) -> Any:
         return func(*substitute(args, value), **substitute(kwargs, value))
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -12,6 +11,9 @@ from rvconvert.core.mode import MODES, Mode, Sampler
 from rvconvert.core.random_variable import Density, RandomVariable, Settings
 from rvconvert.errors import ConversionError
 from rvconvert.rules.density import UNIFORM, open_interval
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
 
 __all__ = [
     "all_entering",
@@ -21,6 +23,7 @@ __all__ = [
     "standard_normal",
     "standard_uniform",
 ]
+
 
 def _independent(zeros: torch.Tensor, settings: Settings) -> RandomVariable:
     return RandomVariable._make(zeros, torch.ones_like(zeros), settings)

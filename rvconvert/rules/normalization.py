@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rvconvert.core.random_variable import RandomVariable
 from rvconvert.core.registry import REGISTRY, Exactness, Rule
 from rvconvert.rules.kinds import Composite, add_rule, bind, full_precision, own_python
+
+if TYPE_CHECKING:
+    from rvconvert.core.random_variable import RandomVariable
 
 
 def _per_channel(x: Any, ndim: int) -> Any:
@@ -219,9 +221,7 @@ REGISTRY.register(
 _FEW = 256
 
 
-def standardized(
-    mean: Tensor, var: Tensor, axes: tuple[int, ...], eps: float, centred: bool = True
-) -> tuple[Tensor, Tensor]:
+def standardized(mean: Tensor, var: Tensor, axes: tuple[int, ...], eps: float, centred: bool = True) -> tuple[Tensor, Tensor]:
     """Moments of c / sqrt(s^2 + eps) over ``axes``, with s^2 at its expectation S = var(m) + (1 - 1/n) mean(v).
 
     c is x less its mean over the axes, or x itself (RMSNorm) where ``centred`` is False. For n <= 256 the

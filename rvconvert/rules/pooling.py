@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +12,9 @@ from torch import Tensor, nn
 from rvconvert.core.registry import Exactness
 from rvconvert.rules.extrema import by_pairs, clark_maximum, maximum_over
 from rvconvert.rules.kinds import Composite, FixedLinear, Shape, add_rule, bind
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 _INDEPENDENT = "elements are independent"
 _POOL = ("input", "kernel_size", "stride", "padding", "ceil_mode", "count_include_pad", "divisor_override")
@@ -67,9 +69,7 @@ for _n, _average, _adaptive in (
     (2, nn.AvgPool2d, nn.AdaptiveAvgPool2d),
     (3, nn.AvgPool3d, nn.AdaptiveAvgPool3d),
 ):
-    add_rule(
-        f"avg_pool{_n}d", FixedLinear(_average_square), Exactness.EXACT_IF_INDEPENDENT, _INDEPENDENT, modules=(_average,)
-    )
+    add_rule(f"avg_pool{_n}d", FixedLinear(_average_square), Exactness.EXACT_IF_INDEPENDENT, _INDEPENDENT, modules=(_average,))
     add_rule(
         f"adaptive_avg_pool{_n}d",
         FixedLinear(adaptive_average_square),

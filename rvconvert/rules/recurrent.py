@@ -42,9 +42,7 @@ def _between(a: Pair, b: Pair, w: Pair) -> Pair:
     """a + w (b - a)."""
     apart, rest = b.mean - a.mean, 1 - w.mean
     var = torch.addcmul(w.mean.square() * b.var, rest.square(), a.var)
-    return Pair(
-        torch.addcmul(a.mean, w.mean, apart), torch.addcmul(var, w.var, torch.addcmul(a.var + b.var, apart, apart))
-    )
+    return Pair(torch.addcmul(a.mean, w.mean, apart), torch.addcmul(var, w.var, torch.addcmul(a.var + b.var, apart, apart)))
 
 
 def _chunks(x: Pair, count: int) -> list[Pair]:

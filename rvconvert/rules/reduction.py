@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rvconvert.core.random_variable import RandomVariable
 from rvconvert.core.registry import Exactness
 from rvconvert.moments import sigmoid, softplus
 from rvconvert.rules.extrema import by_pairs
 from rvconvert.rules.kinds import Composite, FixedLinear, add_rule, same_map
 from rvconvert.rules.normalization import standardized
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from rvconvert.core.random_variable import RandomVariable
 
 _INDEPENDENT = "elements are independent"
 
@@ -42,9 +45,7 @@ def dims_of(x: RandomVariable, dim: int | Sequence[int] | None) -> tuple[int, ..
 # ---- variance and deviation ----------------------------------------------------------------------------------------
 
 
-def _variance(
-    input: Any, dim: Any = None, unbiased: bool = True, keepdim: bool = False, *, correction: Any = None
-) -> Any:
+def _variance(input: Any, dim: Any = None, unbiased: bool = True, keepdim: bool = False, *, correction: Any = None) -> Any:
     """A quadratic form x' M x of Gaussians, M = (I - 1/n)/(n - correction): var = 2 tr(MVMV) + 4 m' MVM m."""
     if isinstance(dim, bool):
         dim, unbiased = None, dim
@@ -67,9 +68,7 @@ def _std(*args: Any, **kwargs: Any) -> Any:
 
 
 def _with_mean(spread: Any) -> Any:
-    def body(
-        input: Any, dim: Any = None, unbiased: bool = True, keepdim: bool = False, *, correction: Any = None
-    ) -> Any:
+    def body(input: Any, dim: Any = None, unbiased: bool = True, keepdim: bool = False, *, correction: Any = None) -> Any:
         if isinstance(dim, bool):
             dim, unbiased = None, dim
         mean = torch.mean(input, dims_of(input, dim), keepdim=keepdim)

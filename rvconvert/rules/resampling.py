@@ -66,9 +66,7 @@ add_rule(
 )
 
 
-add_rule(
-    "fold", FixedLinear(same_map), Exactness.EXACT_IF_INDEPENDENT, "elements are independent", modules=(nn.Fold,)
-)
+add_rule("fold", FixedLinear(same_map), Exactness.EXACT_IF_INDEPENDENT, "elements are independent", modules=(nn.Fold,))
 
 
 def _axis_positions(position: Tensor, size: int, align_corners: bool, padding_mode: str) -> Tensor:
@@ -94,9 +92,7 @@ def _grid_sample(
     mean = F.grid_sample(input.mean, grid, mode, padding_mode, align_corners)
     sizes = input.shape[2:]
     # The last axis of the grid runs from the last axis of the input to the first.
-    at = [
-        _axis_positions(grid[..., -1 - axis], size, bool(align_corners), padding_mode) for axis, size in enumerate(sizes)
-    ]
+    at = [_axis_positions(grid[..., -1 - axis], size, bool(align_corners), padding_mode) for axis, size in enumerate(sizes)]
     if mode == "nearest":
         return input.with_moments(mean, _gathered(input.var, [torch.round(x) for x in at]))
     low = [torch.floor(x) for x in at]

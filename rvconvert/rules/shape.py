@@ -157,9 +157,7 @@ def setitem(input: Any, index: Any, value: Any) -> Any:
             return x
         return torch.zeros_like(x) if isinstance(x, torch.Tensor) else 0.0
 
-    return likes[0].with_moments(
-        write(part(input, "mean"), part(value, "mean")), write(part(input, "var"), part(value, "var"))
-    )
+    return likes[0].with_moments(write(part(input, "mean"), part(value, "mean")), write(part(input, "var"), part(value, "var")))
 
 
 SETITEM = add_rule("setitem", Composite(setitem), Exactness.EXACT)

@@ -139,13 +139,22 @@ def unary(text: str, modules: str = "", breaks: str = "") -> Unary:
 
 
 UNARY = [
-    unary("F.relu(x) | torch.relu(x) | x.relu() | x.clamp(min=0) | !x.relu_() | !F.relu(x, inplace=True) | !torch.relu_(x)",
-          "nn.ReLU() | !nn.ReLU(inplace=True)", "x"),
-    unary("F.leaky_relu(x, 0.2) | !F.leaky_relu_(x, 0.2) | !F.leaky_relu(x, 0.2, True)",
-          "nn.LeakyReLU(0.2) | !nn.LeakyReLU(0.2, inplace=True)", "x"),
+    unary(
+        "F.relu(x) | torch.relu(x) | x.relu() | x.clamp(min=0) | !x.relu_() | !F.relu(x, inplace=True) | !torch.relu_(x)",
+        "nn.ReLU() | !nn.ReLU(inplace=True)",
+        "x",
+    ),
+    unary(
+        "F.leaky_relu(x, 0.2) | !F.leaky_relu_(x, 0.2) | !F.leaky_relu(x, 0.2, True)",
+        "nn.LeakyReLU(0.2) | !nn.LeakyReLU(0.2, inplace=True)",
+        "x",
+    ),
     unary("F.relu6(x)", "nn.ReLU6() | !nn.ReLU6(True)", "x | x - 6"),
-    unary("F.hardtanh(x) | !F.hardtanh_(x) | torch.clamp(x, -1.0, 1.0) | x.clip(-1, 1) | !x.clamp_(-1.0, 1.0)",
-          "nn.Hardtanh()", "x + 1 | x - 1"),
+    unary(
+        "F.hardtanh(x) | !F.hardtanh_(x) | torch.clamp(x, -1.0, 1.0) | x.clip(-1, 1) | !x.clamp_(-1.0, 1.0)",
+        "nn.Hardtanh()",
+        "x + 1 | x - 1",
+    ),
     unary("F.hardsigmoid(x)", "nn.Hardsigmoid()", "x + 3 | x - 3"),
     unary("F.hardswish(x)", "nn.Hardswish()", "x + 3 | x - 3"),
     unary("F.hardshrink(x)", "nn.Hardshrink(0.5)", "x - 0.5 | x + 0.5"),
