@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import inspect
+import logging
 import types
 import warnings
 import weakref
@@ -39,6 +40,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Conversion", "ConvertedModel", "conversion_of", "convert_copy", "is_converted", "plain_copy"]
 
+logger = logging.getLogger("rvconvert")
+_SAID: set[str] = set()  # once a process
 _PATIENCE = 50  # calls in training; gradients may be accumulated over some
 _SUGGESTED = 4  # methods that a refusal names
 MOST_PROGRAMS = 64  # kept for each model; the one used longest ago goes
@@ -171,6 +174,14 @@ class Conversion:
     def count_call(self, model: nn.Module) -> None:
         """Count; say once that gradients arrive and no parameter moves: an optimizer made before ``convert`` moves others."""
         self.calls += 1
+        options = self.options
+        sees_little = options.covariance == "independent" and options.attach and options.penalty and options.output == "mean"
+        if self.calls == 1 and sees_little and model.training and torch.is_grad_enabled() and not _SAID:
+            _SAID.add("independent")
+            logger.warning(
+                "rvconvert: independent moments, the paper's, see about a hundredth of a trained network's variance, so training "
+                "widens the posterior; covariance='calibrated' sees it, and rvconvert.verify says how much yours has"
+            )
         if self.calls not in (1, _PATIENCE) or not (model.training and torch.is_grad_enabled()):
             return
         versions = [p._version for p in model.parameters()]

@@ -342,3 +342,11 @@ def test_bad_calls_say_what_to_type() -> None:
     ):
         with pytest.raises(rvconvert.ConversionError, match=text):
             call()
+
+
+def test_training_against_independent_moments_is_told_what_they_see_once(monkeypatch, caplog):
+    monkeypatch.setattr("rvconvert.converted._SAID", set())
+    x = torch.rand(2, 3, 16, 16)
+    for covariance in ("calibrated", "sampled", "independent", "independent"):
+        rvconvert.convert(VanillaVAE(), covariance=covariance)(x)
+    assert len(caplog.records) == 1 and "covariance='calibrated' sees it" in caplog.text
