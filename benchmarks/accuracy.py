@@ -21,8 +21,8 @@ from scipy import special
 from rvconvert import moments as gaussian
 from rvconvert.moments.piecewise import SELU_ALPHA, SELU_SCALE
 
-EXACT, INTEGRAL, PANELS = "closed form", "positive integral over correlation", "quadrature"
-PAIRS = "trapezoid rule in pairs, or a sum of error functions"
+EXACT, INTEGRAL, TABLE = "closed form", "positive integral over correlation", "a table made by quadrature"
+PANELS = "quadrature"
 
 
 def log_sigmoid(x):
@@ -101,13 +101,13 @@ CASES = [
         kinks=(0,),
         arguments=(torch.tensor(0.25),),
     ),
-    Case("relu6", gaussian.relu6, lambda x: np.clip(x, 0, 6), lambda x: (abs(x - 3) < 3) * 1.0, PANELS, (0, 6)),
+    Case("relu6", gaussian.relu6, lambda x: np.clip(x, 0, 6), lambda x: (abs(x - 3) < 3) * 1.0, TABLE, (0, 6)),
     Case(
         "hardtanh",
         gaussian.hardtanh,
         lambda x: np.clip(x, -1, 1),
         lambda x: (abs(x) < 1) * 1.0,
-        PANELS,
+        TABLE,
         (-1, 1),
     ),
     Case(
@@ -115,7 +115,7 @@ CASES = [
         gaussian.hardsigmoid,
         lambda x: np.clip(x + 3, 0, 6) / 6,
         lambda x: (abs(x) < 3) / 6,
-        PANELS,
+        TABLE,
         (-3, 3),
     ),
     Case(
@@ -123,7 +123,7 @@ CASES = [
         gaussian.hardswish,
         lambda x: x * np.clip(x + 3, 0, 6) / 6,
         lambda x: np.where(x > 3, 1, np.where(x < -3, 0, (2 * x + 3) / 6)),
-        PANELS,
+        TABLE,
         (-3, 3),
     ),
     Case(
@@ -142,45 +142,45 @@ CASES = [
         kinks=(0.1,),
         arguments=(0.1, -0.3),
     ),
-    Case("elu", gaussian.elu, elu(), elu_slope(), PANELS, (0,)),
+    Case("elu", gaussian.elu, elu(), elu_slope(), TABLE, (0,)),
     Case(
         "selu",
         gaussian.selu,
         elu(SELU_ALPHA, SELU_SCALE),
         elu_slope(SELU_ALPHA, SELU_SCALE),
-        PANELS,
+        TABLE,
         (0,),
     ),
-    Case("celu", gaussian.celu, elu(0.5, 1, 2), elu_slope(0.5, 1, 2), PANELS, (0,), (0.5,)),
+    Case("celu", gaussian.celu, elu(0.5, 1, 2), elu_slope(0.5, 1, 2), TABLE, (0,), (0.5,)),
     Case(
         "gelu",
         gaussian.gelu,
         lambda x: x * special.ndtr(x),
         lambda x: special.ndtr(x) + x * density(x),
-        INTEGRAL,
+        TABLE,
     ),
-    Case("gelu (tanh)", gaussian.gelu, gelu_tanh, gelu_tanh_slope, PANELS, arguments=("tanh",)),
+    Case("gelu (tanh)", gaussian.gelu, gelu_tanh, gelu_tanh_slope, TABLE, arguments=("tanh",)),
     Case(
         "silu",
         gaussian.silu,
         lambda x: x * special.expit(x),
         lambda x: special.expit(x) * (1 + x * special.expit(-x)),
-        PANELS,
+        TABLE,
     ),
     # Up to a constant, with the tails accurate.
-    Case("tanh", gaussian.tanh, np.tanh, lambda x: 4 * special.expit(2 * x) * special.expit(-2 * x), PAIRS),
-    Case("sigmoid", gaussian.sigmoid, special.expit, lambda x: special.expit(x) * special.expit(-x), PAIRS),
-    Case("softplus", gaussian.softplus, lambda x: -log_sigmoid(-x), special.expit, PANELS),
+    Case("tanh", gaussian.tanh, np.tanh, lambda x: 4 * special.expit(2 * x) * special.expit(-2 * x), TABLE),
+    Case("sigmoid", gaussian.sigmoid, special.expit, lambda x: special.expit(x) * special.expit(-x), TABLE),
+    Case("softplus", gaussian.softplus, lambda x: -log_sigmoid(-x), special.expit, TABLE),
     Case(
         "softplus (beta 3)",
         gaussian.softplus,
         lambda x: -log_sigmoid(-3 * x) / 3,
         lambda x: special.expit(3 * x),
-        PANELS,
+        TABLE,
         arguments=(3.0,),
     ),
-    Case("logsigmoid", gaussian.logsigmoid, log_sigmoid, lambda x: special.expit(-x), PANELS),
-    Case("mish", gaussian.mish, lambda x: x * mish_gate(x), mish_slope, PANELS),
+    Case("logsigmoid", gaussian.logsigmoid, log_sigmoid, lambda x: special.expit(-x), TABLE),
+    Case("mish", gaussian.mish, lambda x: x * mish_gate(x), mish_slope, TABLE),
     Case(
         "softsign",
         gaussian.softsign,
