@@ -150,10 +150,10 @@ class NormalPosterior(nn.Module):
 
 
 def test_a_posterior_of_torch_distributions_exports(tmp_path: Path) -> None:
-    model, x = NormalPosterior(), torch.rand(4, 3)
+    model, x, checks = NormalPosterior(), torch.rand(4, 3), torch.distributions.Distribution._validate_args
     path = rvconvert.export(model, tmp_path / "m.pt2", x)
     torch.testing.assert_close(run(path, x)[0], model.decoder(model.encoder(x)[:, :2]).detach())
-    assert torch.distributions.Distribution._validate_args
+    assert torch.distributions.Distribution._validate_args is checks
 
 
 def test_refusals(tmp_path: Path) -> None:
