@@ -8,9 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rvconvert.moments.kinked import CURVES, Kinked, Shape, kinked_moments
+from rvconvert.moments.kinked_table import Kinked, Shape, kinked_moments
 from rvconvert.moments.normal import Moments, at_least_float32, standardize, tail
 from rvconvert.moments.quadrature import density, quadrature
+from rvconvert.moments.table import CURVES
 from rvconvert.moments.two_slopes import relu
 
 

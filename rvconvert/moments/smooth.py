@@ -10,7 +10,7 @@ from torch import Tensor
 
 from rvconvert.moments.normal import Moments, at_least_float32
 from rvconvert.moments.quadrature import quadrature
-from rvconvert.moments.table import Curve, table_moments
+from rvconvert.moments.smooth_table import Smooth, table_moments
 
 _GELU_RATE, _GELU_CUBIC = 2 * math.sqrt(2 / math.pi), 0.044715
 
@@ -24,10 +24,10 @@ def _gelu_tanh(x: Tensor) -> Tensor:
     return x * torch.sigmoid(_GELU_RATE * x * (1 + _GELU_CUBIC * x * x))
 
 
-_TANH, _SIGMOID = Curve(torch.tanh, 1.0), Curve(torch.sigmoid, 2.0)
-_SILU, _MISH = Curve(F.silu, 2.2), Curve(F.mish, 2.2)
-_SOFTPLUS, _LOGSIGMOID = Curve(F.softplus, 3.0), Curve(F.logsigmoid, 3.0)
-_GELU, _GELU_TANH = Curve(_gelu, 0.9), Curve(_gelu_tanh, 0.9)
+_TANH, _SIGMOID = Smooth(torch.tanh, 1.0), Smooth(torch.sigmoid, 2.0)
+_SILU, _MISH = Smooth(F.silu, 2.2), Smooth(F.mish, 2.2)
+_SOFTPLUS, _LOGSIGMOID = Smooth(F.softplus, 3.0), Smooth(F.logsigmoid, 3.0)
+_GELU, _GELU_TANH = Smooth(_gelu, 0.9), Smooth(_gelu_tanh, 0.9)
 
 
 @at_least_float32

@@ -1,20 +1,14 @@
-"""Moments of a smooth function that is a line far out, from a table that quadrature fills once.
+"""Tables of two moments: the plane of (p, q) in cells, each with sixteen coefficients, filled by quadrature and read by kernels.
 
-X ~ N(m, v). With c the width on which f bends and S² = c² + v, the half-plane of (m, v) is covered by p = m/S in [-8, 8], beyond
-which a Gaussian sees f's asymptotes only, and q = 1 - c/S in [0, 1]. Each cell of (p, q) holds quadratics of
-
-    g = E[f'(X)],    L = log2((K + MIX g²) N),    K = (Var f(X) - v g²) S²/v²,
-
-N = S²/c² where f has one slope at both ends (K falls as 1/S² then), else 1, and a quadratic in q of E[f(X)]/S, whose
-dependence on p is the integral of g. So Var = v (g² + K v/S²): the linear part of f and the rest, neither negative, without
-a difference of large numbers, exact as v goes to 0. Its gradients: dE/dm = g and dE/dv = E[f'']/2 (Stein).
+In a cell d runs along p from its middle, e along q from its start, both in cells; coefficients 0 to 2 are a quadratic in e of the
+mean, 3 to 9 are g = E[f'], quadratic with d³ beside it, and 10 to 15 a quadratic of a logarithm to the base of 2.
 """
 
 from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -22,24 +16,46 @@ import torch
 from torch import Tensor
 
 from rvconvert.moments.compilation import fused
-from rvconvert.moments.quadrature import flushed, legendre, quadrature
+from rvconvert.moments.quadrature import legendre
 
 Function = Callable[[Tensor], Tensor]
 
-_END, _CELLS_P, _CELLS_Q = 8, 1024, 64
-_DENSER = 2.0  # cells of q lie by 1 + this more densely at v = 0, by as much less at infinity
-_PER_CELL = _CELLS_P / (2 * _END)  # cells for one unit of p
-_SPACING, _CHEBYSHEV = 24, 33  # where quadrature is done: nodes for one unit of p, points of q
+DENSER = 2.0  # cells of q lie by 1 + this more densely at v = 0, by as much less at infinity
 _LEGENDRE, _AT_ONCE = 40, 1024  # nodes of a panel; integrals whose nodes stay in a core's cache
-_MIX = 0.1  # keeps the logarithm smooth where f'' is 0
 
 
-class Table(NamedTuple):
-    """Sixteen coefficients of every cell, (16, cells), the width c, and whether f has the same slope at both ends."""
+class Grid(NamedTuple):
+    """Cells along p in [-end, end] and along q in [0, 1], and nodes for one unit of p where quadrature is done."""
 
-    coefficients: Tensor
-    width: float
-    level: bool
+    end: int
+    in_p: int
+    in_q: int
+    spacing: int
+
+    @property
+    def per_cell(self) -> float:
+        """Cells for one unit of p."""
+        return self.in_p / (2 * self.end)
+
+    @property
+    def rise(self) -> float:
+        """Cells for one unit of q, at 0."""
+        return (1 + DENSER) * self.in_q
+
+    def nodes(self) -> np.ndarray:
+        """Where quadrature is done, along p."""
+        return np.linspace(-self.end, self.end, 2 * self.end * self.spacing + 1)
+
+    def q(self, at: np.ndarray) -> np.ndarray:
+        """q of a place counted in cells."""
+        return at / (self.rise - DENSER * at)
+
+    def locate(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The cell's number along p, the cell, and d and e in it, of a place counted in cells from p = 0 and q = 0."""
+        i = torch.floor(x).clamp_(-self.in_p // 2, self.in_p // 2 - 1)
+        j = torch.floor(y).clamp_(0, self.in_q - 1)
+        cell = torch.add(i, j, alpha=self.in_p).add_(self.in_p // 2).to(torch.int32)
+        return i, cell, (x - i).sub_(0.5), y - j
 
 
 # ---- filling -----------------------------------------------------------------------------------------------------
@@ -72,11 +88,6 @@ def _integrals(f: Function, mean: Tensor, var: Tensor, bends: Sequence[float]) -
     return at_mean + shift[:, 0], gain[:, 0] / s, rest / var
 
 
-def nodes_in_p(end: int, spacing: int) -> np.ndarray:
-    """Where quadrature is done, along p in [-end, end]: ``spacing`` nodes for one unit."""
-    return np.linspace(-end, end, 2 * end * spacing + 1)
-
-
 def _in_p(at: np.ndarray, cells: int, nodes: int) -> np.ndarray:
     """(n, nodes): interpolation at ``at``, in cells, by the polynomial through the eight nearest nodes."""
     at = at * ((nodes - 1) / cells)
@@ -88,218 +99,165 @@ def _in_p(at: np.ndarray, cells: int, nodes: int) -> np.ndarray:
     return matrix
 
 
-def _points_in_q() -> np.ndarray:
-    return 0.5 - 0.5 * np.cos(np.pi * (np.arange(_CHEBYSHEV) + 0.5) / _CHEBYSHEV)
-
-
-def _in_q(at: np.ndarray) -> np.ndarray:
-    """(n, points): interpolation at ``at``, in cells, by the polynomial through all points (barycentric)."""
-    q = at / ((1 + _DENSER) * _CELLS_Q - _DENSER * at)
-    signs = (-1.0) ** np.arange(_CHEBYSHEV)
-    terms = signs * np.sqrt(_points_in_q() * (1 - _points_in_q())) / (q[:, None] - _points_in_q())
-    return terms / terms.sum(1, keepdims=True)
-
-
-def _polynomials(interpolation: Callable[[np.ndarray], np.ndarray], cells: int, at: list[float]) -> list[np.ndarray]:
+def polynomials(interpolation: Callable[[np.ndarray], np.ndarray], cells: int, at: list[float]) -> list[np.ndarray]:
     """Coefficients on each cell of 1, u, u², ... in u, counted from its start, by interpolation ``at`` these: matrices."""
     values = np.stack([interpolation(np.arange(cells) + u) for u in at])
     return list(np.tensordot(np.linalg.inv(np.vander(at, increasing=True)), values, 1))
 
 
 @functools.cache
-def in_p(cells: int, nodes: int) -> tuple[list[np.ndarray], list[np.ndarray]]:
+def _in_p_of_cells(cells: int, nodes: int) -> tuple[list[np.ndarray], list[np.ndarray]]:
     """From values at the nodes to each cell's coefficients of quadratics and of cubics, at Chebyshev's points."""
     points = ([0.5 * math.cos((k + 0.5) * math.pi / n) for k in range(n)] for n in (3, 4))
-    quadratics, cubics = (_polynomials(lambda at: _in_p(at + 0.5, cells, nodes), cells, each) for each in points)
+    quadratics, cubics = (polynomials(lambda at: _in_p(at + 0.5, cells, nodes), cells, each) for each in points)
     return quadratics, cubics
 
 
-@functools.cache
-def _in_q_of_cells() -> list[np.ndarray]:
-    """The same in q, quadratics, through the ends of a cell, as v = 0 is one."""
-    return _polynomials(_in_q, _CELLS_Q, [0.0, 0.5, 1.0])
+def coefficients(
+    grid: Grid, in_q: list[np.ndarray], mean: np.ndarray, gain: np.ndarray, logarithm: np.ndarray
+) -> Iterator[tuple[int, int, np.ndarray]]:
+    """(a, b, what d^a e^b is multiplied by in each cell), of the mean, of the gain, of the logarithm, from values at nodes."""
+    quadratics, cubics = _in_p_of_cells(grid.in_p, len(grid.nodes()))
+    yield from ((0, b, each @ mean @ quadratics[0].T) for b, each in enumerate(in_q))
+    for value, in_p in ((gain, cubics), (logarithm, quadratics)):
+        for a, b in ((0, 0), (1, 0), (2, 0), (0, 1), (1, 1), (0, 2), *((k, 0) for k in range(3, len(in_p)))):
+            yield a, b, in_q[b] @ value @ in_p[a].T
 
 
-def fill(f: Function, width: float) -> Table:
-    """The table of f: some 9,000 quadratures in float64, then interpolation onto the cells; milliseconds."""
-    p, q = nodes_in_p(_END, _SPACING), _points_in_q()
-    root = width / (1 - q)[:, None]
-    mean, var = np.broadcast_arrays(p * root, root**2 - width**2)
-    found = integrals(f, torch.tensor(mean.ravel()), torch.tensor(var.ravel()), (-4 * width, 0.0, 4 * width))
-    expected, gain, rest = (each.numpy().reshape(mean.shape) for each in found)
-    far = f(width * torch.tensor([-61.0, -60.0, 60.0, 61.0], dtype=torch.float64)).numpy()
-    slopes = (far[1] - far[0]) / width, (far[3] - far[2]) / width
-    level = bool(abs(slopes[0] - slopes[1]) < 1e-6)
-    spread = rest * root**2 / var + _MIX * gain**2
-    logarithm = np.log2((spread * (root / width) ** 2 if level else spread) + 1e-300)
-    (quadratics, cubics), in_q = in_p(_CELLS_P, len(p)), _in_q_of_cells()
-    made = [each @ (expected / root) @ quadratics[0].T for each in in_q]
-    for value, along in ((gain, cubics), (logarithm, quadratics)):
-        for a, b in ((0, 0), (1, 0), (2, 0), (0, 1), (1, 1), (0, 2), *((k, 0) for k in range(3, len(along)))):
-            cells = in_q[b] @ value @ along[a].T
-            if a or value is gain:  # the outermost cells reach to infinity, where f is a line
-                cells[:, [0, -1]] = 0.0 if a or b else slopes
-            made.append(cells)
-    return Table(torch.from_numpy(np.stack(made).reshape(len(made), -1)), width, level)
+class Curve:
+    """An elementwise function whose two moments are read from a table, made at its first use.
+
+    Args:
+        function: of a tensor, elementwise, in any floating-point dtype; it keeps relative accuracy where it vanishes.
+    """
+
+    def __init__(self, function: Function) -> None:
+        self.function = function
+        self.number = len(CURVES)
+        CURVES.append(self)
+
+    def fill(self) -> Tensor:
+        """(16, cells) coefficients, in float64 on the processor."""
+        raise NotImplementedError
+
+    @functools.cached_property
+    def table(self) -> Tensor:
+        """The coefficients, kept."""
+        with torch.no_grad(), torch.device("cpu"):
+            return self.fill()
+
+
+CURVES: list[Any] = []
+_COEFFICIENTS: dict[tuple[int, torch.device], Tensor] = {}
+
+
+@torch.compiler.assume_constant_result
+def coefficients_of(number: int, device: torch.device) -> Tensor:
+    """A curve's coefficients in float32 on a device, made at first use; a constant of a compiled graph."""
+    key = (number, device)
+    if key not in _COEFFICIENTS:
+        with torch.inference_mode(False), torch.no_grad():  # what is kept must serve everywhere
+            _COEFFICIENTS[key] = CURVES[number].table.to(device, torch.float32)
+    return _COEFFICIENTS[key]
 
 
 # ---- reading -----------------------------------------------------------------------------------------------------
 
 
-class _Place(NamedTuple):
-    """Where (m, v) lies: the cell, and from its middle d in p and from its start e in q, in cells."""
-
-    cell: Tensor
-    d: Tensor
-    e: Tensor
-    inverse: Tensor  # 1/S
-    by_mean: Tensor  # cells of p by m
-    share: Tensor  # v/S²
-    ratio: Tensor  # c/S
-    dense: Tensor  # (1 + c/S) over this + _DENSER v/S²
-
-
-def _place(mean: Tensor, var: Tensor, width: float) -> _Place:
-    inverse = torch.rsqrt(var + width * width)
-    by_mean = inverse * _PER_CELL
-    ratio = inverse * width
-    share = var * inverse * inverse  # q = v/(S (S + c)), without a difference
-    widened = ratio + 1
-    denominator = torch.add(widened, share, alpha=_DENSER)
-    x = mean * by_mean
-    y = share / denominator * ((1 + _DENSER) * _CELLS_Q)
-    i = torch.floor(x).clamp_(-_CELLS_P // 2, _CELLS_P // 2 - 1)
-    j = torch.floor(y).clamp_(0, _CELLS_Q - 1)
-    cell = torch.add(i, j, alpha=_CELLS_P).add_(_CELLS_P // 2).to(torch.int32)
-    return _Place(cell, (x - i).sub_(0.5), y - j, inverse, by_mean, share, ratio, widened / denominator)
-
-
-def read(coefficients: Tensor, cell: Tensor, first: int, count: int) -> list[Tensor]:
+def _read(coefficients: Tensor, cell: Tensor, first: int, count: int) -> list[Tensor]:
     """``count`` coefficients, from the ``first`` on, of each element's cell."""
     read = torch.index_select(coefficients[first : first + count], 1, cell.reshape(-1))
     return list(read.view(count, *cell.shape).unbind())
 
 
-def quadratic(c: Sequence[Tensor], d: Tensor, e: Tensor) -> Tensor:
+def _quadratic(c: Sequence[Tensor], d: Tensor, e: Tensor) -> Tensor:
     """Of six coefficients; a seventh is that of d³."""
     along = c[2] if len(c) < 7 else torch.addcmul(c[2], d, c[6])
     along = torch.addcmul(torch.addcmul(c[1], d, along), e, c[4])
     return torch.addcmul(torch.addcmul(c[0], d, along), e, torch.addcmul(c[3], e, c[5]))
 
 
-def _spread(c: Sequence[Tensor], at: _Place, level: bool) -> Tensor:
-    """K + MIX g²."""
-    spread = torch.exp2(quadratic(c, at.d, at.e))
-    return spread * at.ratio * at.ratio if level else spread
+class Cell(NamedTuple):
+    """What a kernel reads of the cells its elements lie in: the coefficients of the gain and of the logarithm, d and e."""
+
+    gains: list[Tensor]
+    logarithms: list[Tensor]
+    d: Tensor
+    e: Tensor
+
+    @classmethod
+    def of(cls, table: Tensor, cell: Tensor, d: Tensor, e: Tensor) -> Cell:
+        """Without the mean."""
+        c = _read(table, cell, 3, 13)
+        return cls(c[:7], c[7:], d, e)
+
+    @classmethod
+    def with_mean(cls, table: Tensor, cell: Tensor, d: Tensor, e: Tensor) -> tuple[Cell, Tensor]:
+        """And the mean in the middle of the cell along p."""
+        a0, a1, a2, *c = _read(table, cell, 0, 16)
+        return cls(c[:7], c[7:], d, e), torch.addcmul(a0, e, torch.addcmul(a1, e, a2))
+
+    def gain(self) -> Tensor:
+        """E[f'(X)]."""
+        return _quadratic(self.gains, self.d, self.e)
+
+    def along(self, tangent: Tensor | None = None) -> Tensor:
+        """The integral of the gain, less ``tangent``, from the middle of the cell to d, over d."""
+        # g0 + g3 e + g5 e² + d/2 (g1 + g4 e + d (2/3 g2 + d g6/2))
+        c, d, e = self.gains, self.d, self.e
+        slope = torch.addcmul(c[1], d, torch.addcmul(c[2], d, c[6], value=0.75), value=2 / 3)
+        along = torch.addcmul(c[0] if tangent is None else c[0] - tangent, e, torch.addcmul(c[3], e, c[5]))
+        return torch.addcmul(along, d, torch.addcmul(slope, e, c[4]), value=0.5)
+
+    def curvature(self) -> Tensor:
+        """The gain by d."""
+        c, d = self.gains, self.d
+        return torch.addcmul(torch.addcmul(c[1], d, torch.addcmul(c[2], d, c[6], value=1.5), value=2), self.e, c[4])
+
+    def third(self) -> Tensor:
+        """Half the gain by d twice."""
+        return torch.addcmul(self.gains[2], self.d, self.gains[6], value=3)
+
+    def power(self) -> Tensor:
+        """2 to the logarithm."""
+        return torch.exp2(_quadratic(self.logarithms, self.d, self.e))
+
+    def logarithm_by_d(self) -> Tensor:
+        """The logarithm by d."""
+        _, c1, c2, _, c4, _ = self.logarithms
+        return torch.addcmul(torch.addcmul(c1, self.d, c2, value=2), self.e, c4)
+
+    def logarithm_by_e(self) -> Tensor:
+        """The logarithm by e."""
+        *_, c3, c4, c5 = self.logarithms
+        return torch.addcmul(torch.addcmul(c3, self.d, c4), self.e, c5, value=2)
 
 
-def _kernel(mean: Tensor, var: Tensor, coefficients: Tensor, width: float, level: bool) -> tuple[Tensor, Tensor]:
-    at = _place(mean, var, width)
-    d, e = at.d, at.e
-    a0, a1, a2, *c = read(coefficients, at.cell, 0, 16)
-    gain = quadratic(c[:7], d, e)
-    # The integral of g along d: d (g0 + g3 e + g5 e² + d/2 (g1 + g4 e + d (2/3 g2 + d g6/2))).
-    slope = torch.addcmul(c[1], d, torch.addcmul(c[2], d, c[6], value=0.75), value=2 / 3)
-    along = torch.addcmul(c[0], e, torch.addcmul(c[3], e, c[5]))
-    along = torch.addcmul(along, d, torch.addcmul(slope, e, c[4]), value=0.5)
-    out = torch.addcmul(a0, e, torch.addcmul(a1, e, a2))
-    out = torch.addcmul(out, d, along, value=1 / _PER_CELL) / at.inverse
-    gain2 = gain * gain
-    rest = torch.sub(_spread(c[7:], at, level), gain2, alpha=_MIX)
-    return out, torch.addcmul(gain2, at.share, rest) * var
-
-
-def _backward(
-    mean: Tensor, var: Tensor, grad_mean: Tensor, grad_var: Tensor, coefficients: Tensor, width: float, level: bool
-) -> tuple[Tensor, Tensor]:
-    at = _place(mean, var, width)
-    d, e, share, by_mean = at.d, at.e, at.share, at.by_mean
-    c = read(coefficients, at.cell, 3, 13)
-    gain = quadratic(c[:7], d, e)
-    curvature = torch.addcmul(c[1], d, torch.addcmul(c[2], d, c[6], value=1.5), value=2)
-    curvature = torch.addcmul(curvature, e, c[4]) * by_mean  # E[f'']
-    third = torch.addcmul(c[2], d, c[6], value=3) * by_mean * by_mean  # dg/dv = E[f''']/2 (Stein)
-    _, l1, l2, l3, l4, l5 = c[7:]
-    rest = share * _spread(c[7:], at, level)
-    log_by_mean = torch.addcmul(torch.addcmul(l1, d, l2, value=2), e, l4) * by_mean  # of L, a logarithm to the base of 2
-    log_by_y = torch.addcmul(torch.addcmul(l3, d, l4), e, l5, value=2)
-    # dy/dv = (1 + _DENSER) CELLS c dense²/(2S³), dp/dv = -p/(2S²): the logarithm by v, times -2S².
-    down = torch.addcmul(mean * log_by_mean, log_by_y * at.ratio, at.dense * at.dense, value=-(1 + _DENSER) * _CELLS_Q)
-    # Of Var = v (g² (1 - MIX w) + w (K + MIX g²)), w = v/S².
-    mixed, gain2 = torch.rsub(share, 1, alpha=_MIX), gain * gain
-    var_by_mean = torch.addcmul(gain * curvature * mixed, rest, log_by_mean, value=0.5 * math.log(2))
-    var_by_var = mixed * torch.addcmul(gain2, var, gain * third, value=2)
-    var_by_var = torch.addcmul(var_by_var, gain2, torch.addcmul(share, share, share, value=-1), value=-_MIX)
-    falls = torch.add(torch.rsub(share, 2, alpha=2 if level else 1), share * down, alpha=-0.5 * math.log(2))
-    var_by_var = torch.addcmul(var_by_var, rest, falls)
-    return (
-        flushed(torch.addcmul(grad_mean * gain, grad_var * var, var_by_mean, value=2)),
-        flushed(torch.addcmul(grad_var * var_by_var, grad_mean, curvature, value=0.5)),
-    )
-
-
-# ---- use ---------------------------------------------------------------------------------------------------------
-
-
-class Curve:
-    """A smooth elementwise function that is a line beyond some eight ``width`` from 0 on either side.
-
-    Args:
-        function: of a tensor, elementwise, in any floating-point dtype; it keeps relative accuracy where it vanishes.
-        width: the scale on which it bends: 1 for tanh, 2 for the sigmoid.
-    """
-
-    def __init__(self, function: Function, width: float) -> None:
-        self.function, self.width = function, width
-        self.number = len(_CURVES)
-        _CURVES.append(self)
-
-    @functools.cached_property
-    def table(self) -> Table:
-        """The table, in float64 on the processor."""
-        with torch.no_grad(), torch.device("cpu"):
-            return fill(self.function, self.width)
-
-
-_CURVES: list[Curve] = []
-_COEFFICIENTS: dict[tuple[int, torch.device], Tensor] = {}
-
-
-@torch.compiler.assume_constant_result
-def _coefficients(number: int, device: torch.device) -> Tensor:
-    """A curve's coefficients in float32 on a device, made at first use; a constant of a compiled graph."""
-    key = (number, device)
-    if key not in _COEFFICIENTS:
-        with torch.inference_mode(False), torch.no_grad():  # what is kept must serve everywhere
-            _COEFFICIENTS[key] = _CURVES[number].table.coefficients.to(device, torch.float32)
-    return _COEFFICIENTS[key]
-
-
-@torch.compiler.assume_constant_result
-def _is_level(number: int) -> bool:
-    return _CURVES[number].table.level
+Kernel = Callable[..., tuple[Tensor, Tensor]]
 
 
 class _Tabulated(torch.autograd.Function):
     """Mean and variance of a curve; saves (mean, var) only."""
 
     @staticmethod
-    def forward(ctx: Any, mean: Tensor, var: Tensor, *constants: Any) -> tuple[Tensor, Tensor]:
+    def forward(
+        ctx: Any, mean: Tensor, var: Tensor, kernel: Kernel, backward: Kernel, constants: tuple[Any, ...]
+    ) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(mean, var)
-        ctx.constants = constants
-        out: tuple[Tensor, Tensor] = fused(_kernel, mean, var, constants=constants)
+        ctx.gradient, ctx.constants = backward, constants
+        out: tuple[Tensor, Tensor] = fused(kernel, mean, var, constants=constants)
         return out
 
     @staticmethod
     def backward(ctx: Any, grad_mean: Tensor, grad_var: Tensor) -> tuple[Tensor | None, ...]:
-        grads = fused(_backward, *ctx.saved_tensors, grad_mean, grad_var, constants=ctx.constants)
+        grads = fused(ctx.gradient, *ctx.saved_tensors, grad_mean, grad_var, constants=ctx.constants)
         return *grads, None, None, None
 
 
-def table_moments(curve: Curve, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and variance of a curve of X ~ N(mean, var): by its table; in float64, which a table does not serve, by quadrature."""
-    if mean.dtype == torch.float64:
-        return quadrature(curve.function, mean, var)
-    number = curve.number
-    out: tuple[Tensor, Tensor] = _Tabulated.apply(mean, var, _coefficients(number, mean.device), curve.width, _is_level(number))
+def tabulated(
+    curve: Curve, kernel: Kernel, backward: Kernel, mean: Tensor, var: Tensor, *constants: Any
+) -> tuple[Tensor, Tensor]:
+    """Both moments by ``kernel(mean, var, table, *constants)``, with their gradients by ``backward``; float32."""
+    table = coefficients_of(curve.number, mean.device)
+    out: tuple[Tensor, Tensor] = _Tabulated.apply(mean, var, kernel, backward, (table, *constants))
     return out

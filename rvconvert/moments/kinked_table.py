@@ -14,22 +14,19 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from rvconvert.moments.compilation import fused
 from rvconvert.moments.normal import step
 from rvconvert.moments.quadrature import flushed
-from rvconvert.moments.table import in_p, integrals, nodes_in_p, quadratic, read
+from rvconvert.moments.table import DENSER, Cell, Curve, Function, Grid, coefficients, integrals, tabulated
 
-Function = Callable[[Tensor], Tensor]
-_END, _CELLS_P, _CELLS_Q, _SPACING = 8, 512, 128, 16  # as in ``table``
-_DENSER = 2.0
-_PER_CELL = _CELLS_P / (2 * _END)
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_GRID = Grid(end=8, in_p=512, in_q=128, spacing=16)
 _LEAST = 1e-30  # of a variance: s is no smaller than its root, and m no nearer to the kink than eight of these
 
 
@@ -55,88 +52,62 @@ class Shape(NamedTuple):
     beyond: str | None = None
 
 
-class Kinked:
+class Kinked(Curve):
     """A function with a kink at 0 and perhaps the mirror image of it at ``2 middle``.
 
     Args:
-        function: of a tensor, elementwise, in float64.
+        function: as of ``Curve``.
         shape: its properties.
         middle: half the distance to the second kink; only m <= middle is ever looked up.
     """
 
     def __init__(self, function: Function, shape: Shape, middle: float = math.inf) -> None:
-        self.function, self.shape, self.middle = function, shape, middle
+        super().__init__(function)
+        self.shape, self.middle = shape, middle
 
-        self.number = len(CURVES)
-        CURVES.append(self)
-
-    @functools.cached_property
-    def table(self) -> Tensor:
-        """(16, cells) coefficients, in float64 on the processor."""
-        with torch.no_grad(), torch.device("cpu"):
-            return _fill(self)
-
-
-CURVES: list[Kinked] = []
-_COEFFICIENTS: dict[tuple[int, torch.device], Tensor] = {}
-
-
-@torch.compiler.assume_constant_result  # type: ignore[misc]
-def _coefficients(number: int, device: torch.device) -> Tensor:
-    """A curve's coefficients in float32 on a device, made at first use; a constant of a compiled graph."""
-    key = (number, device)
-    if key not in _COEFFICIENTS:
-        with torch.inference_mode(False), torch.no_grad():  # what is kept must serve everywhere
-            _COEFFICIENTS[key] = CURVES[number].table.to(device, torch.float32)
-    return _COEFFICIENTS[key]
-
-
-@functools.cache
-def _in_q() -> list[np.ndarray]:
-    """From the ends and the middle of each cell to quadratics: a second kink is too sharp for one polynomial over all q."""
-    made = np.zeros((3, _CELLS_Q, 2 * _CELLS_Q + 1))
-    for k, weights in enumerate(np.linalg.inv(np.vander([0.0, 0.5, 1.0], increasing=True))):
-        for i, weight in enumerate(weights):
-            made[k, np.arange(_CELLS_Q), 2 * np.arange(_CELLS_Q) + i] = weight
-    return list(made)
-
-
-def _fill(curve: Kinked) -> Tensor:
-    shape, p = curve.shape, nodes_in_p(_END, _SPACING)
-    y = np.linspace(0, _CELLS_Q, 2 * _CELLS_Q + 1)[:, None]
-    q = (y / ((1 + _DENSER) * _CELLS_Q - _DENSER * y)).clip(1e-5, 1 - 1e-5)
-    root = shape.width * q / (1 - q)
-    mean, var = np.broadcast_arrays(p * root, root**2)
-    bends = sorted([0.0, 2 * curve.middle if math.isfinite(curve.middle) else -8 * shape.width])
-    found = integrals(curve.function, torch.tensor(mean.ravel()), torch.tensor(var.ravel()), bends)
-    expected, gain, rest = (each.numpy().reshape(mean.shape) for each in found)
-    scale = (q**2 if shape.smooth else 1.0) * ((1 - q) ** 2 if shape.level else 1.0)
-    values = [expected / root, gain, np.log2(rest / scale + 1e-300)]
-    for value in values:  # the first row lies a little beside q = 0, where there is nothing to integrate
-        value[0] -= (value[1] - value[0]) * q[0] / (q[1] - q[0])
-    expected, gain, logarithm = values
-    (quadratics, cubics), in_q = in_p(_CELLS_P, len(p)), _in_q()
-    middles = (np.arange(_CELLS_P) + 0.5) / _PER_CELL - _END
-    made = [each @ expected @ quadratics[0].T for each in in_q]
-    made[0] = made[0] - np.where(middles > 0, shape.right, shape.left) * middles
-    for value, along in ((gain, cubics), (logarithm, quadratics)):
-        for a, b in ((0, 0), (1, 0), (2, 0), (0, 1), (1, 1), (0, 2), *((k, 0) for k in range(3, len(along)))):
-            cells = in_q[b] @ value @ along[a].T
+    def fill(self) -> Tensor:
+        """Some 66,000 quadratures in float64, then interpolation onto the cells."""
+        shape = self.shape
+        q = _GRID.q(np.linspace(0, _GRID.in_q, 2 * _GRID.in_q + 1)[:, None]).clip(1e-5, 1 - 1e-5)
+        root = shape.width * q / (1 - q)
+        mean, var = np.broadcast_arrays(_GRID.nodes() * root, root**2)
+        bends = sorted([0.0, 2 * self.middle if math.isfinite(self.middle) else -8 * shape.width])
+        found = integrals(self.function, torch.tensor(mean.ravel()), torch.tensor(var.ravel()), bends)
+        expected, gain, rest = (each.numpy().reshape(mean.shape) for each in found)
+        scale = (q**2 if shape.smooth else 1.0) * ((1 - q) ** 2 if shape.level else 1.0)
+        values = [expected / root, gain, np.log2(rest / scale + 1e-300)]
+        for value in values:  # the first row lies a little beside q = 0, where there is nothing to integrate
+            value[0] -= (value[1] - value[0]) * q[0] / (q[1] - q[0])
+        middles = (np.arange(_GRID.in_p) + 0.5) / _GRID.per_cell - _GRID.end
+        made = []
+        for k, (a, b, cells) in enumerate(coefficients(_GRID, _in_q(), *values)):
+            if k == 0:
+                cells = cells - np.where(middles > 0, shape.right, shape.left) * middles
             # The outermost cells reach to infinity, where f is a constant on the left, a line on the right.
-            if a or value is gain:
+            if 3 <= k < 10 or a:
                 if shape.beyond != "exponential":
                     cells[:, 0] = 0.0
                 if shape.beyond != "parabola":
                     cells[:, -1] = 0.0 if a or b else shape.right
             made.append(cells)
-    return torch.from_numpy(np.stack(made).reshape(len(made), -1))
+        return torch.from_numpy(np.stack(made).reshape(len(made), -1))
+
+
+@functools.cache
+def _in_q() -> list[np.ndarray]:
+    """From the ends and the middle of each cell to quadratics: a second kink is too sharp for one polynomial over all q."""
+    made = np.zeros((3, _GRID.in_q, 2 * _GRID.in_q + 1))
+    for k, weights in enumerate(np.linalg.inv(np.vander([0.0, 0.5, 1.0], increasing=True))):
+        for i, weight in enumerate(weights):
+            made[k, np.arange(_GRID.in_q), 2 * np.arange(_GRID.in_q) + i] = weight
+    return list(made)
 
 
 # ---- reading -----------------------------------------------------------------------------------------------------
 
 
 class _Place(NamedTuple):
-    """As in ``table``, with what a kink needs."""
+    """Where (m, v) lies, seen from the kink."""
 
     cell: Tensor
     d: Tensor
@@ -146,7 +117,7 @@ class _Place(NamedTuple):
     inverse: Tensor
     q: Tensor
     rest: Tensor  # 1 - q
-    denser: Tensor  # 1 / (1 + _DENSER q)
+    denser: Tensor  # 1 / (1 + DENSER q)
     tangent: Tensor  # slope of f₀
     beyond: Tensor | None  # 1 beyond the table, else 0
     far: Tensor | None  # 1 on the far side of the fold, else 0
@@ -160,20 +131,16 @@ def _place(mean: Tensor, var: Tensor, ends: tuple[float, float], shape: Shape) -
         far = step(t - other)
         t = torch.minimum(t, other)
     inverse = torch.rsqrt(var + _LEAST)
-    by_mean = inverse * _PER_CELL
+    by_mean = inverse * _GRID.per_cell
     x = (t + 8.5 * math.sqrt(_LEAST)) * by_mean
-    reach = 1 / (1 + inverse * shape.width)  # s/(s + c)
-    denser = 1 / torch.add(torch.ones_like(reach), reach, alpha=_DENSER)
-    y = reach * denser * ((1 + _DENSER) * _CELLS_Q)
-    i = torch.floor(x).clamp_(-_CELLS_P // 2, _CELLS_P // 2 - 1)
-    j = torch.floor(y).clamp_(0, _CELLS_Q - 1)
-    cell = torch.add(i, j, alpha=_CELLS_P).add_(_CELLS_P // 2).to(torch.int32)
+    q = 1 / (1 + inverse * shape.width)  # s/(s + c)
+    denser = 1 / torch.add(torch.ones_like(q), q, alpha=DENSER)
+    i, cell, d, e = _GRID.locate(x, q * denser * _GRID.rise)
     tangent = step(i + 0.5).mul_(shape.right - shape.left).add_(shape.left)
-    beyond = None if shape.beyond is None else step((x if shape.beyond == "parabola" else -x) - _CELLS_P // 2)
-    d = (x - i).sub_(0.5)
+    beyond = None if shape.beyond is None else step((x if shape.beyond == "parabola" else -x) - _GRID.in_p // 2)
     if beyond is not None:
         d.clamp_(-1, 1)  # what another formula takes the place of stays finite
-    return _Place(cell, d, y - j, t, by_mean, inverse, reach, 1 - reach, denser, tangent, beyond, far)
+    return _Place(cell, d, e, t, by_mean, inverse, q, 1 - q, denser, tangent, beyond, far)
 
 
 class _Closed(NamedTuple):
@@ -201,7 +168,7 @@ def _closed(at: _Place, var: Tensor, shape: Shape) -> _Closed:
         )
     # Where the mask is 1, v < t²/64; elsewhere numbers need be finite only.
     t = at.t.clamp(max=0.0)
-    v = torch.minimum(var, t.square() * (1 / _END**2)).clamp(max=float(_END**2))
+    v = torch.minimum(var, t.square() * (1 / _GRID.end**2)).clamp(max=float(_GRID.end**2))
     gain = torch.exp(torch.add(t, v, alpha=0.5)) * shape.left
     gain2 = gain * gain
     inner = torch.expm1(v)
@@ -215,24 +182,19 @@ def _closed(at: _Place, var: Tensor, shape: Shape) -> _Closed:
     )
 
 
-def _spread(c: list[Tensor], at: _Place, shape: Shape) -> Tensor:
-    spread = torch.exp2(quadratic(c, at.d, at.e))
+def _spread(here: Cell, at: _Place, shape: Shape) -> Tensor:
+    spread = here.power()
     if shape.smooth:
         spread = spread * at.q * at.q
     return spread * at.rest * at.rest if shape.level else spread
 
 
-def _kernel(mean: Tensor, var: Tensor, coefficients: Tensor, ends: tuple[float, float], shape: Shape) -> tuple[Tensor, Tensor]:
+def _kernel(mean: Tensor, var: Tensor, table: Tensor, ends: tuple[float, float], shape: Shape) -> tuple[Tensor, Tensor]:
     at = _place(mean, var, ends, shape)
-    d, e = at.d, at.e
-    a0, a1, a2, *c = read(coefficients, at.cell, 0, 16)
-    gain = quadratic(c[:7], d, e)
-    slope = torch.addcmul(c[1], d, torch.addcmul(c[2], d, c[6], value=0.75), value=2 / 3)
-    along = torch.addcmul(c[0] - at.tangent, e, torch.addcmul(c[3], e, c[5]))
-    along = torch.addcmul(along, d, torch.addcmul(slope, e, c[4]), value=0.5)
-    out = torch.addcmul(a0, e, torch.addcmul(a1, e, a2))
-    out = torch.addcmul(out, d, along, value=1 / _PER_CELL) / at.inverse
-    ratio = torch.addcmul(_spread(c[7:], at, shape), gain, gain)
+    here, out = Cell.with_mean(table, at.cell, at.d, at.e)
+    gain = here.gain()
+    out = torch.addcmul(out, at.d, here.along(at.tangent), value=1 / _GRID.per_cell) / at.inverse
+    ratio = torch.addcmul(_spread(here, at, shape), gain, gain)
     if shape.fold != "odd":
         out = torch.addcmul(out, at.tangent, at.t)
     if at.beyond is not None:
@@ -249,28 +211,19 @@ def _kernel(mean: Tensor, var: Tensor, coefficients: Tensor, ends: tuple[float, 
 
 
 def _backward(
-    mean: Tensor,
-    var: Tensor,
-    grad_mean: Tensor,
-    grad_var: Tensor,
-    coefficients: Tensor,
-    ends: tuple[float, float],
-    shape: Shape,
+    mean: Tensor, var: Tensor, grad_mean: Tensor, grad_var: Tensor, table: Tensor, ends: tuple[float, float], shape: Shape
 ) -> tuple[Tensor, Tensor]:
     at = _place(mean, var, ends, shape)
-    d, e, by_mean = at.d, at.e, at.by_mean
-    c = read(coefficients, at.cell, 3, 13)
-    gain = quadratic(c[:7], d, e)
-    curvature = torch.addcmul(c[1], d, torch.addcmul(c[2], d, c[6], value=1.5), value=2)
-    curvature = torch.addcmul(curvature, e, c[4]) * by_mean  # E[f'']
-    third = torch.addcmul(c[2], d, c[6], value=3) * (var * by_mean * by_mean)  # v E[f''']/2 = v dg/dv (Stein)
-    rest = _spread(c[7:], at, shape)
-    _, l1, l2, l3, l4, l5 = c[7:]
-    log_by_mean = torch.addcmul(torch.addcmul(l1, d, l2, value=2), e, l4) * by_mean  # of L, a logarithm to the base of 2
-    log_by_y = torch.addcmul(torch.addcmul(l3, d, l4), e, l5, value=2)
-    # v dp/dv = -p/2; v dq/dv = q (1 - q)/2; dy/dq = (1 + _DENSER) CELLS/(1 + _DENSER q)². Twice v times the logarithm by v:
+    by_mean = at.by_mean
+    here = Cell.of(table, at.cell, at.d, at.e)
+    gain = here.gain()
+    curvature = here.curvature() * by_mean  # E[f'']
+    third = here.third() * (var * by_mean * by_mean)  # v E[f''']/2 = v dg/dv (Stein)
+    rest = _spread(here, at, shape)
+    log_by_mean = here.logarithm_by_d() * by_mean
+    # v dp/dv = -p/2; v dq/dv = q (1 - q)/2; dy/dq = (1 + DENSER) CELLS/(1 + DENSER q)². Twice v times the logarithm by v:
     grows = torch.addcmul(
-        log_by_mean * -at.t, log_by_y * at.q, at.rest * at.denser * at.denser, value=(1 + _DENSER) * _CELLS_Q
+        log_by_mean * -at.t, here.logarithm_by_e() * at.q, at.rest * at.denser * at.denser, value=_GRID.rise
     ).mul_(math.log(2))
     if shape.smooth:
         grows = torch.add(grows, at.rest, alpha=2)
@@ -305,25 +258,6 @@ def _backward(
     )
 
 
-# ---- use ---------------------------------------------------------------------------------------------------------
-
-
-class _Tabulated(torch.autograd.Function):
-    """Mean and variance of a kinked function; saves (mean, var) only."""
-
-    @staticmethod
-    def forward(ctx: Any, mean: Tensor, var: Tensor, *constants: Any) -> tuple[Tensor, Tensor]:
-        ctx.save_for_backward(mean, var)
-        ctx.constants = constants
-        out: tuple[Tensor, Tensor] = fused(_kernel, mean, var, constants=constants)
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, grad_mean: Tensor, grad_var: Tensor) -> tuple[Tensor | None, ...]:
-        grads = fused(_backward, *ctx.saved_tensors, grad_mean, grad_var, constants=ctx.constants)
-        return *grads, None, None, None
-
-
 def kinked_moments(
     curve: Kinked, mean: Tensor, var: Tensor, ends: tuple[float, float] = (0.0, 0.0), width: float | None = None
 ) -> tuple[Tensor, Tensor]:
@@ -333,5 +267,4 @@ def kinked_moments(
     the value clamped to ``ends`` for an odd one, x + f(-x) for an even one.
     """
     shape = curve.shape if width is None else curve.shape._replace(width=width)
-    out: tuple[Tensor, Tensor] = _Tabulated.apply(mean, var, _coefficients(curve.number, mean.device), ends, shape)
-    return out
+    return tabulated(curve, _kernel, _backward, mean, var, ends, shape)
