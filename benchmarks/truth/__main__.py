@@ -11,7 +11,6 @@ plain VAE's own objective on test images, its negative evidence bound: squared e
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import time
 from pathlib import Path
@@ -22,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import rvconvert
-from benchmarks.truth.model import ConvVAE, kl_divergence, load_images, train
+from benchmarks.truth.model import ConvVAE, Results, kl_divergence, load_images, squared_error, train
 from rvconvert import RandomVariable
 
 MODES: dict[str, dict[str, Any]] = {
@@ -158,7 +157,7 @@ def plot_depth(latent: int, training: Tensor, test: Tensor, epochs: int, path: P
     """A picture of what each analytic mode keeps of the variance, operation by operation, in a net trained by the paper."""
     torch.manual_seed(0)
     model = rvconvert.convert(ConvVAE(latent))
-    train(model, training, epochs=epochs, kl_weight=KL_WEIGHTS[-1], seed=0)
+    train(model, training, squared_error(KL_WEIGHTS[-1]), epochs=epochs, seed=0)
     rvconvert.verify(model, test[:16], samples=400).plot(path)
 
 
@@ -232,37 +231,32 @@ def main() -> None:
 
     training, test = load_images(args.data, args.images)
     test = test[: args.test_images]
-    args.out.mkdir(parents=True, exist_ok=True)
-    file = args.out / "truth.json"
     data = args.data.name if args.data else "digits"
     settings = {"data": data, "images": len(training), "epochs": args.epochs, "latent": args.latent}
-    results = json.loads(file.read_text()) if file.exists() else {"settings": settings, "runs": []}
-    if results["settings"] != settings:
-        raise SystemExit(f"{file} holds results of other settings: {results['settings']}; choose another --out")
-    done = {(r["mode"], r["kl_weight"], r["seed"]) for r in results["runs"]}
+    results = Results(args.out / "truth.json", settings)
     for seed in range(args.seeds):
         for mode in args.modes:
             for weight in KL_WEIGHTS:
-                if (mode, weight, seed) in done:
+                if results.has(mode=mode, kl_weight=weight, seed=seed):
                     continue
                 torch.manual_seed(seed)
                 model: nn.Module = ConvVAE(args.latent)
                 if MODES[mode]:
                     model = rvconvert.convert(model, **MODES[mode])
                 start = time.perf_counter()
-                train(model, training, epochs=args.epochs * TIMES_THE_EPOCHS.get(mode, 1), kl_weight=weight, seed=seed)
+                epochs = args.epochs * TIMES_THE_EPOCHS.get(mode, 1)
+                train(model, training, squared_error(weight), epochs=epochs, seed=seed)
                 run = {"mode": mode, "kl_weight": weight, "seed": seed, "seconds": time.perf_counter() - start}
                 run |= evaluate(model, mode, test, training)
                 run["ratios"] = ratios(model, test[:32], training)
-                results["runs"].append(run)
-                file.write_text(json.dumps(results, indent=1))
+                results.add(run)
                 print({k: v for k, v in run.items() if k != "ratios"}, flush=True)
     if not (args.out / "verify.png").exists():
         plot_depth(args.latent, training, test, args.epochs, args.out / "verify.png")
-    results["cost"] = step_cost(args.latent, training)
-    file.write_text(json.dumps(results, indent=1))
-    (args.out / "truth.md").write_text(markdown(results))
-    print(markdown(results))
+    results.held["cost"] = step_cost(args.latent, training)
+    results.write()
+    (args.out / "truth.md").write_text(markdown(results.held))
+    print(markdown(results.held))
 
 
 if __name__ == "__main__":

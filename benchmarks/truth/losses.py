@@ -11,10 +11,8 @@ test images in nats at the best shared deviation (Rybkin et al. 2021): D/2 log(m
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import statistics
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +21,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import rvconvert
-from benchmarks.truth.model import ConvVAE, kl_divergence, load_images
+from benchmarks.truth.model import ConvVAE, Loss, Results, kl_divergence, load_images, squared_error, train
 
 KL_WEIGHTS = (5e-5, 2e-4, 5e-4, 1e-3, 5e-3)
-Loss = Callable[[Any, Tensor, Tensor], Tensor]
 
 
 def trainings() -> dict[str, tuple[dict[str, Any], Loss, int]]:
@@ -34,7 +31,7 @@ def trainings() -> dict[str, tuple[dict[str, Any], Loss, int]]:
     reading = {"covariance": "sampled", "output": "distribution", "attach": False}
     made: dict[str, tuple[dict[str, Any], Loss, int]] = {}
     for weight in KL_WEIGHTS:
-        made[f"plain, squared error + {weight:g} KL"] = ({}, lambda y, x, kl, w=weight: F.mse_loss(y, x) + w * kl, 2)
+        made[f"plain, squared error + {weight:g} KL"] = ({}, squared_error(weight), 2)
     for weight in KL_WEIGHTS:
         made[f"expected squared error + {weight:g} KL"] = (
             reading,
@@ -45,19 +42,6 @@ def trainings() -> dict[str, tuple[dict[str, Any], Loss, int]]:
     made["plain, optimal sigma + KL"] = ({}, lambda y, x, kl: elements / 2 * F.mse_loss(y, x).log() + kl, 2)
     made["optimal sigma of the distribution + KL"] = (reading, lambda y, x, kl: rvconvert.optimal_sigma_nll(y, x) + kl, 1)
     return made
-
-
-def train(model: nn.Module, loss_of: Loss, images: Tensor, epochs: int, seed: int, batch: int = 64) -> None:
-    torch.manual_seed(seed)
-    optimizer = torch.optim.Adam(model.parameters(), 2e-3)
-    model.train()
-    for _ in range(epochs):
-        for index in torch.randperm(len(images)).split(batch)[: len(images) // batch]:
-            y, mu, logvar = model(images[index])
-            loss = loss_of(y, images[index], kl_divergence(mu, logvar))
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            optimizer.step()
 
 
 @torch.no_grad()
@@ -96,27 +80,21 @@ def main() -> None:
     parser.add_argument("--test-images", type=int, default=1000)
     args = parser.parse_args()
     training, test = load_images(args.data, args.images)
-    args.out.mkdir(parents=True, exist_ok=True)
-    file = args.out / "losses.json"
     settings = {"data": args.data.name if args.data else "digits", "images": len(training), "epochs": args.epochs}
-    held = json.loads(file.read_text()) if file.exists() else {"settings": settings, "runs": []}
-    if held["settings"] != settings:
-        raise SystemExit(f"{file} holds results of other settings: {held['settings']}; choose another --out")
-    done = {(run["name"], run["seed"]) for run in held["runs"]}
+    results = Results(args.out / "losses.json", settings)
     for seed in range(args.seeds):
         for name, (options, loss_of, times) in trainings().items():
-            if (name, seed) in done:
+            if results.has(name=name, seed=seed):
                 continue
             torch.manual_seed(seed)
             model: nn.Module = ConvVAE()
             if options:
                 model = rvconvert.convert(model, **options)
-            train(model, loss_of, training, times * args.epochs, seed)
-            held["runs"].append({"name": name, "seed": seed, **evaluate(model, test[: args.test_images])})
-            file.write_text(json.dumps(held, indent=1) + "\n")
-            print(held["runs"][-1], flush=True)
-    (args.out / "losses.md").write_text(markdown(held["runs"]))
-    print(markdown(held["runs"]))
+            train(model, training, loss_of, epochs=times * args.epochs, seed=seed)
+            results.add({"name": name, "seed": seed, **evaluate(model, test[: args.test_images])})
+            print(results.runs[-1], flush=True)
+    (args.out / "losses.md").write_text(markdown(results.runs))
+    print(markdown(results.runs))
 
 
 if __name__ == "__main__":

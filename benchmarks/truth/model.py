@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+Loss = Callable[[Any, Tensor, Tensor], Tensor]  # of the model's output, the images and the KL divergence
 
 
 class ConvVAE(nn.Module):
@@ -64,10 +69,13 @@ def load_images(path: Path | None, count: int) -> tuple[Tensor, Tensor]:
     return parts[0][:count], parts[1][:2000]
 
 
-def train(
-    model: nn.Module, images: Tensor, *, epochs: int, kl_weight: float, seed: int, batch: int = 64, lr: float = 2e-3
-) -> None:
-    """Adam on mean squared error + kl_weight * KL; the penalty of a converted model joins by itself."""
+def squared_error(kl_weight: float) -> Loss:
+    """Mean squared error + kl_weight * KL."""
+    return lambda y, x, kl: F.mse_loss(y, x) + kl_weight * kl
+
+
+def train(model: nn.Module, images: Tensor, loss_of: Loss, *, epochs: int, seed: int, batch: int = 64, lr: float = 2e-3) -> None:
+    """Adam on ``loss_of(output, images, KL)``; the penalty of a converted model joins by itself."""
     torch.manual_seed(seed)
     optimizer = torch.optim.Adam(model.parameters(), lr)
     model.train()
@@ -75,7 +83,40 @@ def train(
         for index in torch.randperm(len(images)).split(batch)[: len(images) // batch]:
             x = images[index]
             y, mu, logvar = model(x)
-            loss = F.mse_loss(y, x) + kl_weight * kl_divergence(mu, logvar)
+            loss = loss_of(y, x, kl_divergence(mu, logvar))
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()
+
+
+class Results:
+    """A file of runs under one set of settings, written after each, from which an interrupted command goes on.
+
+    Raises:
+        SystemExit: the file holds runs of other settings.
+    """
+
+    def __init__(self, path: Path, settings: dict[str, Any]) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.path = path
+        self.held: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"settings": settings, "runs": []}
+        if self.held["settings"] != settings:
+            raise SystemExit(f"{path} holds results of other settings: {self.held['settings']}; choose another --out")
+
+    @property
+    def runs(self) -> list[dict[str, Any]]:
+        """All runs so far."""
+        return self.held["runs"]
+
+    def has(self, **run: Any) -> bool:
+        """True where a run with these values is held."""
+        return any(all(each[key] == value for key, value in run.items()) for each in self.runs)
+
+    def add(self, run: dict[str, Any]) -> None:
+        """Keep a run."""
+        self.runs.append(run)
+        self.write()
+
+    def write(self) -> None:
+        """Write all that is held."""
+        self.path.write_text(json.dumps(self.held, indent=1))
