@@ -53,6 +53,28 @@ def test_a_rule():
     torch.testing.assert_close(out.var, 9 * model.true_var(x))
 
 
+def my_sum(x, axis):
+    if torch.overrides.has_torch_function((x,)):
+        return torch.overrides.handle_torch_function(my_sum, (x,), x, axis=axis)
+    return x.cumsum(axis)
+
+
+def test_a_function_of_ones_own_keeps_its_names():
+    overlay = REGISTRY.overlay()
+
+    @rvconvert.rule(my_sum, registry=overlay)
+    def rule_of_my_sum(x, axis):
+        return RandomVariable(x.mean.cumsum(axis), x.var.cumsum(axis))
+
+    class Model(Linear):
+        def forward(self, x):
+            return my_sum(super().forward(x), axis=1)
+
+    model, x = Model(), torch.randn(4, 6)
+    out = rvconvert.convert(model, rules=overlay, output="distribution")(x)
+    torch.testing.assert_close(out.var, model.true_var(x).cumsum(1))
+
+
 @pytest.fixture
 def own_registry(monkeypatch):
     """What a test registers with the library's own table goes again."""

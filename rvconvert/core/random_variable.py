@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import types
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
@@ -334,7 +335,14 @@ def in_settings(result: Any, settings: Settings) -> Any:
     return result
 
 
-_NUMPY_NAMES = {"axis": "dim", "keepdims": "keepdim"}  # torch takes either
+_NUMPY_NAMES = {"axis": "dim", "keepdims": "keepdim"}  # torch's functions take either
+
+
+def _in_torch_names(func: Callable[..., Any], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Keywords of a torch function by torch's own names; a function of a person's own keeps its names."""
+    if not kwargs or (isinstance(func, types.FunctionType) and not func.__module__.startswith("torch")):
+        return kwargs
+    return {_NUMPY_NAMES.get(name, name): value for name, value in kwargs.items()}
 
 
 def propagate(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -343,7 +351,7 @@ def propagate(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str,
     Raises:
         UnsupportedOperationError: no rule serves ``func``.
     """
-    kwargs = {_NUMPY_NAMES.get(name, name): value for name, value in kwargs.items()}
+    kwargs = _in_torch_names(func, kwargs)
     in_place = is_in_place(func, kwargs)
     target = args[0] if in_place and args else None
     if isinstance(target, RandomVariable):  # the rule sees what the variable was; the variable becomes the result
