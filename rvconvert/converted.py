@@ -153,37 +153,35 @@ class Conversion:
             else:
                 getattr(module, each.name).update(value)
 
+    @property
+    def attaches(self) -> bool:
+        """True if the options ask for an L_c that joins the loss."""
+        return bool(self.options.attach and self.options.penalty and self.options.output == "mean")
+
     def warn_without_penalty(self, name: str) -> None:
         """Say once that a call in training attaches no L_c."""
-        if self.options.attach and self.options.penalty and self.options.output == "mean":
-            if self.options.random_inputs:
-                names = " and ".join(self.options.random_inputs)
-                self.warn(
-                    "no penalty",
-                    f"{self.plain_class.__name__}.{name} attaches no variance penalty L_c: {names} came as a plain tensor. Give "
-                    "the posterior: rvconvert.RandomVariable(mu, logvar.exp())",
-                )
-                return
-            self.warn(
-                "no penalty",
-                f"{self.plain_class.__name__}.{name} attaches no variance penalty L_c: nothing that it returns, and nothing that "
-                "meets an input in it, is a random value with a decoder behind it. rvconvert.plan(model, example_inputs=x) "
-                "prints the roles; latent=('file.py:line',) names a draw",
-            )
+        if not self.attaches:
+            return
+        why = (
+            "nothing that it returns, and nothing that meets an input in it, is a random value with a decoder behind it. "
+            "rvconvert.plan(model, example_inputs=x) prints the roles; latent=('file.py:line',) names a draw"
+        )
+        if self.options.random_inputs:
+            names = " and ".join(self.options.random_inputs)
+            why = f"{names} came as a plain tensor. Give the posterior: rvconvert.RandomVariable(mu, logvar.exp())"
+        self.warn("no penalty", f"{self.plain_class.__name__}.{name} attaches no variance penalty L_c: {why}")
 
     def count_call(self, model: nn.Module) -> None:
         """Count; say once that gradients arrive and no parameter moves: an optimizer made before ``convert`` moves others."""
         self.calls += 1
-        options = self.options
-        sees_little = options.covariance == "independent" and options.attach and options.penalty and options.output == "mean"
-        if self.calls == 1 and sees_little and model.training and torch.is_grad_enabled() and not _SAID:
+        if self.calls not in (1, _PATIENCE) or not (model.training and torch.is_grad_enabled()):
+            return
+        if self.options.covariance == "independent" and self.attaches and not _SAID:
             _SAID.add("independent")
             logger.warning(
                 "rvconvert: independent moments, the paper's, see about a hundredth of a trained network's variance, so training "
                 "widens the posterior; covariance='calibrated' sees it, and rvconvert.verify says how much yours has"
             )
-        if self.calls not in (1, _PATIENCE) or not (model.training and torch.is_grad_enabled()):
-            return
         versions = [p._version for p in model.parameters()]
         if self.calls == _PATIENCE and versions == self.versions and any(p.grad is not None for p in model.parameters()):
             self.warn(

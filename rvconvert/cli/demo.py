@@ -23,9 +23,9 @@ from rvconvert import render
 from rvconvert._convert import convert
 from rvconvert.calibration import calibrate
 from rvconvert.cli.images import heat, labelled_rows
-from rvconvert.converted import conversion_of
 from rvconvert.errors import CheckpointError
 from rvconvert.files import checkpoint
+from rvconvert.options import Options
 from rvconvert.plain import to_plain
 from rvconvert.verify import truth_ratio
 
@@ -120,9 +120,9 @@ class Row:
     from_sample: float | None
     random_variable: float | None
     kl: float
-    propagated_std: float | None
-    true_std: float | None
     seconds: float
+    propagated_std: float | None = None
+    true_std: float | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -236,14 +236,16 @@ def run(
     plain = models["plain"].eval()
     rows = [_measured("plain VAE", plain, convert(plain), test, seconds["plain"])]
     transferred = {}
+    deviations = {}
     for name in MODES:
         start = time.perf_counter()
         transferred[name] = to_plain(models[name]).eval()
         took = time.perf_counter() - start
-        rows.append(_measured(f"RV-VAE, {name}", None, models[name], test, seconds[name]))
+        deviations[name] = own, true = _deviations(name, transferred[name], training, test)
+        row = _measured(f"RV-VAE, {name}", None, models[name], test, seconds[name])
+        rows.append(dataclasses.replace(row, propagated_std=_root_mean_square(own), true_std=_root_mean_square(true)))
         rows.append(_measured("  transferred to the plain class", transferred[name], None, test, took))
-    views = _views(training, test, plain, models, transferred)
-    rows = [_with_stds(row, views) for row in rows]
+    views = _views(test, plain, models["independent"], transferred["calibrated"], deviations)
 
     for name in MODES:
         checkpoint.save(models[name], files[name], kwargs={}, force=force)
@@ -288,36 +290,43 @@ def _measured(label: str, plain: nn.Module | None, rv: nn.Module | None, test: t
     if rv is not None:
         runs = [F.mse_loss(rv.eval()(test)[0], test).item() for _ in range(4)]  # the sampled mode draws paths
         random_variable = sum(runs) / len(runs)
-    return Row(label, from_mean, from_sample, random_variable, kl_divergence(mean, logvar).item(), None, None, seconds)
+    return Row(label, from_mean, from_sample, random_variable, kl_divergence(mean, logvar).item(), seconds)
+
+
+@torch.no_grad()
+def _deviations(
+    name: str, transferred: nn.Module, training: torch.Tensor, test: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of each pixel of the test set, (N, 1, 8, 8): as the mode has it, and the true one."""
+    options = Options(output="distribution", attach=False)
+    reading = convert(transferred, options.in_mode(str(MODES[name].get("covariance", "independent"))))
+    if name == "calibrated":
+        calibrate(reading, training, images=256)
+    truth = convert(transferred, options.in_mode("sampled", pairs=32))
+    torch.manual_seed(0)
+    return reading.eval()(test)[0].std, truth.eval()(test)[0].std
+
+
+def _root_mean_square(x: torch.Tensor) -> float:
+    return x.square().mean().sqrt().item()
 
 
 @torch.no_grad()
 def _views(
-    training: torch.Tensor, test: torch.Tensor, plain: nn.Module, rv: dict[str, Any], transferred: dict[str, nn.Module]
+    test: torch.Tensor,
+    plain: nn.Module,
+    independent: nn.Module,
+    calibrated: nn.Module,
+    deviations: dict[str, tuple[torch.Tensor, torch.Tensor]],
 ) -> dict[str, torch.Tensor]:
-    """What the picture shows, for the whole test set: (N, 1, 8, 8) each."""
+    """What the picture shows, for the whole test set: (N, 1, 8, 8) each. ``calibrated``: its weights in the plain class."""
     torch.manual_seed(0)
-    views = {"input": test, "plain": plain(test)[0], "rv": rv["independent"].eval()(test)[0]}
-    views["transferred"] = to_plain(rv["independent"], latent="mean").eval()(test)[0]
-    views["calibrated, sample"] = transferred["calibrated"](test)[0]
-    for name, model in rv.items():
-        if name != "plain":
-            options = dataclasses.replace(conversion_of(model).options, output="distribution", attach=False)
-            reading = convert(transferred[name], options)
-            if name == "calibrated":
-                calibrate(reading, training, images=256)
-            views[f"{name} std"] = reading.eval()(test)[0].std
-            truth = convert(transferred[name], options.in_mode("sampled", pairs=32))
-            views[f"{name} true std"] = truth.eval()(test)[0].std
+    views = {"input": test, "plain": plain(test)[0], "rv": independent.eval()(test)[0]}
+    views["transferred"] = to_plain(independent, latent="mean").eval()(test)[0]
+    views["calibrated, sample"] = calibrated(test)[0]
+    for name in ("independent", "calibrated"):
+        views[f"{name} std"], views[f"{name} true std"] = deviations[name]
     return views
-
-
-def _with_stds(row: Row, views: dict[str, torch.Tensor]) -> Row:
-    name = row.model.removeprefix("RV-VAE, ")
-    if f"{name} std" not in views:
-        return row
-    own, true = (views[f"{name} {key}"].square().mean().sqrt().item() for key in ("std", "true std"))
-    return dataclasses.replace(row, propagated_std=own, true_std=true)
 
 
 def _picture_rows(views: dict[str, torch.Tensor], labels: torch.Tensor) -> list[tuple[str, torch.Tensor]]:

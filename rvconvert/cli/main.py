@@ -88,9 +88,7 @@ def run_plan(args: argparse.Namespace) -> Result:
     source = checkpoint.read(args.checkpoint, allow_pickle=args.allow_pickle, key=args.key) if args.checkpoint else None
     model = _model(args, source)
     notes = _fill(model, source, args) if source else []
-    examples = _examples(args)
-    if examples is None:
-        raise ConversionError("nothing to run the model on, and a plan is made from a run: give --example-shape N,C,H,W")
+    examples = _given_examples(args)
     report = _guarded(args, lambda: plan(model, example_inputs=examples, **_options(args)))
     shown = [render.report_table(report), *(f"note: {n}" for n in notes)]
     return report.to_dict(), shown, 1 if report.unsupported or report.refusal else 0
@@ -161,9 +159,7 @@ def run_export(args: argparse.Namespace) -> Result:
     else:
         model = _model(args)
         notes.append("random weights: give --checkpoint for trained ones")
-    examples = _examples(args)
-    if examples is None:
-        raise ConversionError("nothing to run the model on: give --example-shape N,C,H,W")
+    examples = _given_examples(args)
     options = {"deviation": args.deviation, "method": args.method, "force": args.force}
     if args.deviation:
         options |= {name: value for name in _OF_DEVIATIONS if (value := getattr(args, name)) is not None}
@@ -189,9 +185,7 @@ def run_verify(args: argparse.Namespace) -> Result:
         low, high = args.range
         inputs: Any = (read_images(args.images, count=args.count, size=args.size) * (high - low) + low,)
     else:
-        inputs = _examples(args)
-    if inputs is None:
-        raise ConversionError("nothing to run the model on: give --images PATH or --example-shape N,C,H,W")
+        inputs = _given_examples(args, "--images PATH or ")
     inputs = _dressed(model, inputs, args.method)
     result = _guarded(args, lambda: verify(model, *inputs, samples=args.samples, seed=args.seed, method=args.method))
     if args.plot:
@@ -254,6 +248,14 @@ def _examples(args: argparse.Namespace) -> tuple[torch.Tensor, ...] | None:
         else:
             made.append(torch.zeros(shape, dtype=dtype))
     return tuple(made)
+
+
+def _given_examples(args: argparse.Namespace, or_else: str = "") -> tuple[torch.Tensor, ...]:
+    """The same where there must be some; ``or_else``: what else would do."""
+    examples = _examples(args)
+    if examples is None:
+        raise ConversionError(f"nothing to run the model on: give {or_else}--example-shape N,C,H,W")
+    return examples
 
 
 def _dressed(model: nn.Module, inputs: tuple[torch.Tensor, ...], method: str | None) -> tuple[Any, ...]:
