@@ -335,12 +335,12 @@ def in_settings(result: Any, settings: Settings) -> Any:
     return result
 
 
-_NUMPY_NAMES = {"axis": "dim", "keepdims": "keepdim"}  # torch's functions take either
+_NUMPY_NAMES = {"axis": "dim", "keepdims": "keepdim"}  # torch's compiled functions take either
 
 
 def _in_torch_names(func: Callable[..., Any], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Keywords of a torch function by torch's own names; a function of a person's own keeps its names."""
-    if not kwargs or (isinstance(func, types.FunctionType) and not func.__module__.startswith("torch")):
+    """Keywords by torch's own names; a function written in Python, a person's own among them, keeps its names."""
+    if not kwargs or isinstance(func, types.FunctionType):
         return kwargs
     return {_NUMPY_NAMES.get(name, name): value for name, value in kwargs.items()}
 
