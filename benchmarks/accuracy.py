@@ -22,6 +22,7 @@ from rvconvert import moments as gaussian
 from rvconvert.moments.piecewise import SELU_ALPHA, SELU_SCALE
 
 EXACT, INTEGRAL, TABLE = "closed form", "positive integral over correlation", "a table made by quadrature"
+TABULATED = "a table of the closed form"
 PANELS = "quadrature"
 
 
@@ -91,14 +92,15 @@ def _step(x):
 
 
 CASES = [
-    Case("relu", gaussian.relu, lambda x: np.maximum(x, 0), _step, kinks=(0,)),
-    Case("leaky_relu", gaussian.leaky_relu, leaky(0.01), lambda x: np.where(x > 0, 1, 0.01), kinks=(0,)),
+    Case("relu", gaussian.relu, lambda x: np.maximum(x, 0), _step, TABULATED, (0,)),
+    Case("leaky_relu", gaussian.leaky_relu, leaky(0.01), lambda x: np.where(x > 0, 1, 0.01), TABULATED, (0,)),
     Case(
         "prelu",
         gaussian.leaky_relu,
         leaky(0.25),
         lambda x: np.where(x > 0, 1, 0.25),
-        kinks=(0,),
+        TABULATED,
+        (0,),
         arguments=(torch.tensor(0.25),),
     ),
     Case("relu6", gaussian.relu6, lambda x: np.clip(x, 0, 6), lambda x: (abs(x - 3) < 3) * 1.0, TABLE, (0, 6)),
@@ -189,7 +191,7 @@ CASES = [
         PANELS,
         (0,),
     ),
-    Case("abs", gaussian.absolute, np.abs, np.sign, kinks=(0,)),
+    Case("abs", gaussian.absolute, np.abs, np.sign, TABULATED, (0,)),
     Case("exp", gaussian.exp, np.exp, np.exp),
     Case("expm1", gaussian.expm1, np.expm1, np.exp),
     Case("square", gaussian.square, np.square, lambda x: 2 * x),

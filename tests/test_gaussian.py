@@ -139,6 +139,19 @@ def test_far_inputs_stay_finite(case):
     assert all(g.isfinite().all() for g in grads)
 
 
+@named("where", ["mean", "var"])
+@named("case", accuracy.CASES, ids=lambda case: case.name)
+def test_nan_stays_nan_where_it_is(case, where):
+    """As in the plain network: a scaler of mixed precision skips such a step, and nothing else is to stop."""
+    mean, var = torch.tensor([0.3, -0.4, 0.5]), torch.tensor([0.2, 0.3, 0.4])
+    (mean if where == "mean" else var)[1] = torch.nan
+    mean.requires_grad_()
+    out, out_var = case.moments(mean, var, *case.arguments)
+    (by_mean,) = torch.autograd.grad(out.sum() + out_var.sum(), mean)
+    for result in (out, out_var, by_mean):
+        assert result.isnan().tolist() == [False, True, False]
+
+
 def test_relu_in_single_precision_over_all_scales():
     v, a = np.meshgrid(np.geomspace(1e-12, 1e2, 29), np.linspace(-12, 12, 193))
     v = v.ravel().astype(np.float32)

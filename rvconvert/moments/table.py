@@ -54,8 +54,8 @@ class Grid(NamedTuple):
         """The cell's number along p, the cell, and d and e in it, of a place counted in cells from p = 0 and q = 0."""
         i = torch.floor(x).clamp_(-self.in_p // 2, self.in_p // 2 - 1)
         j = torch.floor(y).clamp_(0, self.in_q - 1)
-        cell = torch.add(i, j, alpha=self.in_p).add_(self.in_p // 2).to(torch.int32)
-        return i, cell, (x - i).sub_(0.5), y - j
+        cell = torch.add(i, j, alpha=self.in_p).add_(self.in_p // 2)
+        return i, numbers(cell, self.in_p * self.in_q), (x - i).sub_(0.5), y - j
 
 
 # ---- filling -----------------------------------------------------------------------------------------------------
@@ -137,7 +137,7 @@ class Curve:
         CURVES.append(self)
 
     def fill(self) -> Tensor:
-        """(16, cells) coefficients, in float64 on the processor."""
+        """(n, cells) coefficients, in float64 on the processor."""
         raise NotImplementedError
 
     @functools.cached_property
@@ -164,10 +164,15 @@ def coefficients_of(number: int, device: torch.device) -> Tensor:
 # ---- reading -----------------------------------------------------------------------------------------------------
 
 
-def _read(coefficients: Tensor, cell: Tensor, first: int, count: int) -> list[Tensor]:
-    """``count`` coefficients, from the ``first`` on, of each element's cell."""
-    read = torch.index_select(coefficients[first : first + count], 1, cell.reshape(-1))
-    return list(read.view(count, *cell.shape).unbind())
+def numbers(cell: Tensor, count: int) -> Tensor:
+    """Cells as integers; of NaN, which no integer holds, one of the ``count`` cells all the same: a power of 2."""
+    return cell.to(torch.int32).bitwise_and_(count - 1)
+
+
+def read(coefficients: Tensor, cell: Tensor, first: int, count: int) -> Tensor:
+    """(count, *shape): ``count`` coefficients, from the ``first`` on, of each element's cell."""
+    found = torch.index_select(coefficients[first : first + count], 1, cell.reshape(-1))
+    return found.view(count, *cell.shape)
 
 
 def _quadratic(c: Sequence[Tensor], d: Tensor, e: Tensor) -> Tensor:
@@ -180,21 +185,21 @@ def _quadratic(c: Sequence[Tensor], d: Tensor, e: Tensor) -> Tensor:
 class Cell(NamedTuple):
     """What a kernel reads of the cells its elements lie in: the coefficients of the gain and of the logarithm, d and e."""
 
-    gains: list[Tensor]
-    logarithms: list[Tensor]
+    gains: Sequence[Tensor]
+    logarithms: Sequence[Tensor]
     d: Tensor
     e: Tensor
 
     @classmethod
     def of(cls, table: Tensor, cell: Tensor, d: Tensor, e: Tensor) -> Cell:
         """Without the mean."""
-        c = _read(table, cell, 3, 13)
+        c = read(table, cell, 3, 13).unbind()
         return cls(c[:7], c[7:], d, e)
 
     @classmethod
     def with_mean(cls, table: Tensor, cell: Tensor, d: Tensor, e: Tensor) -> tuple[Cell, Tensor]:
         """And the mean in the middle of the cell along p."""
-        a0, a1, a2, *c = _read(table, cell, 0, 16)
+        a0, a1, a2, *c = read(table, cell, 0, 16).unbind()
         return cls(c[:7], c[7:], d, e), torch.addcmul(a0, e, torch.addcmul(a1, e, a2))
 
     def gain(self) -> Tensor:

@@ -1,6 +1,7 @@
 """One slope above 0, another one below: relu, leaky_relu, absolute.
 
-Notation: s = sqrt(var), t = abs(mean)/s, phi the standard normal density.
+All follow from E and Var of relu(X). With s = sqrt(var) and a = mean/s they are max(mean, 0) + s T(abs(a)) and var V(a): two
+functions of one number, in float64 in closed form, in float32 from a table of that form's logarithms.
 """
 
 from __future__ import annotations
@@ -11,18 +12,40 @@ from torch import Tensor
 from rvconvert.moments.compilation import fused
 from rvconvert.moments.normal import Moments, at_least_float32, standardize, step, tail
 from rvconvert.moments.quadrature import density, flushed
+from rvconvert.moments.table import Curve, coefficients_of, numbers, read
+
+_END, _CELLS = 14, 1 << 14  # beyond, V and T are what they are at the ends; cells of a in [-_END, _END]
+_PER_CELL = _CELLS / (2 * _END)
 
 
-def _sides(mean: Tensor, var: Tensor):
-    """Of relu(X) and relu(-X): E on the side on which the mean is not, Var there and on the other; phi, M(t), 1/s, above."""
-    s, inverse, t = standardize(mean, var)
+def _closed(mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """s T(abs(a)) and the two moments, from the tail of the normal law."""
+    s, _, t = standardize(mean, var)
     phi = density(t)
-    mills, h1, h2 = tail(t)
+    _, h1, h2 = tail(t)
     tail1 = phi * h1
     small = s * tail1
     small_var = var * phi * torch.addcmul(h2, tail1, h1, value=-1)
     large_var = torch.addcmul(var - small_var, torch.add(small, mean.abs()), small, value=-2)  # relu(x) = x + relu(-x)
-    return small, small_var, large_var, phi, mills, inverse, step(mean)
+    return small, small + mean.clamp(min=0.0), torch.lerp(small_var, large_var, step(mean))
+
+
+class _Rectified(Curve):
+    """The logarithms of T and V, and their rises over a cell."""
+
+    def fill(self) -> Tensor:
+        """(4, cells)."""
+        a = torch.linspace(-_END, _END, _CELLS + 1, dtype=torch.float64)
+        small, _, ratio = _closed(a, torch.ones_like(a))
+        logarithms = torch.stack((small, ratio)).log2()
+        return torch.cat((logarithms[:, :-1], logarithms.diff()))
+
+
+_RECTIFIED = _Rectified(torch.relu)
+
+
+def _table(mean: Tensor) -> Tensor | None:
+    return None if mean.dtype == torch.float64 else coefficients_of(_RECTIFIED.number, mean.device)
 
 
 def _upper(mean: Tensor, var: Tensor, up: Tensor, up_var: Tensor) -> tuple[Tensor, Tensor]:
@@ -37,9 +60,14 @@ def _upper(mean: Tensor, var: Tensor, up: Tensor, up_var: Tensor) -> tuple[Tenso
     return above, torch.addcmul(slope, slope, far, value=-1)
 
 
-def _relu_kernel(mean, var):
-    small, small_var, large_var, *_, above = _sides(mean, var)
-    return small + torch.clamp(mean, min=0.0), torch.lerp(small_var, large_var, above)
+def _relu_kernel(mean, var, table):
+    if table is None:
+        return _closed(mean, var)[1:]
+    inverse = torch.rsqrt(var + 1e-37)
+    x = torch.rsub(mean * inverse, _CELLS // 2, alpha=-_PER_CELL).clamp_(0, _CELLS - 1e-3)
+    logarithms, rises = read(table, numbers(x, _CELLS), 0, 4).unflatten(0, (2, 2))
+    small, ratio = torch.addcmul(logarithms, rises, x.frac()).exp2_()
+    return torch.addcmul(mean.clamp(min=0.0), var * inverse, small), var * ratio
 
 
 def _relu_backward(mean, var, out, out_var, grad_mean, grad_var):
@@ -54,7 +82,7 @@ class _Relu(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, mean, var):
-        out = fused(_relu_kernel, mean, var)
+        out = fused(_relu_kernel, mean, var, constants=(_table(mean),))
         ctx.save_for_backward(mean, var, *out)
         return out
 
@@ -63,24 +91,20 @@ class _Relu(torch.autograd.Function):
         return fused(_relu_backward, *ctx.saved_tensors, grad_mean, grad_var)
 
 
-def _two_slopes_kernel(mean, var, c):
-    small, small_var, large_var, *_, above = _sides(mean, var)
-    up, down = small + torch.clamp(mean, min=0.0), small - torch.clamp(mean, max=0.0)
-    up_var = torch.lerp(small_var, large_var, above)
-    down_var = (small_var + large_var) - up_var
-    return up - c * down, up_var + (c * c) * down_var + (2 * c) * up * down
+def _two_slopes_kernel(mean, var, c, table):
+    # f = (1 - c) relu(x) + c x, and Cov(relu(X), X) = Var relu(X) + E (E - m)
+    up, up_var = _relu_kernel(mean, var, table)
+    out_var = (1.0 - c * c) * up_var + (c * c) * var + (2 * c * (1.0 - c)) * (up * (up - mean))
+    return (1.0 - c) * up + c * mean, out_var
 
 
-def _two_slopes_backward(mean, var, c, grad_mean, grad_var):
-    small, small_var, large_var, phi, mills, inverse, above = _sides(mean, var)
-    below, slope = phi * mills, phi * inverse
-    rest = 1.0 - below
-    under_var = torch.lerp(large_var, small_var, above)
-    above, under = torch.lerp(below, rest, above), torch.lerp(rest, below, above)
-    up, down = small + torch.clamp(mean, min=0.0), small - torch.clamp(mean, max=0.0)
+def _two_slopes_backward(mean, var, c, grad_mean, grad_var, table):
+    up, up_var = _relu_kernel(mean, var, table)
+    above, slope = _upper(mean, var, up, up_var)
+    down, under = up - mean, 1.0 - above
     by_mean = above + c * under, 2 * (1.0 - c) * (up * under + c * (down * above))
     var_by_var = (above - up * slope) + (c * c) * (under - down * slope) + c * ((up + down) * slope)
-    by_c = -down, 2 * (c * under_var + up * down)
+    by_c = -down, 2 * (c * (var - up_var) + (1.0 - 2.0 * c) * (up * down))
     partials = (by_mean, (0.5 * (1.0 - c) * slope, var_by_var), by_c)
     return tuple(grad_mean * a + grad_var * b for a, b in partials)
 
@@ -103,7 +127,7 @@ def _one_slope_backward(mean, var, out, out_var, grad_mean, grad_var, c):
 
 def _folded_backward(mean, var, out, out_var, grad_mean, grad_var, c):
     """Where the slopes are too much alike, or opposite: from the beginning."""
-    return tuple(map(flushed, _two_slopes_backward(mean, var, c, grad_mean, grad_var)[:2]))
+    return tuple(map(flushed, _two_slopes_backward(mean, var, c, grad_mean, grad_var, _table(mean))[:2]))
 
 
 class _OneSlope(torch.autograd.Function):
@@ -111,7 +135,7 @@ class _OneSlope(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, mean, var, c):
-        out = fused(_two_slopes_kernel, mean, var, constants=(c,))
+        out = fused(_two_slopes_kernel, mean, var, constants=(c, _table(mean)))
         ctx.save_for_backward(mean, var, *out)
         ctx.c = c
         return out
@@ -128,11 +152,12 @@ class _TwoSlopes(torch.autograd.Function):
     @staticmethod
     def forward(ctx, mean, var, c):
         ctx.save_for_backward(mean, var, c)
-        return fused(_two_slopes_kernel, mean, var, c)
+        return fused(_two_slopes_kernel, mean, var, c, constants=(_table(mean),))
 
     @staticmethod
     def backward(ctx, grad_mean, grad_var):
-        return fused(_two_slopes_backward, *ctx.saved_tensors, grad_mean, grad_var)
+        constants = (_table(grad_mean),)
+        return fused(_two_slopes_backward, *ctx.saved_tensors, grad_mean, grad_var, constants=constants)
 
 
 @at_least_float32
