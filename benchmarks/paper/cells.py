@@ -174,6 +174,16 @@ def propagated(run: Run, mu: Tensor, var: Tensor) -> rvconvert.RandomVariable:
 
 
 @torch.no_grad()
+def calibrated(run: Run, mu: Tensor, var: Tensor, images: int = 256) -> rvconvert.RandomVariable:
+    """The same by gains that are measured on training images."""
+    options = {"covariance": "calibrated", "output": "distribution", "methods": ("decode",), "random_inputs": ("z",)}
+    vae = rvconvert.convert(rvconvert.to_plain(run.states["vae"]), **options).eval()
+    measured_on, logvar = run.views.encode(run.to_range(run.data.train[:images]))
+    rvconvert.calibrate(vae, (rvconvert.RandomVariable(measured_on, logvar.exp()),))
+    return vae.decode(rvconvert.RandomVariable(mu, var))
+
+
+@torch.no_grad()
 def monte_carlo(run: Run, mu: Tensor, logvar: Tensor, draws: int) -> tuple[Tensor, Tensor]:
     """Mean and variance of the plain decoder's images over draws of the posterior."""
     images = torch.stack([run.views.decode(sample_normal(mu, logvar)) for _ in range(draws)])
