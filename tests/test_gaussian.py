@@ -10,7 +10,9 @@ import torch
 import torch.nn.functional as F
 from scipy import special
 
+import rvconvert
 from rvconvert import moments as gaussian
+from rvconvert.moments import composed
 from rvconvert.moments.quadrature import quadrature
 
 _path = Path(__file__).parents[1] / "benchmarks" / "accuracy.py"
@@ -343,3 +345,73 @@ def test_compiles_fullgraph(name):
         results.append((*out, *torch.autograd.grad(sum(o.sum() for o in out), (m, v))))
     for eager, fused in zip(*results, strict=True):
         torch.testing.assert_close(fused, eager, rtol=2e-4, atol=2e-5)
+
+
+# ---- functions spelled in several operations -------------------------------------------------------------
+
+
+SPELLED = {
+    "x * sigmoid(1.702 x)": lambda x: x * torch.sigmoid(1.702 * x),
+    "x * tanh(softplus(x))": lambda x: x * torch.tanh(torch.nn.functional.softplus(x)),
+    "0.5 x (1 + erf(x / sqrt 2))": lambda x: 0.5 * x * (1 + torch.erf(x / 2**0.5)),
+    "0.5 x (1 + tanh(...))": lambda x: 0.5 * x * (1 + torch.tanh(0.79788456 * (x + 0.044715 * x**3))),
+    "x tanh(x)": lambda x: x * x.tanh(),
+}
+
+
+@named("name", SPELLED)
+def test_a_function_of_several_operations_is_read_from_a_table_made_on_the_spot(name, monkeypatch):
+    monkeypatch.setattr(composed, "_found", {})
+    function = SPELLED[name]
+    m, v = (torch.tensor(a, dtype=torch.float32) for a in GRID)
+    m, v = m.requires_grad_(), v.requires_grad_()
+    y = function(rvconvert.RandomVariable(m, v))
+    assert any(curve is not None for curve in composed._found.values())
+    case = accuracy.Case(name, None, lambda x: function(torch.from_numpy(x)).numpy(), None)
+
+    def exactly(by_mean=0.0, by_var=0.0):
+        return (torch.from_numpy(a) for a in accuracy.reference(case, GRID[0] + by_mean, GRID[1] * (1 + by_var), panels=16))
+
+    out, out_var = exactly()
+    seen = out_var > 1e-6 * v
+    assert ((y.mean - out).abs()[seen] < 1e-7 + 2e-5 * (out.square() + out_var).sqrt()[seen]).all()
+    assert ((y.var - out_var).abs()[seen] < 2e-4 * out_var[seen]).all()
+    step = 1e-4
+    for mine, up, down in zip((y.mean, y.var), exactly(by_mean=step), exactly(by_mean=-step), strict=True):
+        (found,) = torch.autograd.grad(mine.sum(), m, retain_graph=True)
+        torch.testing.assert_close(found.double(), (up - down) / (2 * step), rtol=2e-2, atol=1e-3)
+    for mine, up, down in zip((y.mean, y.var), exactly(by_var=step), exactly(by_var=-step), strict=True):
+        (found,) = torch.autograd.grad(mine.sum(), v, retain_graph=True)
+        torch.testing.assert_close(found.double(), (up - down) / (2 * step * torch.from_numpy(GRID[1])), rtol=2e-2, atol=1e-3)
+
+
+@named(
+    "function",
+    [torch.sin, torch.floor, torch.relu, torch.square, lambda x: torch.sigmoid(40 * x - 60), lambda x: torch.exp(x.clamp(max=3))],
+)
+def test_no_table_serves_what_it_does_not_fit(function):
+    assert composed.fitted(function) is None
+
+
+def test_constants_that_change_with_every_step_do_not_make_a_table_each(monkeypatch):
+    monkeypatch.setattr(composed, "_found", {})
+    x = rvconvert.RandomVariable(torch.tensor([0.3, -1.2]), torch.tensor([0.4, 0.9]))
+    for step in range(composed._MOST + 2):
+        rate = 1 + step / 100
+        y = x * torch.sigmoid(rate * x)
+        expected = quadrature(lambda v, rate=rate: v * torch.sigmoid(rate * v), x.mean.double(), x.var.double())
+        torch.testing.assert_close((y.mean, y.var), expected, rtol=1e-4, atol=1e-6, check_dtype=False)
+    assert len(composed._found) == composed._MOST
+
+
+def test_a_tensor_in_a_function_of_several_operations_gets_its_gradient(monkeypatch):
+    monkeypatch.setattr(composed, "_found", {})
+    x = rvconvert.RandomVariable(torch.tensor([0.3, -1.2]), torch.tensor([0.4, 0.9]))
+    rate = torch.tensor(1.5, requires_grad=True)
+    y = x * torch.sigmoid(rate * x)
+    (found,) = torch.autograd.grad(y.mean.sum() + y.var.sum(), rate)
+    step = torch.tensor(1e-3)
+    moved = [(x * torch.sigmoid((rate + side * step).detach().double() * x)) for side in (1, -1)]
+    slope = sum(side * (each.mean.sum() + each.var.sum()) for side, each in zip((1, -1), moved, strict=True)) / (2 * step)
+    assert float(found) == pytest.approx(float(slope), rel=2e-2)
+    assert not composed._found

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import types
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -69,6 +69,7 @@ class Origin:
     ``line`` is (slope, shift) where the function is a line of plain numbers, through which kinks are found back.
     ``joint`` marks a function that joins elements (a softmax), which is known of the root of a law alone.
     ``affine``: a sum or product with constants, which leaves a Gaussian Gaussian.
+    ``key`` is equal for equal functions of numbers alone; None where a tensor takes part.
     """
 
     parent: RandomVariable
@@ -78,6 +79,7 @@ class Origin:
     line: tuple[float, float] | None = None
     joint: bool = False
     affine: bool = False
+    key: Hashable | None = None
 
 
 class Density(Protocol):

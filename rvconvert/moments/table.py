@@ -133,18 +133,22 @@ class Curve:
 
     def __init__(self, function: Function) -> None:
         self.function = function
-        self.number = len(CURVES)
-        CURVES.append(self)
 
     def fill(self) -> Tensor:
         """(n, cells) coefficients, in float64 on the processor."""
         raise NotImplementedError
 
     @functools.cached_property
+    def number(self) -> int:
+        """Its place in CURVES, by which a compiled graph knows it."""
+        CURVES.append(self)
+        return CURVES.index(self)
+
+    @property
     def table(self) -> Tensor:
-        """The coefficients, kept."""
+        """The coefficients, in float32 on the processor."""
         with torch.no_grad(), torch.device("cpu"):
-            return self.fill()
+            return self.fill().to(torch.float32)
 
 
 CURVES: list[Any] = []
@@ -157,7 +161,7 @@ def coefficients_of(number: int, device: torch.device) -> Tensor:
     key = (number, device)
     if key not in _COEFFICIENTS:
         with torch.inference_mode(False), torch.no_grad():  # what is kept must serve everywhere
-            _COEFFICIENTS[key] = CURVES[number].table.to(device, torch.float32)
+            _COEFFICIENTS[key] = CURVES[number].table.to(device)
     return _COEFFICIENTS[key]
 
 

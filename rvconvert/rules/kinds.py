@@ -8,16 +8,16 @@ moments. Adding an operation of a known kind takes one line; see README.md besid
 from __future__ import annotations
 
 import types
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from rvconvert.core.random_variable import Origin, RandomVariable, random_variables
 from rvconvert.core.registry import NAMESPACES, REGISTRY, Exactness, FunctionTable, Kind, Rule, operation_name, spellings
 from rvconvert.errors import ConversionError
-from rvconvert.moments.quadrature import quadrature
+from rvconvert.moments.composed import composed_moments
 from rvconvert.rules.density import moments_under
 
 __all__ = [
@@ -359,27 +359,39 @@ def not_everywhere(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
 
 
 Line = tuple[float, float]
-Ancestor = tuple[RandomVariable, Function, tuple[float, ...], bool, "Line | None"]
+
+
+class Ancestor(NamedTuple):
+    """A variable that another one is an elementwise function of, and the function; see ``Origin``."""
+
+    variable: RandomVariable
+    function: Function
+    kinks: tuple[float, ...]
+    whole_line: bool
+    line: Line | None
+    key: Hashable | None
 
 
 def _ancestors(x: RandomVariable) -> Iterator[Ancestor]:
-    """Each variable that ``x`` is an elementwise function of, nearest first: function, kinks, defined everywhere, line.
+    """Each variable that ``x`` is an elementwise function of, nearest first.
 
     Kinks of a later function are known on the axis of an earlier variable where lines alone lie between.
     """
-    function: Function = _identity
-    kinks: tuple[float, ...] = ()
-    whole_line = True
-    line: Line | None = (1.0, 0.0)
-    yield x, function, kinks, whole_line, line
+    found = Ancestor(x, _identity, (), True, (1.0, 0.0), ())
+    yield found
     origin = x.origin
     while origin is not None:
-        function = _chain(origin.function, function)
-        whole_line = whole_line and origin.whole_line
         slope, shift = origin.line or (0.0, 0.0)
-        kinks = (*origin.kinks, *((k - shift) / slope for k in kinks if slope))
-        line = (line[0] * slope, line[0] * shift + line[1]) if line and origin.line else None
-        yield origin.parent, function, kinks, whole_line, line
+        line = found.line
+        found = Ancestor(
+            origin.parent,
+            _chain(origin.function, found.function),
+            (*origin.kinks, *((k - shift) / slope for k in found.kinks if slope)),
+            found.whole_line and origin.whole_line,
+            (line[0] * slope, line[0] * shift + line[1]) if line and origin.line else None,
+            None if origin.key is None or found.key is None else (origin.key, found.key),
+        )
+        yield found
         origin = origin.parent.origin
 
 
@@ -388,7 +400,7 @@ def gaussian_ancestor(x: RandomVariable) -> Ancestor | None:
     found, origin = None, x.origin
     bent = False
     for ancestor in _ancestors(x):
-        if not ancestor[3]:
+        if not ancestor.whole_line:
             return None
         found = ancestor
     while origin is not None:
@@ -399,6 +411,29 @@ def gaussian_ancestor(x: RandomVariable) -> Ancestor | None:
 
 def _identity(x: torch.Tensor) -> torch.Tensor:
     return x
+
+
+class _NotSpelledError(Exception):
+    pass
+
+
+def _spelling(func: Function, args: tuple[Any, ...], kwargs: dict[str, Any], keys: dict[int, Hashable | None]) -> Hashable | None:
+    """A call as a key: equal keys are equal functions. None where a tensor takes part, or a function that has none."""
+
+    def spelled(value: Any) -> Hashable:
+        if isinstance(value, RandomVariable):
+            if (key := keys[id(value)]) is not None:
+                return (RandomVariable, key)
+        elif isinstance(value, (bool, int, float, str, torch.dtype)) or value is None:
+            return (type(value), value)
+        elif isinstance(value, (list, tuple)):
+            return tuple(map(spelled, value))
+        raise _NotSpelledError
+
+    try:
+        return (func, *map(spelled, args), *((name, spelled(value)) for name, value in sorted(kwargs.items())))
+    except _NotSpelledError:
+        return None
 
 
 @dataclass(frozen=True)
@@ -502,7 +537,7 @@ class Elementwise:
         with full_precision(like):
             if ancestor is None:
                 return like.with_moments(*(self.independent or first_order)(func, args, kwargs))
-            parent, functions, kinks, whole_line = ancestor
+            parent, functions, kinks, whole_line, keys = ancestor
             whole_line = whole_line and self.whole_line(args, kwargs)
 
             def function(value: torch.Tensor) -> torch.Tensor:
@@ -514,21 +549,22 @@ class Elementwise:
             if direct and whole_line and self.explodes:
                 chain = gaussian_ancestor(like)
                 if chain is not None:  # its closed form would take what is bent already as Gaussian
-                    parent, inner, kinks, _, _ = chain
-                    functions, direct = [inner], False
+                    parent, kinks = chain.variable, chain.kinks
+                    functions, keys, direct = [chain.function], [chain.key], False
             if direct and self.kinks is not None:
                 kinks = self.kinks(args, kwargs)
+            key = _spelling(func, args, kwargs, {id(x): key for x, key in zip(inputs, keys, strict=True)})
             if direct and self.moments is not None:
                 mean, var = self.moments(func, args, kwargs)
             elif not whole_line:
                 mean, var = first_order(function, (parent,), {})
             else:
                 shape = torch.broadcast_shapes(parent.shape, *_shapes(args, kwargs))
-                mean, var = quadrature(
-                    lambda value: _as_float(function(value), value), parent.mean.expand(shape), parent.var.expand(shape), kinks
-                )
+                moments = (parent.mean.expand(shape), parent.var.expand(shape))
+                mean, var = composed_moments(key, lambda value: _as_float(function(value), value), *moments, kinks)
         line = self.line(args, kwargs) if direct and self.line is not None else None
-        return like.with_moments(mean, var).derived(origin=Origin(parent.snapshot(), function, kinks, whole_line, line, affine))
+        origin = Origin(parent.snapshot(), function, kinks, whole_line, line, affine=affine, key=key)
+        return like.with_moments(mean, var).derived(origin=origin)
 
     @staticmethod
     def of_a_draw(
@@ -550,18 +586,20 @@ class Elementwise:
     @staticmethod
     def common_ancestor(
         inputs: Sequence[RandomVariable], meeting: bool = False
-    ) -> tuple[RandomVariable, list[Function], tuple[float, ...], bool] | None:
-        """The nearest variable that all of ``inputs`` are functions of: functions, kinks, defined everywhere."""
+    ) -> tuple[RandomVariable, list[Function], tuple[float, ...], bool, list[Hashable | None]] | None:
+        """The nearest variable that all of ``inputs`` are functions of: functions, kinks, defined everywhere, keys."""
         if len(inputs) == 1:
-            return inputs[0], [_identity], (), True
-        chains = [{id(found[0].identity): found for found in _ancestors(each)} for each in inputs]
-        for key, (parent, *_) in chains[0].items():
-            if all(key in chain for chain in chains):
-                found = [chain[key] for chain in chains]
-                kinks = {k for each in found for k in each[2]}
+            return inputs[0], [_identity], (), True, [()]
+        chains = [{id(found.variable.identity): found for found in _ancestors(each)} for each in inputs]
+        for shared, first in chains[0].items():
+            if all(shared in chain for chain in chains):
+                found = [chain[shared] for chain in chains]
+                kinks = {k for each in found for k in each.kinks}
                 if meeting:
-                    kinks |= _meetings([each[4] for each in found if each[4]])
-                return parent, [each[1] for each in found], tuple(sorted(kinks)), all(each[3] for each in found)
+                    kinks |= _meetings([each.line for each in found if each.line])
+                whole_line = all(each.whole_line for each in found)
+                functions, keys = [each.function for each in found], [each.key for each in found]
+                return first.variable, functions, tuple(sorted(kinks)), whole_line, keys
         return None
 
 

@@ -1,0 +1,92 @@
+"""Moments of a function that a model spells in several operations, ``x * sigmoid(1.702 * x)``: by a table made on the spot.
+
+A table serves what is smooth and a line far out on either side; it is held against quadrature before it is used. Everything
+else is integrated at each call.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Hashable, Sequence
+
+import torch
+from torch import Tensor
+
+from rvconvert.moments.quadrature import quadrature
+from rvconvert.moments.smooth_table import Smooth, table_moments
+from rvconvert.moments.table import integrals
+
+Function = Callable[[Tensor], Tensor]
+
+_MOST = 16  # tables, of 4 MB each: a function whose numbers change with every step is not to have one for each
+_WIDTHS = tuple(0.1 * 1.15**k for k in range(34))
+_POINTS = 256
+_found: dict[Hashable, Smooth | None] = {}
+_lock = threading.RLock()
+
+
+def composed_moments(
+    key: Hashable | None, function: Function, mean: Tensor, var: Tensor, kinks: Sequence[float]
+) -> tuple[Tensor, Tensor]:
+    """Moments of f(X), X ~ N(mean, var).
+
+    Args:
+        key: equal for equal functions of numbers alone; None for one that nothing is known of.
+        function: elementwise, on the whole line.
+        mean, var: of one shape.
+        kinks: where the function or a derivative jumps.
+    """
+    if key is not None and not kinks and mean.dtype == torch.float32 and not _is_traced():
+        curve = _curve(key, function)
+        if curve is not None:
+            return table_moments(curve, mean, var)
+    return quadrature(function, mean, var, kinks)
+
+
+def _is_traced() -> bool:
+    """No table is made of what is not computed now, and none is read inside a transform."""
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+        return True
+    return torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def _curve(key: Hashable, function: Function) -> Smooth | None:
+    if key not in _found:
+        with _lock, torch.no_grad(), torch.inference_mode(False), torch.device("cpu"):
+            if key not in _found and len(_found) < _MOST:
+                _found[key] = fitted(function)
+    return _found.get(key)
+
+
+def fitted(function: Function) -> Smooth | None:
+    """A table that agrees with quadrature, of the least width beyond which the function is a line; None if there is none."""
+    widths = torch.tensor(_WIDTHS, dtype=torch.float64)
+    ends = torch.stack([side * at * widths for side in (-1.0, 1.0) for at in (8.0, 9.0, 16.0, 17.0, 60.0, 61.0)])
+    values = function(ends)
+    if values.shape != ends.shape or values.dtype != ends.dtype or not values.isfinite().all():
+        return None
+    slopes = (values[1::2] - values[::2]) / (ends[1::2] - ends[::2])
+    near, middle, far = slopes.view(2, 3, -1).unbind(1)
+    line = (((near - far).abs() < 1e-6) & ((middle - far).abs() < 1e-6)).all(0).nonzero()
+    for first in line[:1].flatten().tolist():
+        for width in _WIDTHS[first : first + 7 : 3]:
+            curve = Smooth(function, width)
+            if _agrees(curve):
+                return curve
+    return None
+
+
+def _agrees(curve: Smooth) -> bool:
+    """To the accuracy that tables have, at points of no pattern."""
+    generator = torch.Generator().manual_seed(0)
+    m, s = torch.rand(2, _POINTS, dtype=torch.float64, generator=generator)
+    mean, var = 16 * curve.width * (m - 0.5), (curve.width * 5 * 10 ** (-4 * s)).square()
+    mean, var = mean.float(), var.float()
+    out, out_var = curve.moments(mean, var)
+    bends = tuple(curve.width * k for k in range(-10, 11, 2))
+    expected, gain, rest = integrals(curve.function, mean.double(), var.double(), bends)
+    variance = var * (gain.square() + rest)
+    scale = (expected.square() + variance).sqrt()
+    seen = variance > 1e-6 * var
+    close = ((out - expected).abs() < 1e-5 * scale) & ((out_var - variance).abs() < 1e-4 * variance)
+    return bool((close | ~seen).all() and seen.any())
