@@ -9,7 +9,7 @@ import logging
 import types
 import warnings
 import weakref
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,6 +18,7 @@ from torch.nn.parameter import is_lazy
 
 from rvconvert.calibration import renew
 from rvconvert.capture import intercept
+from rvconvert.capture.python_state import Place, read_now
 from rvconvert.capture.recorder import Kept, Recording, autocast_state, own_copies, record, set_autocast, unchanged
 from rvconvert.capture.replay import each_mode, replay_differs
 from rvconvert.core.random_variable import RandomVariable, random_variables
@@ -80,6 +81,8 @@ class Conversion:
         self.own = own or {}  # methods that sat on the instance
         self.programs: OrderedDict[Any, Program] = OrderedDict()
         self.once: set[Any] = set()  # kinds of call that are recorded each time
+        self.places: dict[Any, tuple[Place, ...]] = {}  # what Python holds that a kind of call depends on
+        self.recordings: Counter[Any] = Counter()  # of a kind of call
         self.constants = types.SimpleNamespace()
         self.latents: set[str] = set()  # places, "file:line", of the draws that became random variables
         self.checked: dict[tuple[str, str], list[str]] = {}  # graphs that replayed equal to eager
@@ -242,13 +245,44 @@ class Conversion:
         weights = None if first is None else (first.dtype, first.device)
         return (name, structure.signature(), training, hooked, weights, autocast_state())
 
+    def state(self, situation: Any, model: nn.Module) -> tuple[Any, ...]:
+        """What Python holds now of all that recordings in this situation have read."""
+        places = self.places.get(situation, ())
+        return read_now(places, _modules_of(model)) if places else ()
+
+    def watch(self, situation: Any, model: nn.Module, recording: Recording) -> None:
+        """Compare from now on what this recording has read; say once if it changes with every call."""
+        known = self.places.get(situation, ())
+        before = self.state(situation, model)
+        self.places[situation] = tuple(dict.fromkeys((*known, *recording.places)))
+        self.recordings[situation] += 1
+        if self.recordings[situation] == _PATIENCE and len(known) == len(self.places[situation]):
+            last = next(reversed(self.programs))[-1]
+            changed = [place for place, a, b in zip(known, before, last, strict=False) if a != b]
+            if changed:
+                named = ", ".join(f"{self.owner(place, model)}{place.name}" for place in changed)
+                self.warn(
+                    "attributes",
+                    f"{named} changed between calls {_PATIENCE} times, and each time the model is recorded anew, which takes "
+                    "several steps' time. To be fast, make it a buffer (self.register_buffer) and write to it in place, or an "
+                    "argument that is a tensor",
+                )
+
+    def owner(self, place: Place, model: nn.Module) -> str:
+        """What stands before the name of a place in a message."""
+        if isinstance(place.owner, str):
+            return f"{place.owner}."
+        module = _modules_of(model)[place.owner]
+        return next((f"model.{path}." if path else "model." for path, each in model.named_modules() if each is module), "")
+
     def find(self, name: str, model: nn.Module, leaves: list[Any], structure: Structure) -> Program | None:
         """The program that serves this call, if there is one already."""
         if not self.programs:
             return None
         situation = self.situation(name, model, structure)
+        state = self.state(situation, model)
         for batch in (False, True):
-            key = (*situation, *_kinds(leaves, batch=batch))
+            key = (*situation, *_kinds(leaves, batch=batch), state)
             program = self.programs.get(key)
             if program is not None:
                 if len(self.programs) >= MOST_PROGRAMS:
@@ -271,7 +305,9 @@ class Conversion:
             NoReparameterizationError, NonGaussianError, TracingError: see each.
         """
         intercept.refuse_inside_transforms(f"{self.plain_class.__name__}.{name}")
-        with intercept.lock, intercept.plainly():
+        # Of what a recording computes nothing is kept for a backward pass, least of all by a checkpoint around the call.
+        aside = torch.autograd.graph.saved_tensors_hooks(_itself, _itself)
+        with intercept.lock, intercept.plainly(), aside:
             args, kwargs = self.normalized(name, args, kwargs)
             leaves, structure = flatten((args, kwargs))
             key = self.key(name, model, leaves, structure, batch=False)
@@ -286,7 +322,10 @@ class Conversion:
                     self.once.add(key)
                 return self.recorded_once(name, model, args, kwargs) if to_run else self.program(name, examined)
             program = self.program(name, examined)
-            self.programs[self.key(name, model, leaves, structure, batch=program.fixed_batch)] = program
+            situation = self.situation(name, model, structure)
+            self.watch(situation, model, examined.recording)
+            kinds = _kinds(leaves, batch=program.fixed_batch)
+            self.programs[(*situation, *kinds, self.state(situation, model))] = program
             if len(self.programs) > MOST_PROGRAMS:
                 self.programs.popitem(last=False)
             return program
@@ -400,6 +439,8 @@ class Conversion:
         difference = replay_differs(run, recording, model, method, args, kwargs)
         if difference is not None:
             return [difference]
+        if len(self.checked) >= MOST_PROGRAMS:
+            self.checked.pop(next(iter(self.checked)), None)
         self.checked[name, written] = recording.fixed
         return []
 
@@ -455,6 +496,10 @@ class Conversion:
                 ]
             )
         )
+
+
+def _itself(x: Any) -> Any:
+    return x
 
 
 def _kinds(leaves: list[Any], *, batch: bool) -> tuple[Any, ...]:
@@ -563,13 +608,22 @@ class ConvertedModel:
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         conversion = conversion_of(self)
-        return _rebuilt, (plain_copy(self), conversion.options, conversion.gains.to_tensors())  # type: ignore[arg-type]
+        rest = (conversion.options, conversion.gains.to_tensors(), conversion.penalty_scale)
+        if conversion.own:
+            return _rebuilt, (plain_copy(self), *rest)  # type: ignore[arg-type]
+        # Its own parameters, so that an optimizer in the same file, or another process, goes on with these.
+        getstate = getattr(conversion.plain_class, "__getstate__", None)
+        state = dict(self.__dict__) if getstate is None else getstate(self)
+        if isinstance(state, dict):
+            state = {key: value for key, value in state.items() if key != "_rvconvert"}
+        return _blank, (conversion.plain_class, *rest), state
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         conversion = conversion_of(self)
         made = convert_copy(plain_copy(self, memo), conversion.options)  # type: ignore[arg-type]
         copied = conversion_of(made)
         copied.programs, copied.constants = OrderedDict(conversion.programs), conversion.constants
+        copied.places = dict(conversion.places)
         copied.gains = Gains.from_tensors(conversion.gains.to_tensors())
         copied.once, copied.penalty_scale = set(conversion.once), conversion.penalty_scale
         copied.latents = set(conversion.latents)
@@ -577,9 +631,14 @@ class ConvertedModel:
         return made
 
 
-def _rebuilt(plain: nn.Module, options: Options, gains: dict[str, torch.Tensor]) -> nn.Module:
+def _blank(plain_class: type[nn.Module], *rest: Any) -> nn.Module:
+    return _rebuilt(plain_class.__new__(plain_class), *rest)
+
+
+def _rebuilt(plain: nn.Module, options: Options, gains: dict[str, torch.Tensor], penalty_scale: float = 1.0) -> nn.Module:
     model = convert_copy(plain, options)
-    conversion_of(model).gains = Gains.from_tensors(gains)
+    conversion = conversion_of(model)
+    conversion.gains, conversion.penalty_scale = Gains.from_tensors(gains), penalty_scale
     return model
 
 
@@ -653,7 +712,13 @@ def _generated_class(cls: type[nn.Module], methods: tuple[str, ...]) -> type[nn.
         original = getattr(cls, name)
 
         def method(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-            conversion = self.__dict__["_rvconvert"]
+            conversion = self.__dict__.get("_rvconvert")
+            if conversion is None:
+                warnings.warn(
+                    f"type(model)(...) of a converted model makes a plain {cls.__name__}: convert it, or use copy.deepcopy",
+                    stacklevel=2,
+                )
+                return original(self, *args, **kwargs)
             if intercept.runs_plainly():
                 return conversion.method(name, self)(*args, **kwargs)
             return conversion.run(name, self, args, kwargs)

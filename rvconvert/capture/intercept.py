@@ -57,6 +57,10 @@ class Handler:
         """The same of one whose ``apply`` was taken off its class before, ``reverse = Reverse.apply``: inside its forward."""
         raise NotImplementedError
 
+    def attribute_read(self, module: nn.Module, name: str, value: Any) -> None:
+        """The model, or torch, has looked an attribute of a module up."""
+        raise NotImplementedError
+
     def asks_grad_mode(self) -> bool:
         """The model asks whether gradients are on: what it is told."""
         raise NotImplementedError
@@ -123,6 +127,12 @@ def intercepting(handler: Handler) -> Iterator[None]:
                 return call_module(module, *args, **kwargs)
             return handler.module_call(call_module, module, args, kwargs)
 
+        def read_attribute(module: nn.Module, name: str) -> Any:
+            value = object.__getattribute__(module, name)
+            if capturing():
+                handler.attribute_read(module, name, value)
+            return value
+
         call_script = torch.jit.ScriptFunction.__call__
 
         def script_call(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -163,6 +173,7 @@ def intercepting(handler: Handler) -> Iterator[None]:
             return torch._C._LegacyVariableBase.__new__(cls, data, *args, **kwargs)  # type: ignore[call-arg]
 
         _patch(stack, nn.Module, "__call__", module_call)
+        _patch(stack, nn.Module, "__getattribute__", read_attribute)
         _patch(stack, torch.jit.ScriptFunction, "__call__", script_call)
         _patch(stack, torch.autograd.Function, "apply", classmethod(function_apply))
         for cls in _functions(torch.autograd.Function):

@@ -17,6 +17,7 @@ from torch import fx, nn
 from torch.overrides import TorchFunctionMode
 
 from rvconvert.capture.intercept import COMMAND_LINE, INTERNAL, Handler, intercepting
+from rvconvert.capture.python_state import GENERATORS, Place, globals_of, is_watched, random_state, restore_random_state
 from rvconvert.capture.traced_number import TracedFloat, TracedInt, ignored, traced_size, untraced
 from rvconvert.core.random_variable import RandomVariable, Settings, in_settings, propagate, random_variables
 from rvconvert.core.tree import Structure, flatten
@@ -75,6 +76,7 @@ class Recording:
         overwritten: parameters that the run wrote to in place, with what they were.
         asks_grad_mode: the method asks whether gradients are on.
         sets_autocast: the method turns autocast on or off.
+        places: plain attributes and globals that the method read, whose values are constants of the graph.
         builds: the method made parameters, which the model had not before.
     """
 
@@ -92,6 +94,7 @@ class Recording:
     overwritten: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)
     asks_grad_mode: bool = False
     sets_autocast: bool = False
+    places: dict[Place, None] = field(default_factory=dict)
     builds: bool = False
 
     @property
@@ -150,6 +153,8 @@ class _Recorder(TorchFunctionMode, Handler):
         self.alive: list[Any] = []
         self.writers: dict[int, fx.Node] = {}  # of tensors that are stale since
         self.paths = {id(module): path for path, module in root.named_modules(remove_duplicate=True)}
+        self.numbers = {id(module): number for number, module in enumerate(root.modules())}
+        self.codes: set[types.CodeType] = set()
         self.tensors = {id(t): path for path, t in [*root.named_parameters(), *root.named_buffers()]}
         self.parameters = {_storage(p) for p in root.parameters()} - {None}
         self.attributes = _plain_tensor_attributes(root)
@@ -247,7 +252,11 @@ class _Recorder(TorchFunctionMode, Handler):
             self.graph.call_function(set_autocast, (now,)).meta["mutates"] = True
             self.recording.sets_autocast = True
         node = self.graph.create_node(op, target, args, kwargs)
-        node.meta["where"], node.meta["source"] = where(user_frame())
+        frame = user_frame()
+        node.meta["where"], node.meta["source"] = where(frame)
+        if frame is not None and frame.f_code not in self.codes:
+            self.codes.add(frame.f_code)
+            self.recording.places |= dict.fromkeys(globals_of(frame.f_globals, frame.f_code.co_names))
         node.meta["module"] = self.stack[-1] if self.stack else ""
         return node
 
@@ -368,6 +377,14 @@ class _Recorder(TorchFunctionMode, Handler):
         if func is torch.Tensor.new and len(args) == 2 and isinstance(args[1], torch.Size):
             # new(Size) makes that size, new(tuple) a tensor of those values
             node_args = (node_args[0], self.add("call_function", torch.Size, (list(node_args[1]),), {}))
+        if (
+            func is torch.Tensor.copy_
+            and mutated
+            and isinstance(node_args[1], fx.Node)
+            and node_args[1] in self.recording.depends
+        ):
+            func, node_args, node_kwargs = torch.Tensor.expand_as, (node_args[1], node_args[0]), {}
+            rule = self.registry.find(func)
         draw = DRAWS.get(func)
         node = self.node_for(func, node_args, node_kwargs, bool(mutated and draw is None))
         node.meta["rule"], node.meta["function"] = rule, func
@@ -427,7 +444,7 @@ class _Recorder(TorchFunctionMode, Handler):
             self.recording.once.append(f"a parameter is written in place: {self.line()}")
             return
         if path is not None:
-            self.add("call_function", assign_mean, (self.graph.get_attr(path), node), {}).meta["mutates"] = True
+            self.add("call_function", assign_mean, (self.graph.get_attr(path), node), {}).meta.update(mutates=True, part=True)
         whole = None if tensor.requires_grad else _storage_key(tensor)
         for other in list(self.alive):
             if isinstance(other, torch.Tensor) and other is not tensor and _storage(other) == key and key is not None:
@@ -555,6 +572,16 @@ class _Recorder(TorchFunctionMode, Handler):
 
         with torch.enable_grad():
             return self.function_call(without_gradients, function, args)
+
+    def attribute_read(self, module: nn.Module, name: str, value: Any) -> None:
+        """A plain attribute of one of the model's own modules is part of what the recording stands for."""
+        number = self.numbers.get(id(module))
+        if number is None or self.leaf is not None or isinstance(value, (TracedInt, TracedFloat)):
+            return
+        if is_watched(module, name, value):
+            self.recording.places[Place(number, name)] = None
+            if isinstance(value, GENERATORS):
+                self.recording.once.append(f"Python draws random numbers of its own: {self.line()}")
 
     def asks_grad_mode(self) -> bool:
         """What the model is told; that it asked is noted."""
@@ -718,18 +745,27 @@ def _plain_tensor_attributes(root: nn.Module) -> dict[int, str]:
 
 @contextlib.contextmanager
 def unchanged(root: nn.Module) -> Iterator[None]:
-    """Within: runs may update parameters, buffers, attributes and the random state; after, all is as it was."""
+    """Within: runs may update parameters, buffers, attributes and the random state; after, all is as it was.
+
+    Buffers are copies within: a graph of an earlier call, whose backward pass is still to come, may have saved the others.
+    """
     modules = [m for m in root.modules() if not isinstance(m, torch.jit.ScriptModule)]
     attributes = {module: dict(vars(module)) for module in modules}
     containers = {m: {k: copy.copy(v) for k, v in held.items() if _is_record(k, v)} for m, held in attributes.items()}
+    objects = [(v, dict(vars(v))) for held in attributes.values() for k, v in held.items() if _is_object(k, v)]
     tables = {m: (dict(m._buffers), dict(m._parameters)) for m in modules}
     values = {b: b.detach().clone() for b in root.buffers() if not b.is_meta}
     data = {p: (p.data, p.data._version) for p in root.parameters()}
     devices = sorted({p.device.index or 0 for p in root.parameters() if p.device.type == "cuda"})
+    drawn = random_state()
+    copies = {id(b): value.clone() for b, value in values.items()}
+    for module, (buffers, _) in tables.items():
+        module._buffers.update({name: copies[id(b)] for name, b in buffers.items() if id(b) in copies})
     try:
         with torch.random.fork_rng(devices=devices):
             yield
     finally:
+        restore_random_state(drawn)
         with torch.no_grad():
             for buffer, value in values.items():
                 if buffer._version and not torch.equal(buffer, value):
@@ -737,6 +773,9 @@ def unchanged(root: nn.Module) -> Iterator[None]:
         for parameter, (before, _) in data.items():
             if parameter.data.data_ptr() != before.data_ptr():
                 parameter.data = before
+        for value, fields in objects:
+            vars(value).clear()
+            vars(value).update(fields)
         for module, held in attributes.items():
             vars(module).clear()
             vars(module).update(held)
@@ -749,6 +788,12 @@ def unchanged(root: nn.Module) -> Iterator[None]:
             for table, entries in zip(own, saved, strict=True):
                 table.clear()
                 table.update(entries)
+
+
+def _is_object(name: str, value: Any) -> bool:
+    """A meter, a counter, a configuration: an object of Python with fields that a model may change."""
+    own = isinstance(getattr(value, "__dict__", None), dict) and not name.startswith("_")
+    return own and not (isinstance(value, (torch.Tensor, nn.Module, type)) or callable(value))
 
 
 def _is_record(name: str, value: Any) -> bool:
@@ -785,8 +830,11 @@ def record(
         values.append(leaf)
         recorder.track(leaf, node)
     args, kwargs = structure.build(iter(values))
+    drawn = random_state()
     with intercepting(recorder), recorder:
         result = method(*args, **kwargs)
+    if random_state() != drawn:
+        recording.once.append("Python draws random numbers of its own, by random or numpy.random")
     recording.builds = any(id(p) not in recorder.tensors for p in root.parameters())
     leaves, recording.outputs = flatten(result, _is_output)
     leaves += before.changes(recorder)
@@ -825,6 +873,8 @@ class _Kept:
             if _is_record(k, v)
         }
 
+        self.objects = [(m, k, v, dict(vars(v))) for m, held in self.held.items() for k, v in held.items() if _is_object(k, v)]
+
     def changes(self, recorder: _Recorder) -> list[Any]:
         """Note what was set on each module; returns the tensors in it.
 
@@ -832,6 +882,11 @@ class _Kept:
         list that grows) is what Python alone can do, so that the recording serves one call.
         """
         leaves: list[Any] = []
+        for module, name, value, before in self.objects:
+            fields = vars(value)
+            fields.update({k: untraced(v) for k, v in fields.items() if isinstance(v, (TracedInt, TracedFloat))})
+            if fields.keys() != before.keys() or any(v is not before[k] and not _equal(v, before[k]) for k, v in fields.items()):
+                recorder.recording.once.append(f"the method changes {type(module).__name__}.{name}")
         for module, held in self.held.items():
             path = recorder.paths[id(module)]
             for name, value in list(vars(module).items()):
@@ -844,7 +899,7 @@ class _Kept:
                     and self.contents[module, name]
                     != [id(each) for each in (value.values() if isinstance(value, dict) else value)]
                 )
-                if (same and not grown) or (not _is_output(value) and _equal(value, held.get(name, recorder))):
+                if not grown and (same or (not _is_output(value) and _equal(value, held.get(name, recorder)))):
                     continue
                 found, structure = flatten(value, _is_output)
                 recorder.recording.kept.append(Kept(path, name, structure, len(found), bool(grown)))

@@ -1,0 +1,205 @@
+"""What a method reads from Python and leaves there: annealed attributes, flags, its own random numbers, meters and lists."""
+
+import random
+import types
+import warnings
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import rvconvert
+
+MODES = ("independent", "calibrated", "sampled", "lowrank")
+BETA = 0.0
+
+
+class VAE(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.encoder = nn.Linear(6, 4)
+        self.decoder = nn.Sequential(nn.Linear(2, 8), nn.ReLU(), nn.Linear(8, 6))
+
+    def encode(self, x):
+        return self.encoder(x).chunk(2, 1)
+
+    def reconstruct(self, x, temperature=1.0):
+        mu, logvar = self.encode(x)
+        return self.decoder(mu + temperature * torch.randn_like(mu) * (0.5 * logvar).exp())
+
+    def forward(self, x):
+        return self.reconstruct(x)
+
+
+class Annealed(VAE):
+    """Each number of Python that the loss is made of is read in another way."""
+
+    of_the_class = 0.0
+
+    def __init__(self):
+        super().__init__()
+        self.of_the_model = 0.0
+        self.decoder.part = nn.Identity()
+        self.part = Part()
+        self.held = {"beta": 0.0, "names": ["a", "b"]}
+        self.config = types.SimpleNamespace(schedule=types.SimpleNamespace(beta=0.0))
+        self.times = 0
+
+    def forward(self, x):
+        y = self.reconstruct(x)
+        total = self.of_the_class + self.of_the_model + self.held["beta"] + self.config.schedule.beta + BETA
+        for _ in range(self.times):
+            total = total + 1
+        if self.of_the_model > 100:
+            total = total * 2
+        return self.part((y - x).square().mean()) + total
+
+
+class Part(nn.Module):
+    shift = 0.0
+
+    def forward(self, x):
+        return x + self.shift
+
+
+def of_held(model, value):
+    model.held["beta"] = value
+
+
+def of_config(model, value):
+    model.config.schedule.beta = value
+
+
+def of_part(model, value):
+    model.part.shift = value
+
+
+def of_global(model, value):
+    global BETA
+    BETA = value
+
+
+def times(model, value):
+    model.times = int(value)
+
+
+WAYS = {
+    "class": lambda model, value: setattr(model, "of_the_class", value),
+    "model": lambda model, value: setattr(model, "of_the_model", value),
+    "dict": of_held,
+    "object": of_config,
+    "submodule": of_part,
+    "global": of_global,
+    "loop": times,
+}
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("way", WAYS)
+def test_a_number_of_python_that_changes_between_calls_is_read_anew(way, mode):
+    torch.manual_seed(0)
+    x = torch.rand(5, 6)
+    model = rvconvert.convert(Annealed(), covariance=mode, seed=0, example_inputs=x).eval()
+    with torch.no_grad():
+        free = float(model(x))
+        for value in (3.0, 7.0, 3.0, 0.0):
+            WAYS[way](model, value)
+            assert float(model(x)) == pytest.approx(free + value, rel=1e-4)
+    assert len(rvconvert.converted.conversion_of(model).programs) <= 4  # one for each value, found again
+
+
+def test_a_branch_by_such_a_number_is_taken():
+    x = torch.rand(5, 6)
+    model = rvconvert.convert(Annealed()).eval()
+    with torch.no_grad():
+        free = float(model(x))
+        model.of_the_model = 200.0
+        assert float(model(x)) == pytest.approx(free + 400)
+
+
+def test_a_number_that_changes_with_every_call_is_named_once():
+    x = torch.rand(5, 6)
+    model = rvconvert.convert(Annealed())
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for step in range(120):
+            model.of_the_model = step / 60
+            model(x)
+    (said,) = [str(each.message) for each in caught]
+    assert said.startswith("model.of_the_model changed between calls") and "register_buffer" in said
+
+
+class Chance(VAE):
+    def __init__(self, draws):
+        super().__init__()
+        self.draws = draws
+
+    def forward(self, x):
+        return self.reconstruct(x * 0 + 9 if self.draws() < 0.3 else x)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("draws", [lambda: random.random(), lambda: np.random.random()], ids=["random", "numpy"])
+def test_what_python_draws_is_drawn_at_every_call(draws, mode):
+    random.seed(0)
+    np.random.seed(0)
+    x = torch.zeros(2, 6)
+    model = rvconvert.convert(Chance(draws), covariance=mode, seed=0).eval()
+    with torch.no_grad():
+        found = [float(model(x).sum()) for _ in range(60)]
+    values = {round(value, 3) for value in found}
+    assert len(values) == 2
+    assert 8 <= min(sum(round(value, 3) == each for value in found) for each in values) <= 30
+
+
+def test_a_recording_does_not_advance_the_random_numbers_of_python():
+    found = []
+    for converted in (False, True):
+        torch.manual_seed(0)
+        model = VAE()
+        random.seed(5)
+        np.random.seed(5)
+        if converted:
+            rvconvert.convert(model, example_inputs=torch.rand(3, 6))(torch.rand(3, 6))
+        found.append((random.random(), np.random.random()))
+    assert found[0] == found[1]
+
+
+class Meter:
+    def __init__(self):
+        self.total, self.count = 0.0, 0
+
+    def update(self, value):
+        self.total += value
+        self.count += 1
+
+
+class Notes(VAE):
+    def __init__(self, *, item):
+        super().__init__()
+        self.item, self.meter, self.losses, self.history, self.copied = item, Meter(), {}, [], []
+
+    def forward(self, x):
+        y = self.reconstruct(x)
+        loss = F.mse_loss(y, x)
+        value = loss.item() if self.item else loss.detach()
+        self.meter.update(value)
+        self.losses["reconstruction"] = loss
+        self.history.append(value)
+        self.copied = [*self.copied, value]
+        return y
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("item", [False, True])
+def test_what_a_method_notes_in_lists_dicts_and_meters_is_noted_at_every_call(item, mode):
+    x = torch.rand(5, 6)
+    model = rvconvert.convert(Notes(item=item), covariance=mode, example_inputs=x)
+    for _ in range(4):
+        y = model(x)
+    assert model.meter.count == len(model.history) == len(model.copied) == 4
+    assert float(model.history[-1]) == pytest.approx(float(F.mse_loss(y, x)), rel=1e-4)
+    assert float(model.losses["reconstruction"]) == pytest.approx(float(F.mse_loss(y, x)), rel=1e-4)
+    assert type(model.meter.total) is (float if item else torch.Tensor)
