@@ -428,3 +428,39 @@ def test_a_model_with_a_posterior_of_torch_distributions_converts(law, covarianc
     trained(x).square().mean().backward()
     assert trained.last_penalty > 0
     assert all(p.grad is not None and p.grad.isfinite().all() for p in trained.parameters())
+
+
+class OfConstantShape(nn.Module):
+    """Its draw is of a law whose shape is a number, placed and scaled by the encoder."""
+
+    def __init__(self, law):
+        super().__init__()
+        torch.manual_seed(0)
+        self.encoder, self.decoder, self.law = nn.Linear(6, 4), nn.Linear(2, 6), law
+
+    def forward(self, x):
+        mu, scale = self.encoder(x).chunk(2, 1)
+        return self.decoder(self.law(mu, torch.nn.functional.softplus(scale) + 0.3))
+
+
+@pytest.mark.parametrize("mode", ["independent", "sampled", "lowrank"])
+@pytest.mark.parametrize(
+    "law",
+    [
+        lambda mu, scale: torch.distributions.StudentT(8.0, mu, scale).rsample(),
+        lambda mu, scale: mu + scale * torch.distributions.Gamma(2.0, 1.0).rsample(mu.shape),
+    ],
+    ids=["Student t", "Gamma"],
+)
+def test_a_law_of_constant_shape_is_a_latent_that_is_not_drawn(law, mode):
+    x = torch.rand(4, 6)
+    plain = OfConstantShape(law).eval()
+    options = {"pairs": 512} if mode == "sampled" else {}
+    model = rvconvert.convert(plain, covariance=mode, output="distribution", attach=False, seed=0, **options).eval()
+    with torch.no_grad():
+        first, second = model(x), model(x)
+        draws = torch.stack([plain(x) for _ in range(4000)])
+    assert torch.equal(first.mean, second.mean)
+    assert torch.equal(first.var, second.var)
+    assert float(first.var.mean()) == pytest.approx(float(draws.var(0).mean()), rel=0.35)
+    assert ((first.mean - draws.mean(0)).abs() < 0.35 * draws.std(0)).all()

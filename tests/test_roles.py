@@ -298,3 +298,74 @@ def test_a_call_in_training_without_a_penalty_warns_once() -> None:
     with pytest.warns(UserWarning, match="attaches no variance penalty"):
         rv(torch.rand(4, 12))
     rv(torch.rand(4, 12))
+
+
+NORMALISED: dict[str, Callable[[Tensor], Tensor]] = {
+    "sum": lambda y: F.softplus(y) / F.softplus(y).sum(-1, keepdim=True),
+    "norm": lambda y: y / y.norm(dim=1, keepdim=True),
+    "centred": lambda y: y - y.mean(1, keepdim=True),
+    "scores": lambda y: (y - y.mean(1, keepdim=True)) / (y.std(1, keepdim=True) + 1e-2),
+    "softmax": lambda y: (y - y.max()).exp() / (y - y.max()).exp().sum(-1, keepdim=True),
+    "range": lambda y: (y - y.amin(1, keepdim=True)) / (y.amax(1, keepdim=True) - y.amin(1, keepdim=True)),
+}
+
+
+@pytest.mark.parametrize("inside", [False, True], ids=["returned", "with its loss inside"])
+@pytest.mark.parametrize("name", NORMALISED)
+def test_a_reconstruction_normalised_by_a_number_for_each_example_is_one(name: str, inside: bool) -> None:
+    def result(y: Tensor, x: Tensor, *rest: Any) -> Tensor:
+        y = NORMALISED[name](y)
+        return F.mse_loss(y, x) if inside else y
+
+    torch.manual_seed(0)
+    x = torch.rand(6, 12)
+    model = rvconvert.convert(VAE(result, False), covariance="sampled", pairs=512, seed=0).eval()
+    model(x)
+    plain = VAE(lambda y, *rest: NORMALISED[name](y), False).eval()
+    with torch.no_grad():
+        expected = 50 * torch.stack([plain(x) for _ in range(4000)]).var(0).square().mean()
+    assert float(model.last_penalty) == pytest.approx(float(expected), rel=0.15)
+    if not inside:
+        as_moments = rvconvert.convert(VAE(result, False), output="distribution", attach=False)
+        assert isinstance(as_moments(x), rvconvert.RandomVariable)
+
+
+class OfTwoHalves(VAE):
+    def __init__(self, result: Callable[..., Any]) -> None:
+        super().__init__(result, False)
+        self.decoder = nn.Linear(4, 24)
+
+
+HETEROSCEDASTIC: dict[str, Callable[..., Any]] = {
+    "function": lambda y, x, *rest: (F.gaussian_nll_loss(y[:, :12], x, F.softplus(y[:, 12:])), y[:, :12]),
+    "chunk": lambda y, x, *rest: (lambda m, v: (F.gaussian_nll_loss(m, x, F.softplus(v)), m))(*y.chunk(2, -1)),
+    "law": lambda y, x, *rest: (lambda m, v: (-Normal(m, F.softplus(v)).log_prob(x).mean(), m))(*y.chunk(2, -1)),
+    "split": lambda y, x, *rest: (lambda m, v: (m, F.gaussian_nll_loss(m, x, v.exp())))(*y.split(12, -1)),
+}
+
+
+@pytest.mark.parametrize("mode", ["independent", "calibrated", "sampled", "lowrank"])
+@pytest.mark.parametrize("name", HETEROSCEDASTIC)
+def test_a_decoder_of_means_and_variances_is_penalised_at_its_mean(name: str, mode: str) -> None:
+    x = torch.rand(6, 12)
+    found = []
+    for result in (HETEROSCEDASTIC[name], lambda y, *rest: y[:, :12]):
+        model = rvconvert.convert(OfTwoHalves(result), covariance=mode, seed=0, **({"pairs": 64} if mode == "sampled" else {}))
+        left = model(x)
+        sum(each.sum() for each in (left if isinstance(left, tuple) else (left,))).backward()
+        found.append(float(model.last_penalty))
+    assert found[0] == pytest.approx(found[1], rel=0.02)
+
+
+@pytest.mark.parametrize("name", HETEROSCEDASTIC)
+def test_such_a_decoder_that_gives_its_loss_alone_is_penalised_whole(name: str) -> None:
+    x = torch.rand(6, 12)
+
+    def loss(*given: Any) -> Tensor:
+        return next(each for each in HETEROSCEDASTIC[name](*given) if each.ndim == 0)
+
+    model = rvconvert.convert(OfTwoHalves(loss))
+    model(x).backward()
+    whole = rvconvert.convert(OfTwoHalves(lambda y, *rest: y))
+    whole(x)
+    assert float(model.last_penalty) == pytest.approx(float(whole.last_penalty), rel=1e-4)

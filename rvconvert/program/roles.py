@@ -80,6 +80,7 @@ def assign(recording: Recording, named: Iterable[str] = (), *, paths: bool = Fal
 # Errors, log-likelihoods and their like are no activation of a last layer: a reconstruction ends before them.
 _ERRORS = frozenset("pow square abs log log1p log2 log10 log_softmax logsigmoid neg".split())
 _PRODUCTS = frozenset("mul multiply addcmul lerp div true_divide divide".split())
+_DIFFERENCES = frozenset("sub subtract rsub".split())
 _DISTANCES = frozenset("cdist pairwise_distance cosine_similarity dist".split())
 _EXPONENTIALS = frozenset("exp expm1 softmax log_softmax logsumexp logaddexp".split())
 _EVEN = frozenset("pow square abs norm vector_norm huber_loss".split())
@@ -135,7 +136,9 @@ class _Graph:
     @staticmethod
     def _kind(node: fx.Node, *kinds: type) -> bool:
         rule: Rule | None = node.meta.get("rule")
-        return "part" in node.meta if rule is None else isinstance(rule.kind, kinds)
+        if rule is None:  # one of several results, or what a tensor is once an alias was written: elements in their places
+            return "part" in node.meta and Shape in kinds
+        return isinstance(rule.kind, kinds)
 
     @staticmethod
     def _name(node: fx.Node) -> str:
@@ -254,6 +257,10 @@ class _Graph:
             if not known and not any(self.decodes_between(source, n, random) for n in leaves):
                 chosen.append(source)
         at_mean = {(source, user) for source, user in edges if source in candidates}
+        for index, source in enumerate(chosen):
+            if "shape" not in source.meta:  # means and variances by chunk: what they are cut from is the reconstruction
+                chosen[index] = next(n for n in source.all_input_nodes if n in random)
+                at_mean.add((chosen[index], source))
         if not paths:
             at_mean |= self.importance_weights(inside & loss_like)
         drawn_from: list[fx.Node] = []
@@ -265,7 +272,7 @@ class _Graph:
                 at_mean |= {(n, node) for n in sources}
                 drawn_from += [n for n in sources if n in decoded and not ("draw" in node.meta and _asks_of(node, n))]
         chosen = chosen or list(dict.fromkeys(drawn_from))
-        related = [*leaving, *(source for source, _ in edges)]
+        related = [*leaving, *(source for source, _ in edges if "shape" in source.meta)]
         beside = [
             (value, main)
             for main in chosen
@@ -338,9 +345,15 @@ class _Graph:
                 found.add(node)
             elif self.decodes(node, random):
                 continue
-            elif (self.reduces(node, sources) and (_size(node) == 1 or _rank(node) <= 1)) or any(n in found for n in sources):
+            summary = self.reduces(node, sources) and (_size(node) == 1 or _rank(node) <= 1)
+            if summary or (any(n in found for n in sources) and not self.is_rescaled(node, found, decoded)):
                 found.add(node)
         return found
+
+    def is_rescaled(self, node: fx.Node, losses: set[fx.Node], decoded: set[fx.Node]) -> bool:
+        """What a decoder gives, divided or shifted by one number for each example: a sum, a norm, a maximum of itself."""
+        whole = [n for n in node.all_input_nodes if n in decoded and n not in losses and _size(n) == _size(node)]
+        return bool(whole) and all(_size(n) < _size(node) for n in node.all_input_nodes if n in losses)
 
     def scores(self, random: set[fx.Node], decoded: set[fx.Node]) -> frozenset[fx.Node]:
         """A loss function's values and errors, and numbers made of them."""
@@ -357,7 +370,7 @@ class _Graph:
             return False
         for source in node.all_input_nodes:
             operands = source.all_input_nodes
-            difference = source in decoded and self._name(source) in ("sub", "subtract", "rsub", "add")
+            difference = source in decoded and self._name(source) in _DIFFERENCES | {"add"}
             if difference and any(n in self.raw for n in operands) and any(n in random for n in operands):
                 return True
         return False
@@ -463,14 +476,36 @@ class _Graph:
         self, source: fx.Node, user: fx.Node, inside: set[fx.Node], random: set[fx.Node]
     ) -> list[tuple[fx.Node, fx.Node]]:
         """The edges behind the activations of the last layer, which belong to the reconstruction."""
-        while user in inside and user not in self.outputs and self.is_activation(user):
-            if len([n for n in source.users if n in random]) != 1:
-                break
-            following = [n for n in user.users if n in random]
-            if len(following) != 1:
-                return [(user, each) for each in following]
-            source, user = user, following[0]
-        return [(source, user)]
+        while True:
+            whole = self.rescaling(source, inside, random)
+            if whole is None:
+                if user not in inside or user in self.outputs or not self.is_activation(user):
+                    return [(source, user)]
+                if len([n for n in source.users if n in random]) != 1:
+                    return [(source, user)]
+                whole = user
+            following = [n for n in whole.users if n in random]
+            if len(following) != 1 and self.rescaling(whole, inside, random) is None:
+                return [(whole, each) for each in following]
+            source, user = whole, following[0]
+
+    def rescaling(self, source: fx.Node, inside: set[fx.Node], random: set[fx.Node]) -> fx.Node | None:
+        """The end of a normalisation written out, ``y / y.sum(1, keepdim=True)``: all that is made of ``source`` meets there."""
+        users = {n for n in source.users if n in random}
+        ends = _PRODUCTS | _DIFFERENCES
+        if len(users) < 2:
+            return None
+        for node in self.nodes:
+            if node not in inside or node in self.outputs or self._name(node) not in ends or _size(node) != _size(source):
+                continue
+            way = set(self.between(source, node))
+            made_of = {n for each in way for n in each.all_input_nodes} - way - {source}
+            gone_on = {user for each in way - {node} for user in each.users if user in random}
+            logarithms = any(self._name(n) in _ERRORS - _EVEN for n in way)
+            summary = any("shape" in n.meta and _size(n) < _size(source) for n in way)
+            if summary and not logarithms and users | gone_on <= way and not made_of & self.conditioned:
+                return node
+        return None
 
     def is_activation(self, node: fx.Node) -> bool:
         """A function of one value and constants that ends a decoder."""
