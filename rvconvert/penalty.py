@@ -50,7 +50,8 @@ class _Attach(torch.autograd.Function):
     def forward(ctx: Any, var: torch.Tensor, factor: float, kind: str, joined: _Joined | None, *means: torch.Tensor) -> Any:
         ctx.save_for_backward(var)
         ctx.factor, ctx.kind, ctx.joined = factor, kind, joined
-        return tuple(mean.view_as(mean) for mean in means)
+        # Not a view, which a caller could not write to in place; in plain order, as a caller's view() asks for.
+        return tuple(mean.clone(memory_format=torch.contiguous_format) for mean in means)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[Any, ...]:

@@ -41,7 +41,7 @@ def test_a_linear_network_is_exact(moments):
         y = network(latent(mean, std, rank))
         assert torch.allclose(y.mean, network(mean))
         assert torch.allclose(y.factors, torch.einsum("ok,bk->kbo", jacobian, std))
-        assert y.remainder.abs().max() < 1e-20
+        assert y.unexplained.abs().max() < 1e-20
         assert torch.allclose(y.var, torch.einsum("ok,bk->bo", jacobian.square(), std.square()))
 
 
@@ -59,8 +59,8 @@ def test_means_of_cubics_are_exact_and_rows_and_remainder_make_the_variance(mome
         with_first = std.square() @ (weight[:1] * weight).T
         expected = total**3 + 3 * total * v - 2 * (total**2 + v) + total[:, :1] * total + with_first
         assert torch.allclose(y.mean, expected)
-        assert torch.allclose(y.factors.square().sum(0) + y.remainder, y.var)
-        assert (y.remainder > 0).all() and y.factors.shape == (LATENT, 3, 4)
+        assert torch.allclose(y.factors.square().sum(0) + y.unexplained, y.var)
+        assert (y.unexplained > 0).all() and y.factors.shape == (LATENT, 3, 4)
 
 
 def test_whole_frames_have_unit_second_moments_and_the_radii_of_the_normal_law():
@@ -125,7 +125,7 @@ def test_coherent_samples_have_the_covariance_of_the_rows(moments):
     assert torch.allclose(draws.mean(0), y.mean, atol=0.01)
     for i in range(3):
         rows = y.factors[:, i]
-        expected = rows.T @ rows + torch.diag(y.remainder[i])
+        expected = rows.T @ rows + torch.diag(y.unexplained[i])
         assert torch.allclose(torch.cov(draws[:, i].T), expected, atol=0.02)
 
 
@@ -325,3 +325,19 @@ def test_rows_that_do_not_meet_keep_common_nodes():
     )
     for net in nets:
         assert net(z)._nodes is not None
+
+
+def test_tensors_own_remainder_is_not_hidden():
+    class Folded(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.encoder, self.decoder = nn.Linear(6, 4), nn.Linear(2, 6)
+
+        def forward(self, x):
+            mu, logvar = self.encoder(x).chunk(2, 1)
+            return torch.cos(self.decoder(mu + torch.randn_like(mu) * (0.5 * logvar).exp()) % 6.28)
+
+    x = torch.rand(4, 6)
+    model = rvconvert.convert(Folded(), covariance="lowrank")
+    model(x).sum().backward()
+    assert float(model.last_penalty) > 0

@@ -102,7 +102,7 @@ class LowRankVariable(SampledVariable):
         return torch.einsum("nk,n...->k...", nodes, odd) / len(odd)
 
     @property
-    def remainder(self) -> Tensor:
+    def unexplained(self) -> Tensor:
         """Variance that the rows do not explain: of the pairs' centres, and what is odd but not linear in the noise."""
         centres, odd = self._halves()
         nodes, rest = self._nodes, _variance(centres)
@@ -113,7 +113,7 @@ class LowRankVariable(SampledVariable):
     def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
         """(n, *shape) draws: Gaussian, with the covariance that the rows carry; the first dimension is the batch."""
         shape, device, dtype = self.shape, self.device, self.dtype
-        out = self.mean + self.remainder.sqrt() * torch.randn(n, *shape, device=device, dtype=dtype, generator=generator)
+        out = self.mean + self.unexplained.sqrt() * torch.randn(n, *shape, device=device, dtype=dtype, generator=generator)
         each = (shape[0], *(1,) * (len(shape) - 1)) if shape else ()
         for row in self.factors:
             out = out + row * torch.randn(n, *each, device=device, dtype=dtype, generator=generator)

@@ -104,7 +104,6 @@ add_rule("block_diag", Composite(_block_diag), Exactness.EXACT, keeps_latent=Tru
 for _name, _names, _data in (
     ("pad", ("input", "pad", "mode", "value"), ("input", "value")),
     ("constant_pad_nd", ("input", "pad", "value"), ("input", "value")),
-    ("masked_fill", ("input", "mask", "value"), ("input", "value")),
     ("scatter_add", ("input", "dim", "index", "src"), ("input", "src")),
     ("masked_scatter", ("input", "mask", "source"), ("input", "source")),
     ("index_fill", ("input", "dim", "index", "value"), ("input", "value")),
@@ -113,6 +112,15 @@ for _name, _names, _data in (
     ("index_put", ("input", "indices", "values"), ("input", "values")),
 ):
     add_rule(_name, Shape(_names, _data), Exactness.EXACT)
+
+
+def _masked_fill(input: Any, mask: Any, value: Any) -> Any:
+    if isinstance(mask, RandomVariable):
+        return torch.where(mask, torch.as_tensor(value, dtype=input.dtype, device=input.device), input)  # type: ignore[call-overload]
+    return Shape(("input", "mask", "value"), ("input", "value"))(torch.masked_fill, (input, mask, value), {})
+
+
+add_rule("masked_fill", Composite(_masked_fill), Exactness.EXACT, "a mask that is random is independent of what it fills")
 
 
 def _scatter(input: Any, dim: int, index: Any, src: Any = None, *, value: Any = None, reduce: Any = None) -> Any:

@@ -312,10 +312,12 @@ def _lowrank(program: Program, outcome: Outcome) -> None:
         outputs = dict(zip(program.outputs, model(RandomVariable(mean, var)), strict=True))
         for name, x in outputs.items():
             _expect(isinstance(x, LowRankVariable), f"lowrank: {name} left as {type(x).__name__}")
-            for what, part in (("mean", x.mean), ("factors", x.factors), ("remainder", x.remainder)):
+            for what, part in (("mean", x.mean), ("factors", x.factors), ("unexplained", x.unexplained)):
                 _expect(bool(part.isfinite().all()), f"lowrank: {what} of {name} is not finite")
-            _expect(bool((x.remainder >= 0).all()), f"lowrank: {name} has a negative remainder, {float(x.remainder.min()):.3g}")
-            total = x.factors.double().square().sum(0) + x.remainder.double()
+            _expect(
+                bool((x.unexplained >= 0).all()), f"lowrank: {name} has a negative remainder, {float(x.unexplained.min()):.3g}"
+            )
+            total = x.factors.double().square().sum(0) + x.unexplained.double()
             _same(x.var, total, torch.finfo(program.dtype).eps, f"lowrank: variance of {name} against its rows and remainder")
     if program.dtype == torch.float64 or not any("float" in step.line for step in program.steps):  # else its casts stay narrow
         _delta_method(program, outcome)
