@@ -64,7 +64,7 @@ def _relu_kernel(mean, var, table):
     if table is None:
         return _closed(mean, var)[1:]
     inverse = torch.rsqrt(var + 1e-37)
-    x = torch.rsub(mean * inverse, _CELLS // 2, alpha=-_PER_CELL).clamp_(0, _CELLS - 1e-3)
+    x = torch.rsub(mean * inverse, _CELLS // 2, alpha=-_PER_CELL).clamp_(0.0, _CELLS - 1e-3)
     logarithms, rises = read(table, numbers(x, _CELLS), 0, 4).unflatten(0, (2, 2))
     small, ratio = torch.addcmul(logarithms, rises, x.frac()).exp2_()
     return torch.addcmul(mean.clamp(min=0.0), var * inverse, small), var * ratio
