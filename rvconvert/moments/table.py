@@ -133,16 +133,12 @@ class Curve:
 
     def __init__(self, function: Function) -> None:
         self.function = function
+        self.number = len(CURVES)  # by which a compiled graph knows it
+        CURVES.append(self)
 
     def fill(self) -> Tensor:
         """(n, cells) coefficients, in float64 on the processor."""
         raise NotImplementedError
-
-    @functools.cached_property
-    def number(self) -> int:
-        """Its place in CURVES, by which a compiled graph knows it."""
-        CURVES.append(self)
-        return CURVES.index(self)
 
     @property
     def table(self) -> Tensor:
