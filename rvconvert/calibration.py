@@ -137,7 +137,7 @@ def calibrate(rv_model: nn.Module, data: Any, *, pairs: int = 32, images: int = 
                     break
         if not seen:
             raise ConversionError("calibrate: the data is empty")
-        gains.evaluation = {**before, **_for_everywhere(gains.fresh)}
+        gains.evaluation = {**before, **gains.fresh}
         gains.stale = False
     finally:
         for module, mode in modes.items():
@@ -242,7 +242,7 @@ def renew(conversion: Conversion, name: str, model: nn.Module, args: tuple[Any, 
         if gains.stale or missing:
             gains.start(mode)
             measure(conversion, name, model, args, kwargs, EVALUATION_PAIRS, 0)
-            gains.evaluation = {**gains.evaluation, **_for_everywhere(gains.fresh)}
+            gains.evaluation = {**gains.evaluation, **gains.fresh}
             gains.stale = False
     elif torch.is_grad_enabled():
         due = gains.steps % every == 0
@@ -254,12 +254,6 @@ def renew(conversion: Conversion, name: str, model: nn.Module, args: tuple[Any, 
             fresh = _shared(gains.fresh)
             old = gains.training
             gains.training = {**old, **{k: old[k].towards(g, _SMOOTHING) if k in old else g for k, g in fresh.items()}}
-
-
-def _for_everywhere(fresh: dict[str, Gain]) -> dict[str, Gain]:
-    """The gains as tensors that autograd may save, measured in inference mode or not."""
-    with torch.inference_mode(False):
-        return {key: Gain(g.offset.clone(), None if g.slopes is None else g.slopes.clone(), g.limits) for key, g in fresh.items()}
 
 
 def _shared(fresh: dict[str, Gain]) -> dict[str, Gain]:

@@ -76,7 +76,7 @@ def reconstruction(records: list[results.Record]) -> list[list[str]]:
 
 
 def equal_cost(records: list[results.Record]) -> list[list[str]]:
-    """Plain networks trained for as long as the paper says RV takes: the RV network's mean over their error, both ways."""
+    """Plain networks trained for as long as the paper says RV takes: their error over the RV mean's, both ways."""
     ways: dict[str, list[float]] = {"mse_mean": [], "mse_sample": []}
     for group in results.grouped(records, ["cell", "seed", *results.GROUP]).values():
         by = {record["variant"]: record for record in group}

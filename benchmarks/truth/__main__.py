@@ -10,7 +10,6 @@ plain VAE's own objective on test images, its negative evidence bound: squared e
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import time
 from pathlib import Path
@@ -21,7 +20,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import rvconvert
-from benchmarks.truth.model import ConvVAE, Results, kl_divergence, load_images, squared_error, train
+from benchmarks.truth.model import (
+    ConvVAE,
+    Results,
+    argument_parser,
+    kl_divergence,
+    load_images,
+    made,
+    settings,
+    squared_error,
+    train,
+)
 from rvconvert import RandomVariable
 
 MODES: dict[str, dict[str, Any]] = {
@@ -218,11 +227,7 @@ def _mean(rows: list[dict[str, Any]], key: str) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, help="npz with uint8 x_train and x_test; default scikit-learn's digits")
-    parser.add_argument("--out", type=Path, default=Path("truth-results"))
-    parser.add_argument("--images", type=int, default=12_000)
-    parser.add_argument("--epochs", type=int, default=5)
+    parser = argument_parser(__doc__, images=12_000)
     parser.add_argument("--latent", type=int, default=8)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--modes", nargs="+", choices=list(MODES), default=list(MODES))
@@ -231,18 +236,13 @@ def main() -> None:
 
     training, test = load_images(args.data, args.images)
     test = test[: args.test_images]
-    data = args.data.name if args.data else "digits"
-    settings = {"data": data, "images": len(training), "epochs": args.epochs, "latent": args.latent}
-    results = Results(args.out / "truth.json", settings)
+    results = Results(args.out / "truth.json", settings(args, training) | {"latent": args.latent})
     for seed in range(args.seeds):
         for mode in args.modes:
             for weight in KL_WEIGHTS:
                 if results.has(mode=mode, kl_weight=weight, seed=seed):
                     continue
-                torch.manual_seed(seed)
-                model: nn.Module = ConvVAE(args.latent)
-                if MODES[mode]:
-                    model = rvconvert.convert(model, **MODES[mode])
+                model = made(MODES[mode], latent=args.latent, seed=seed)
                 start = time.perf_counter()
                 epochs = args.epochs * TIMES_THE_EPOCHS.get(mode, 1)
                 train(model, training, squared_error(weight), epochs=epochs, seed=seed)

@@ -10,16 +10,13 @@ Markdown (also `calibration.md`).
 
 from __future__ import annotations
 
-import argparse
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-import rvconvert
 from benchmarks.truth.__main__ import Decoder, as_plain, calibrated, monte_carlo
-from benchmarks.truth.model import ConvVAE, Results, load_images, squared_error, train
+from benchmarks.truth.model import Results, argument_parser, load_images, made, settings, squared_error, train
 
 MODES: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -65,24 +62,16 @@ def markdown(runs: list[dict[str, Any]]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, help="npz with uint8 x_train and x_test; default scikit-learn's digits")
-    parser.add_argument("--out", type=Path, default=Path("truth-results"))
-    parser.add_argument("--images", type=int, default=6_000)
-    parser.add_argument("--epochs", type=int, default=5)
+    parser = argument_parser(__doc__)
     parser.add_argument("--test-images", type=int, default=64)
     args = parser.parse_args()
     training, test = load_images(args.data, args.images)
-    settings = {"data": args.data.name if args.data else "digits", "images": len(training), "epochs": args.epochs}
-    results = Results(args.out / "calibration.json", settings)
+    results = Results(args.out / "calibration.json", settings(args, training))
     for mode, options in MODES.items():
         for latent in LATENTS:
             if results.has(mode=mode, latent=latent):
                 continue
-            torch.manual_seed(0)
-            model: nn.Module = ConvVAE(latent)
-            if options:
-                model = rvconvert.convert(model, **options)
+            model = made(options, latent=latent, seed=0)
             train(model, training, squared_error(KL_WEIGHT), epochs=args.epochs, seed=0)
             results.add({"mode": mode, "latent": latent, **compared(model, test[: args.test_images], training)})
             print(results.runs[-1], flush=True)

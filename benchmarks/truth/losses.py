@@ -10,10 +10,8 @@ test images in nats at the best shared deviation (Rybkin et al. 2021): D/2 log(m
 
 from __future__ import annotations
 
-import argparse
 import math
 import statistics
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,7 +19,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import rvconvert
-from benchmarks.truth.model import ConvVAE, Loss, Results, kl_divergence, load_images, squared_error, train
+from benchmarks.truth.model import (
+    Loss,
+    Results,
+    argument_parser,
+    kl_divergence,
+    load_images,
+    made,
+    settings,
+    squared_error,
+    train,
+)
 
 KL_WEIGHTS = (5e-5, 2e-4, 5e-4, 1e-3, 5e-3)
 
@@ -71,25 +79,17 @@ def markdown(runs: list[dict[str, Any]]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, help="npz with uint8 x_train and x_test; default scikit-learn's digits")
-    parser.add_argument("--out", type=Path, default=Path("truth-results"))
-    parser.add_argument("--images", type=int, default=6_000)
-    parser.add_argument("--epochs", type=int, default=5)
+    parser = argument_parser(__doc__)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--test-images", type=int, default=1000)
     args = parser.parse_args()
     training, test = load_images(args.data, args.images)
-    settings = {"data": args.data.name if args.data else "digits", "images": len(training), "epochs": args.epochs}
-    results = Results(args.out / "losses.json", settings)
+    results = Results(args.out / "losses.json", settings(args, training))
     for seed in range(args.seeds):
         for name, (options, loss_of, times) in trainings().items():
             if results.has(name=name, seed=seed):
                 continue
-            torch.manual_seed(seed)
-            model: nn.Module = ConvVAE()
-            if options:
-                model = rvconvert.convert(model, **options)
+            model = made(options, seed=seed)
             train(model, training, loss_of, epochs=times * args.epochs, seed=seed)
             results.add({"name": name, "seed": seed, **evaluate(model, test[: args.test_images])})
             print(results.runs[-1], flush=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +12,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+import rvconvert
 
 Loss = Callable[[Any, Tensor, Tensor], Tensor]  # of the model's output, the images and the KL divergence
 
@@ -67,6 +70,28 @@ def load_images(path: Path | None, count: int) -> tuple[Tensor, Tensor]:
         images = F.interpolate(images, size=32, mode="bilinear", antialias=True)
         parts = [images[:1500], images[1500:]]
     return parts[0][:count], parts[1][:2000]
+
+
+def argument_parser(description: str | None, images: int = 6_000) -> argparse.ArgumentParser:
+    """What the commands of this folder have in common."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, help="npz with uint8 x_train and x_test; default scikit-learn's digits")
+    parser.add_argument("--out", type=Path, default=Path("truth-results"))
+    parser.add_argument("--images", type=int, default=images)
+    parser.add_argument("--epochs", type=int, default=5)
+    return parser
+
+
+def settings(args: argparse.Namespace, training: Tensor) -> dict[str, Any]:
+    """What all runs in a file of results have in common."""
+    return {"data": args.data.name if args.data else "digits", "images": len(training), "epochs": args.epochs}
+
+
+def made(options: dict[str, Any], *, latent: int = 8, seed: int) -> nn.Module:
+    """The VAE of a seed, converted if there are options."""
+    torch.manual_seed(seed)
+    model = ConvVAE(latent)
+    return rvconvert.convert(model, **options) if options else model
 
 
 def squared_error(kl_weight: float) -> Loss:

@@ -752,7 +752,7 @@ def unchanged(root: nn.Module) -> Iterator[None]:
     modules = [m for m in root.modules() if not isinstance(m, torch.jit.ScriptModule)]
     attributes = {module: dict(vars(module)) for module in modules}
     containers = {m: {k: copy.copy(v) for k, v in held.items() if _is_record(k, v)} for m, held in attributes.items()}
-    objects = [(v, dict(vars(v))) for held in attributes.values() for k, v in held.items() if _is_object(k, v)]
+    objects = _objects(attributes)
     tables = {m: (dict(m._buffers), dict(m._parameters)) for m in modules}
     values = {b: b.detach().clone() for b in root.buffers() if not b.is_meta}
     data = {p: (p.data, p.data._version) for p in root.parameters()}
@@ -773,7 +773,7 @@ def unchanged(root: nn.Module) -> Iterator[None]:
         for parameter, (before, _) in data.items():
             if parameter.data.data_ptr() != before.data_ptr():
                 parameter.data = before
-        for value, fields in objects:
+        for _, _, value, fields in objects:
             vars(value).clear()
             vars(value).update(fields)
         for module, held in attributes.items():
@@ -790,10 +790,15 @@ def unchanged(root: nn.Module) -> Iterator[None]:
                 table.update(entries)
 
 
-def _is_object(name: str, value: Any) -> bool:
-    """A meter, a counter, a configuration: an object of Python with fields that a model may change."""
-    own = isinstance(getattr(value, "__dict__", None), dict) and not name.startswith("_")
-    return own and not (isinstance(value, (torch.Tensor, nn.Module, type)) or callable(value))
+def _objects(attributes: dict[nn.Module, dict[str, Any]]) -> list[tuple[nn.Module, str, Any, dict[str, Any]]]:
+    """Of modules' attributes the meters, counters, configurations: (module, name, object, its fields as they are now)."""
+    return [
+        (module, name, value, dict(vars(value)))
+        for module, held in attributes.items()
+        for name, value in held.items()
+        if isinstance(getattr(value, "__dict__", None), dict) and not name.startswith("_")
+        if not (isinstance(value, (torch.Tensor, nn.Module, type)) or callable(value))
+    ]
 
 
 def _is_record(name: str, value: Any) -> bool:
@@ -873,7 +878,7 @@ class _Kept:
             if _is_record(k, v)
         }
 
-        self.objects = [(m, k, v, dict(vars(v))) for m, held in self.held.items() for k, v in held.items() if _is_object(k, v)]
+        self.objects = _objects(self.held)
 
     def changes(self, recorder: _Recorder) -> list[Any]:
         """Note what was set on each module; returns the tensors in it.

@@ -134,6 +134,7 @@ class Measurement:
     def _add(self, name: str, value: Tensor) -> None:
         self.sums[name] = self.sums[name] + value if name in self.sums else value
 
+    @torch.inference_mode(False)  # a gain measured in inference mode serves training too
     @torch.no_grad()
     def gain_with(self, x: RandomVariable, true: Tensor, level: Tensor | None, *, slopes: bool) -> Gain:
         """The gain after this batch too."""
