@@ -213,6 +213,18 @@ def test_gradients_in_single_precision_where_the_variance_cancels():
             assert ((single - double).abs() / size).max() <= 2e-2, case.name
 
 
+@named("case", DIFFERENTIABLE, ids=lambda case: case.name)
+def test_gradients_in_single_precision_are_those_in_double_precision(case):
+    mean, deviation = (x.ravel() for x in torch.meshgrid(torch.linspace(-6, 6, 61), torch.logspace(-2, 0.48, 25), indexing="ij"))
+    grads = []
+    for dtype in (torch.float32, torch.float64):
+        m, v = mean.to(dtype).requires_grad_(), deviation.to(dtype).square().requires_grad_()
+        moments = case.moments(m, v, *case.arguments)
+        grads.append([g.double() for x in moments for g in torch.autograd.grad(x.sum(), (m, v), retain_graph=True)])
+    for name, single, double in zip(("dE/dm", "dE/dv", "dVar/dm", "dVar/dv"), *grads, strict=True):
+        assert (single - double).abs().max() <= 2e-3 * double.abs().max(), name
+
+
 def test_clamp_bounds_get_their_gradient():
     torch.manual_seed(0)
     mean = torch.randn(8, dtype=torch.float64, requires_grad=True)

@@ -20,8 +20,19 @@ import numpy as np
 import torch
 
 from rvconvert.moments.normal import step
-from rvconvert.moments.quadrature import flushed
-from rvconvert.moments.table import DENSER, Cell, Curve, Function, Grid, coefficients, integrals, tabulated
+from rvconvert.moments.table import (
+    DENSER,
+    Cell,
+    Curve,
+    Function,
+    Grid,
+    Partials,
+    bilinear,
+    coefficients,
+    integrals,
+    partial_derivatives,
+    tabulated,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -65,7 +76,7 @@ class Kinked(Curve):
         super().__init__(function)
         self.shape, self.middle = shape, middle
 
-    def fill(self) -> Tensor:
+    def fill(self) -> tuple[Tensor, ...]:
         """Some 66,000 quadratures in float64, then interpolation onto the cells."""
         shape = self.shape
         q = _GRID.q(np.linspace(0, _GRID.in_q, 2 * _GRID.in_q + 1)[:, None]).clip(1e-5, 1 - 1e-5)
@@ -76,8 +87,15 @@ class Kinked(Curve):
         expected, gain, rest = (each.numpy().reshape(mean.shape) for each in found)
         scale = (q**2 if shape.smooth else 1.0) * ((1 - q) ** 2 if shape.level else 1.0)
         values = [expected / root, gain, np.log2(rest / scale + 1e-300)]
-        for value in values:  # the first row lies a little beside q = 0, where there is nothing to integrate
-            value[0] -= (value[1] - value[0]) * q[0] / (q[1] - q[0])
+        at = q[:, 0]
+        partials = partial_derivatives(_GRID, at, gain, rest + gain**2, np.full_like(at, 0.5), at * (1 - at) / 2)
+        partials = partials[: 5 if shape.fold == "even" else 4]
+        for value in (*values, *partials):  # the first row lies a little beside q = 0, where there is nothing to integrate
+            value[0] -= (value[1] - value[0]) * (at[0] / (at[1] - at[0]))
+        if shape.beyond != "exponential":
+            partials[..., 0] = 0.0
+        if shape.beyond != "parabola":
+            partials[..., -1] = np.array([shape.right, 0.0, 0.0, shape.right**2, 0.0])[: len(partials), None]
         middles = (np.arange(_GRID.in_p) + 0.5) / _GRID.per_cell - _GRID.end
         made = []
         for k, (a, b, cells) in enumerate(coefficients(_GRID, _in_q(), *values)):
@@ -90,7 +108,7 @@ class Kinked(Curve):
                 if shape.beyond != "parabola":
                     cells[:, -1] = 0.0 if a or b else shape.right
             made.append(cells)
-        return torch.from_numpy(np.stack(made).reshape(len(made), -1))
+        return torch.from_numpy(np.stack(made).reshape(len(made), -1)), torch.from_numpy(partials)[None]
 
 
 @functools.cache
@@ -109,42 +127,32 @@ def _in_q() -> list[np.ndarray]:
 class _Place(NamedTuple):
     """Where (m, v) lies, seen from the kink."""
 
-    cell: Tensor
-    d: Tensor
-    e: Tensor
     t: Tensor  # from the (nearest) kink
-    by_mean: Tensor
-    inverse: Tensor
-    q: Tensor
-    rest: Tensor  # 1 - q
-    denser: Tensor  # 1 / (1 + DENSER q)
-    tangent: Tensor  # slope of f₀
+    inverse: Tensor  # 1/s
+    p: Tensor
+    wide: Tensor  # c/s
+    along: Tensor  # 1/(1 + DENSER + c/s), q in cells over RISE
     beyond: Tensor | None  # 1 beyond the table, else 0
     far: Tensor | None  # 1 on the far side of the fold, else 0
 
 
 def _place(mean: Tensor, var: Tensor, ends: tuple[float, float], shape: Shape) -> _Place:
     far = None
-    t = mean - ends[0]
+    t = mean - ends[0] if ends[0] else mean
     if shape.fold:
         other = ends[1] - mean
         far = step(t - other)
         t = torch.minimum(t, other)
     inverse = torch.rsqrt(var + _LEAST)
-    by_mean = inverse * _GRID.per_cell
-    x = (t + 8.5 * math.sqrt(_LEAST)) * by_mean
-    q = 1 / (1 + inverse * shape.width)  # s/(s + c)
-    denser = 1 / torch.add(torch.ones_like(q), q, alpha=DENSER)
-    i, cell, d, e = _GRID.locate(x, q * denser * _GRID.rise)
-    tangent = step(i + 0.5).mul_(shape.right - shape.left).add_(shape.left)
-    beyond = None if shape.beyond is None else step((x if shape.beyond == "parabola" else -x) - _GRID.in_p // 2)
-    if beyond is not None:
-        d.clamp_(-1, 1)  # what another formula takes the place of stays finite
-    return _Place(cell, d, e, t, by_mean, inverse, q, 1 - q, denser, tangent, beyond, far)
+    p = (t + 8.5 * math.sqrt(_LEAST)) * inverse
+    wide = inverse * shape.width
+    along = (wide + (1 + DENSER)).reciprocal_()
+    beyond = None if shape.beyond is None else step((p if shape.beyond == "parabola" else -p) - _GRID.end)
+    return _Place(t, inverse, p, wide, along, beyond, far)
 
 
 class _Closed(NamedTuple):
-    """Beyond the table: E[f], E[f'], E[f''], Var/v, and the derivatives of the variance by m and by v."""
+    """Beyond the table: E[f], E[f'], E[f''], Var/v, its derivative by m, and that of the variance by v."""
 
     out: Tensor
     gain: Tensor
@@ -163,7 +171,7 @@ def _closed(at: _Place, var: Tensor, shape: Shape) -> _Closed:
             gain,
             torch.full_like(gain, 1 / 3),
             torch.add(gain2, var, alpha=1 / 18),
-            gain * var * (2 / 3),
+            gain * (2 / 3),
             torch.add(gain2, var, alpha=1 / 9),
         )
     # Where the mask is 1, v < t²/64; elsewhere numbers need be finite only.
@@ -172,31 +180,33 @@ def _closed(at: _Place, var: Tensor, shape: Shape) -> _Closed:
     gain = torch.exp(torch.add(t, v, alpha=0.5)) * shape.left
     gain2 = gain * gain
     inner = torch.expm1(v)
-    return _Closed(
-        gain - shape.left,
-        gain,
-        gain,
-        gain2 * (inner / v.clamp(min=_LEAST)).clamp(min=1.0),
-        gain2 * inner * 2,
-        torch.addcmul(gain2, gain2, inner, value=2),
-    )
-
-
-def _spread(here: Cell, at: _Place, shape: Shape) -> Tensor:
-    spread = here.power()
-    if shape.smooth:
-        spread = spread * at.q * at.q
-    return spread * at.rest * at.rest if shape.level else spread
+    ratio = gain2 * (inner / v.clamp(min=_LEAST)).clamp(min=1.0)
+    return _Closed(gain - shape.left, gain, gain, ratio, 2 * ratio, torch.addcmul(gain2, gain2, inner, value=2))
 
 
 def _kernel(mean: Tensor, var: Tensor, table: Tensor, ends: tuple[float, float], shape: Shape) -> tuple[Tensor, Tensor]:
     at = _place(mean, var, ends, shape)
-    here, out = Cell.with_mean(table, at.cell, at.d, at.e)
+    x = at.p * _GRID.per_cell
+    cell, d, e = _GRID.locate(x, at.along * _GRID.rise)
+    tangent: float | Tensor = shape.right  # the slope of f₀
+    if shape.left != shape.right:
+        tangent = step(x).mul_(shape.right - shape.left).add_(shape.left)
+    if at.beyond is not None:
+        d.clamp_(-1, 1)  # what another formula takes the place of stays finite
+    here, out = Cell.with_mean(table, cell, d, e)
     gain = here.gain()
-    out = torch.addcmul(out, at.d, here.along(at.tangent), value=1 / _GRID.per_cell) / at.inverse
-    ratio = torch.addcmul(_spread(here, at, shape), gain, gain)
+    out = torch.addcmul(out, d, here.along(tangent), value=1 / _GRID.per_cell) / at.inverse
+    spread = here.power()
+    if shape.smooth or shape.level:
+        q = (at.wide + 1).reciprocal_()  # s/(s + c)
+        if shape.smooth:
+            spread = spread * q * q
+        if shape.level:
+            q = q * at.wide  # 1 - q
+            spread = spread * q * q
+    ratio = torch.addcmul(spread, gain, gain)
     if shape.fold != "odd":
-        out = torch.addcmul(out, at.tangent, at.t)
+        out = out + tangent * at.t
     if at.beyond is not None:
         closed = _closed(at, var, shape)
         pairs = ((out, closed.out), (gain, closed.gain), (ratio, closed.ratio))
@@ -211,51 +221,25 @@ def _kernel(mean: Tensor, var: Tensor, table: Tensor, ends: tuple[float, float],
 
 
 def _backward(
-    mean: Tensor, var: Tensor, grad_mean: Tensor, grad_var: Tensor, table: Tensor, ends: tuple[float, float], shape: Shape
+    mean: Tensor, var: Tensor, grad_mean: Tensor, grad_var: Tensor, partials: Tensor, ends: tuple[float, float], shape: Shape
 ) -> tuple[Tensor, Tensor]:
     at = _place(mean, var, ends, shape)
-    by_mean = at.by_mean
-    here = Cell.of(table, at.cell, at.d, at.e)
-    gain = here.gain()
-    curvature = here.curvature() * by_mean  # E[f'']
-    third = here.third() * (var * by_mean * by_mean)  # v E[f''']/2 = v dg/dv (Stein)
-    rest = _spread(here, at, shape)
-    log_by_mean = here.logarithm_by_d() * by_mean
-    # v dp/dv = -p/2; v dq/dv = q (1 - q)/2; dy/dq = (1 + DENSER) CELLS/(1 + DENSER q)². Twice v times the logarithm by v:
-    grows = torch.addcmul(
-        log_by_mean * -at.t, here.logarithm_by_e() * at.q, at.rest * at.denser * at.denser, value=_GRID.rise
-    ).mul_(math.log(2))
-    if shape.smooth:
-        grows = torch.add(grows, at.rest, alpha=2)
-    if shape.level:
-        grows = torch.sub(grows, at.q, alpha=2)
-    var_by_mean = var * torch.addcmul(2 * gain * curvature, rest, log_by_mean, value=math.log(2))
-    var_by_var = torch.addcmul(torch.addcmul(rest, gain, gain), gain, third, value=2)
-    var_by_var = torch.addcmul(var_by_var, rest, grows, value=0.5)
+    gain, curvature, by_mean, by_var, *gain_by_var = bilinear(partials, at.p * (1 / _GRID.end), (at.along * (2 * (1 + DENSER))).sub_(1))
+    curvature, by_mean = curvature * at.inverse, by_mean * at.inverse
     if at.beyond is not None:
         closed = _closed(at, var, shape)
-        gain, curvature, var_by_mean, var_by_var = (
-            torch.lerp(*each, at.beyond)
-            for each in (
-                (gain, closed.gain),
-                (curvature, closed.curvature),
-                (var_by_mean, closed.by_mean),
-                (var_by_var, closed.by_var),
-            )
-        )
+        pairs = ((gain, closed.gain), (curvature, closed.curvature), (by_mean, closed.by_mean), (by_var, closed.by_var))
+        gain, curvature, by_mean, by_var = (torch.lerp(*each, at.beyond) for each in pairs)
     if at.far is not None:
         sign = torch.rsub(at.far, 1, alpha=2)
         if shape.fold == "odd":
-            curvature, var_by_mean = curvature * sign, var_by_mean * sign
-        else:  # the variance is v (1 - 2g) more
+            curvature, by_mean = curvature * sign, by_mean * sign
+        else:  # Var/v is 1 - 2g more, g becomes 1 - g
             rest = torch.rsub(gain, 1, alpha=2)
-            var_by_mean = torch.addcmul(var_by_mean * sign, at.far * var, curvature, value=2)
-            var_by_var = torch.addcmul(var_by_var, at.far, rest - third)
+            by_mean = torch.addcmul(by_mean * sign, at.far, curvature, value=2)
+            by_var = torch.addcmul(by_var, at.far, torch.sub(rest, gain_by_var[0], alpha=2))
             gain = torch.addcmul(gain, at.far, rest)
-    return (
-        flushed(torch.addcmul(grad_mean * gain, grad_var, var_by_mean)),
-        flushed(torch.addcmul(grad_var * var_by_var, grad_mean, curvature, value=0.5)),
-    )
+    return Partials(gain, curvature, by_mean, by_var).gradients(var, grad_mean, grad_var)
 
 
 def kinked_moments(

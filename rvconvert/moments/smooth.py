@@ -71,6 +71,8 @@ def softplus(mean: Tensor, var: Tensor, beta: float = 1.0, threshold: float = 20
     """
     if threshold < 15:
         return quadrature(lambda x: F.softplus(x, beta, threshold), mean, var, kinks=(0.0, threshold / beta))
+    if beta == 1:
+        return table_moments(_SOFTPLUS, mean, var)
     out, out_var = table_moments(_SOFTPLUS, beta * mean, beta * beta * var)
     return out / beta, out_var / (beta * beta)
 

@@ -13,14 +13,27 @@ a difference of large numbers, exact as v goes to 0. Its gradients: dE/dm = g an
 from __future__ import annotations
 
 import functools
-import math
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
 
-from rvconvert.moments.quadrature import flushed, quadrature
-from rvconvert.moments.table import CURVES, DENSER, Cell, Curve, Function, Grid, coefficients, integrals, polynomials, tabulated
+from rvconvert.moments.quadrature import quadrature
+from rvconvert.moments.table import (
+    CURVES,
+    DENSER,
+    Cell,
+    Curve,
+    Function,
+    Grid,
+    Partials,
+    bilinear,
+    coefficients,
+    integrals,
+    partial_derivatives,
+    polynomials,
+    tabulated,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -74,7 +87,7 @@ class Smooth(Curve):
         """True if both are the same."""
         return abs(self.slopes[0] - self.slopes[1]) < 1e-6
 
-    def fill(self) -> Tensor:
+    def fill(self) -> tuple[Tensor, ...]:
         """Some 9,000 quadratures in float64, then interpolation onto the cells; milliseconds."""
         p, q, width = _GRID.nodes(), _points_in_q(), self.width
         root = width / (1 - q)[:, None]
@@ -83,16 +96,23 @@ class Smooth(Curve):
         expected, gain, rest = (each.numpy().reshape(mean.shape) for each in found)
         spread = rest * root**2 / var + _MIX * gain**2
         logarithm = np.log2((spread * (root / width) ** 2 if self.level else spread) + 1e-300)
+        at = _GRID.corners()[1]
+        far, at_corners = 1 - _GRID.q(at), _in_q(at)  # c/S
+        share = 1 - far**2
+        partials = partial_derivatives(_GRID, 1 - far, at_corners @ gain, at_corners @ (rest + gain**2), share / 2, share * far / 2)[:4]
+        partials[..., [0, -1]] = 0.0
+        partials[0][:, [0, -1]] = self.slopes
+        partials[3][:, [0, -1]] = np.square(self.slopes)
         made = []
         for k, (a, b, cells) in enumerate(coefficients(_GRID, _in_q_of_cells(), expected / root, gain, logarithm)):
             if 3 <= k < 10 or a:  # of the gain; the outermost cells reach to infinity, where f is a line
                 cells[:, [0, -1]] = 0.0 if a or b else self.slopes
             made.append(cells)
-        return torch.from_numpy(np.stack(made).reshape(len(made), -1))
+        return torch.from_numpy(np.stack(made).reshape(len(made), -1)), torch.from_numpy(partials)[None]
 
     def moments(self, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
         """By a table of this call's own, in float32 on the processor: to be held against something."""
-        return _kernel(mean, var, self.table, self.width, self.level)
+        return _kernel(mean, var, self.table[0], self.width, self.level)
 
 
 # ---- reading -----------------------------------------------------------------------------------------------------
@@ -101,67 +121,43 @@ class Smooth(Curve):
 class _Place(NamedTuple):
     """Where (m, v) lies."""
 
-    cell: Tensor
-    d: Tensor
-    e: Tensor
     inverse: Tensor  # 1/S
-    by_mean: Tensor  # cells of p by m
-    share: Tensor  # v/S²
     ratio: Tensor  # c/S
-    dense: Tensor  # (1 + c/S) over this + DENSER v/S²
+    share: Tensor  # v/S²
+    along: Tensor  # from 0 at v = 0 to 1
 
 
 def _place(mean: Tensor, var: Tensor, width: float) -> _Place:
     inverse = torch.rsqrt(var + width * width)
-    by_mean = inverse * _GRID.per_cell
     ratio = inverse * width
     share = var * inverse * inverse  # q = v/(S (S + c)), without a difference
-    widened = ratio + 1
-    denominator = torch.add(widened, share, alpha=DENSER)
-    _, cell, d, e = _GRID.locate(mean * by_mean, share / denominator * _GRID.rise)
-    return _Place(cell, d, e, inverse, by_mean, share, ratio, widened / denominator)
+    return _Place(inverse, ratio, share, share / torch.add(ratio, share, alpha=DENSER).add_(1))
 
 
-def _spread(here: Cell, at: _Place, level: bool) -> Tensor:
+def _spread(here: Cell, ratio: Tensor, level: bool) -> Tensor:
     """K + MIX g²."""
     spread = here.power()
-    return spread * at.ratio * at.ratio if level else spread
+    return spread * ratio * ratio if level else spread
 
 
 def _kernel(mean: Tensor, var: Tensor, table: Tensor, width: float, level: bool) -> tuple[Tensor, Tensor]:
-    at = _place(mean, var, width)
-    here, out = Cell.with_mean(table, at.cell, at.d, at.e)
+    inverse, ratio, share, along = _place(mean, var, width)
+    cell, d, e = _GRID.locate(mean * (inverse * _GRID.per_cell), along * _GRID.rise)
+    here, out = Cell.with_mean(table, cell, d, e)
     gain = here.gain()
-    out = torch.addcmul(out, at.d, here.along(), value=1 / _GRID.per_cell) / at.inverse
+    out = torch.addcmul(out, d, here.along(), value=1 / _GRID.per_cell) / inverse
     gain2 = gain * gain
-    rest = torch.sub(_spread(here, at, level), gain2, alpha=_MIX)
-    return out, torch.addcmul(gain2, at.share, rest) * var
+    rest = torch.sub(_spread(here, ratio, level), gain2, alpha=_MIX)
+    return out, torch.addcmul(gain2, share, rest) * var
 
 
 def _backward(
-    mean: Tensor, var: Tensor, grad_mean: Tensor, grad_var: Tensor, table: Tensor, width: float, level: bool
+    mean: Tensor, var: Tensor, grad_mean: Tensor, grad_var: Tensor, partials: Tensor, width: float, level: bool
 ) -> tuple[Tensor, Tensor]:
-    at = _place(mean, var, width)
-    share, by_mean = at.share, at.by_mean
-    here = Cell.of(table, at.cell, at.d, at.e)
-    gain = here.gain()
-    curvature = here.curvature() * by_mean  # E[f'']
-    third = here.third() * by_mean * by_mean  # dg/dv = E[f''']/2 (Stein)
-    rest = share * _spread(here, at, level)
-    log_by_mean = here.logarithm_by_d() * by_mean
-    # dy/dv = (1 + DENSER) CELLS c dense²/(2S³), dp/dv = -p/(2S²): the logarithm by v, times -2S².
-    down = torch.addcmul(mean * log_by_mean, here.logarithm_by_e() * at.ratio, at.dense * at.dense, value=-_GRID.rise)
-    # Of Var = v (g² (1 - MIX w) + w (K + MIX g²)), w = v/S².
-    mixed, gain2 = torch.rsub(share, 1, alpha=_MIX), gain * gain
-    var_by_mean = torch.addcmul(gain * curvature * mixed, rest, log_by_mean, value=0.5 * math.log(2))
-    var_by_var = mixed * torch.addcmul(gain2, var, gain * third, value=2)
-    var_by_var = torch.addcmul(var_by_var, gain2, torch.addcmul(share, share, share, value=-1), value=-_MIX)
-    falls = torch.add(torch.rsub(share, 2, alpha=2 if level else 1), share * down, alpha=-0.5 * math.log(2))
-    var_by_var = torch.addcmul(var_by_var, rest, falls)
-    return (
-        flushed(torch.addcmul(grad_mean * gain, grad_var * var, var_by_mean, value=2)),
-        flushed(torch.addcmul(grad_var * var_by_var, grad_mean, curvature, value=0.5)),
-    )
+    inverse, _, _, along = _place(mean, var, width)
+    x, y = mean * (inverse * (1 / _GRID.end)), (along * (2 * (1 + DENSER))).sub_(1)
+    gain, curvature, by_mean, by_var = bilinear(partials, x, y)
+    return Partials(gain, curvature * inverse, by_mean * inverse, by_var).gradients(var, grad_mean, grad_var)
 
 
 def table_moments(curve: Smooth, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,7 +1,8 @@
 """Tables of two moments: the plane of (p, q) in cells, each with sixteen coefficients, filled by quadrature and read by kernels.
 
 In a cell d runs along p from its middle, e along q from its start, both in cells; coefficients 0 to 2 are a quadratic in e of the
-mean, 3 to 9 are g = E[f'], quadratic with d³ beside it, and 10 to 15 a quadratic of a logarithm to the base of 2.
+mean, 3 to 9 are g = E[f'], quadratic with d³ beside it, and 10 to 15 a quadratic of a logarithm to the base of 2. Gradients, which
+need less, are read from their partial derivatives at the corners of cells, between which they are bilinear.
 """
 
 from __future__ import annotations
@@ -16,11 +17,12 @@ import torch
 from torch import Tensor
 
 from rvconvert.moments.compilation import fused
-from rvconvert.moments.quadrature import legendre
+from rvconvert.moments.quadrature import flushed, legendre
 
 Function = Callable[[Tensor], Tensor]
 
 DENSER = 2.0  # cells of q lie by 1 + this more densely at v = 0, by as much less at infinity
+_BILINEAR, _BORDER, _IMAGES = 0, 1, 8  # torch's numbers for two options of grid_sample
 _LEGENDRE, _AT_ONCE = 40, 1024  # nodes of a panel; integrals whose nodes stay in a core's cache
 
 
@@ -46,16 +48,20 @@ class Grid(NamedTuple):
         """Where quadrature is done, along p."""
         return np.linspace(-self.end, self.end, 2 * self.end * self.spacing + 1)
 
+    def corners(self) -> tuple[np.ndarray, np.ndarray]:
+        """Where gradients are held, in cells from the ends of p and of q."""
+        return np.arange(2 * self.in_p + 1) / 2, np.arange(2 * self.in_q + 1) / 2
+
     def q(self, at: np.ndarray) -> np.ndarray:
         """q of a place counted in cells."""
         return at / (self.rise - DENSER * at)
 
-    def locate(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """The cell's number along p, the cell, and d and e in it, of a place counted in cells from p = 0 and q = 0."""
+    def locate(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The cell, and d and e in it, of a place counted in cells from p = 0 and q = 0."""
         i = torch.floor(x).clamp_(-self.in_p // 2, self.in_p // 2 - 1)
         j = torch.floor(y).clamp_(0, self.in_q - 1)
         cell = torch.add(i, j, alpha=self.in_p).add_(self.in_p // 2)
-        return i, numbers(cell, self.in_p * self.in_q), (x - i).sub_(0.5), y - j
+        return numbers(cell, self.in_p * self.in_q), (x - i).sub_(0.5), y - j
 
 
 # ---- filling -----------------------------------------------------------------------------------------------------
@@ -124,6 +130,29 @@ def coefficients(
             yield a, b, in_q[b] @ value @ in_p[a].T
 
 
+def partial_derivatives(
+    grid: Grid, q: np.ndarray, gain: np.ndarray, ratio: np.ndarray, falls: np.ndarray, grows: np.ndarray
+) -> np.ndarray:
+    """(5, q, p) at the corners, U the unit of p: E[f'], U E[f''], U/v dVar/dm, dVar/dv and v times E[f'] by v.
+
+    Args:
+        grid: of the table.
+        q: (n,) of the corners along q.
+        gain, ratio: (n, nodes) E[f'] and Var/v.
+        falls, grows: (n,) -v/p dp/dv and v dq/dv.
+    """
+    at, step = grid.corners()[0], 0.01
+    here, ahead, behind = (_in_p(at + by, grid.in_p, len(grid.nodes())).T for by in (0, step, -step))
+    slope = (ahead - behind) * (grid.per_cell / (2 * step))
+    p = at / grid.per_cell - grid.end
+
+    def by_logarithm_of_var(values: np.ndarray) -> np.ndarray:
+        return grows[:, None] * (np.gradient(values, q, axis=0, edge_order=2) @ here) - falls[:, None] * p * (values @ slope)
+
+    by_var = ratio @ here + by_logarithm_of_var(ratio)
+    return np.stack([gain @ here, gain @ slope, ratio @ slope, by_var, by_logarithm_of_var(gain)])
+
+
 class Curve:
     """An elementwise function whose two moments are read from a table, made at its first use.
 
@@ -136,29 +165,29 @@ class Curve:
         self.number = len(CURVES)  # by which a compiled graph knows it
         CURVES.append(self)
 
-    def fill(self) -> Tensor:
-        """(n, cells) coefficients, in float64 on the processor."""
+    def fill(self) -> tuple[Tensor, ...]:
+        """What kernels read, in float64 on the processor: of ``tabulated`` (16, cells) and (1, 4 or 5, corners in q, corners in p)."""
         raise NotImplementedError
 
     @property
-    def table(self) -> Tensor:
-        """The coefficients, in float32 on the processor."""
+    def table(self) -> tuple[Tensor, ...]:
+        """In float32 on the processor."""
         with torch.no_grad(), torch.device("cpu"):
-            return self.fill().to(torch.float32)
+            return tuple(each.to(torch.float32) for each in self.fill())
 
 
 CURVES: list[Any] = []
-_COEFFICIENTS: dict[tuple[int, torch.device], Tensor] = {}
+_TABLES: dict[tuple[int, torch.device], tuple[Tensor, ...]] = {}
 
 
 @torch.compiler.assume_constant_result
-def coefficients_of(number: int, device: torch.device) -> Tensor:
-    """A curve's coefficients in float32 on a device, made at first use; a constant of a compiled graph."""
+def table_of(number: int, device: torch.device) -> tuple[Tensor, ...]:
+    """A curve's table in float32 on a device, made at first use; a constant of a compiled graph."""
     key = (number, device)
-    if key not in _COEFFICIENTS:
+    if key not in _TABLES:
         with torch.inference_mode(False), torch.no_grad():  # what is kept must serve everywhere
-            _COEFFICIENTS[key] = CURVES[number].table.to(device)
-    return _COEFFICIENTS[key]
+            _TABLES[key] = tuple(each.to(device) for each in CURVES[number].table)
+    return _TABLES[key]
 
 
 # ---- reading -----------------------------------------------------------------------------------------------------
@@ -206,7 +235,7 @@ class Cell(NamedTuple):
         """E[f'(X)]."""
         return _quadratic(self.gains, self.d, self.e)
 
-    def along(self, tangent: Tensor | None = None) -> Tensor:
+    def along(self, tangent: float | Tensor | None = None) -> Tensor:
         """The integral of the gain, less ``tangent``, from the middle of the cell to d, over d."""
         # g0 + g3 e + g5 e² + d/2 (g1 + g4 e + d (2/3 g2 + d g6/2))
         c, d, e = self.gains, self.d, self.e
@@ -214,28 +243,35 @@ class Cell(NamedTuple):
         along = torch.addcmul(c[0] if tangent is None else c[0] - tangent, e, torch.addcmul(c[3], e, c[5]))
         return torch.addcmul(along, d, torch.addcmul(slope, e, c[4]), value=0.5)
 
-    def curvature(self) -> Tensor:
-        """The gain by d."""
-        c, d = self.gains, self.d
-        return torch.addcmul(torch.addcmul(c[1], d, torch.addcmul(c[2], d, c[6], value=1.5), value=2), self.e, c[4])
-
-    def third(self) -> Tensor:
-        """Half the gain by d twice."""
-        return torch.addcmul(self.gains[2], self.d, self.gains[6], value=3)
-
     def power(self) -> Tensor:
         """2 to the logarithm."""
         return torch.exp2(_quadratic(self.logarithms, self.d, self.e))
 
-    def logarithm_by_d(self) -> Tensor:
-        """The logarithm by d."""
-        _, c1, c2, _, c4, _ = self.logarithms
-        return torch.addcmul(torch.addcmul(c1, self.d, c2, value=2), self.e, c4)
 
-    def logarithm_by_e(self) -> Tensor:
-        """The logarithm by e."""
-        *_, c3, c4, c5 = self.logarithms
-        return torch.addcmul(torch.addcmul(c3, self.d, c4), self.e, c5, value=2)
+class Partials(NamedTuple):
+    """E[f'], E[f''], and of the variance: by m, over v, and by v."""
+
+    gain: Tensor
+    curvature: Tensor
+    by_mean: Tensor
+    by_var: Tensor
+
+    def gradients(self, var: Tensor, grad_mean: Tensor, grad_var: Tensor) -> tuple[Tensor, Tensor]:
+        """Of the mean and of the variance of X: dE/dm = E[f'], dE/dv = E[f'']/2 (Stein)."""
+        return (
+            torch.addcmul(grad_mean * self.gain, grad_var * var, self.by_mean),
+            torch.addcmul(grad_var * self.by_var, grad_mean, self.curvature, value=0.5),
+        )
+
+
+def bilinear(partials: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
+    """What is at (x, y), in [-1, 1] along p and q: bilinear between corners, beyond the ends of p what is at the ends."""
+    # A processor gives each image of a batch to one core.
+    images = _IMAGES if x.is_cpu and x.numel() % _IMAGES == 0 and not torch.compiler.is_compiling() else 1
+    at = torch.view_as_real(torch.complex(x, y)).reshape(images, 1, -1, 2)
+    found = torch.grid_sampler_2d(partials.expand(images, -1, -1, -1), at, _BILINEAR, _BORDER, True)
+    first, *rest = (each.reshape(x.shape) for each in found.unbind(1))
+    return torch.add(first, x, alpha=0), *rest  # NaN, which the ends would hold, stays NaN
 
 
 Kernel = Callable[..., tuple[Tensor, Tensor]]
@@ -246,23 +282,24 @@ class _Tabulated(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, mean: Tensor, var: Tensor, kernel: Kernel, backward: Kernel, constants: tuple[Any, ...]
+        ctx: Any, mean: Tensor, var: Tensor, kernel: Kernel, backward: Kernel, table: tuple[Tensor, ...], constants: tuple[Any, ...]
     ) -> tuple[Tensor, Tensor]:
+        moments, partials = table
         ctx.save_for_backward(mean, var)
-        ctx.gradient, ctx.constants = backward, constants
-        out: tuple[Tensor, Tensor] = fused(kernel, mean, var, constants=constants)
+        ctx.gradient, ctx.constants = backward, (partials, *constants)
+        out: tuple[Tensor, Tensor] = fused(kernel, mean, var, constants=(moments, *constants))
         return out
 
     @staticmethod
     def backward(ctx: Any, grad_mean: Tensor, grad_var: Tensor) -> tuple[Tensor | None, ...]:
         grads = fused(ctx.gradient, *ctx.saved_tensors, grad_mean, grad_var, constants=ctx.constants)
-        return *grads, None, None, None
+        return *map(flushed, grads), None, None, None, None
 
 
 def tabulated(
     curve: Curve, kernel: Kernel, backward: Kernel, mean: Tensor, var: Tensor, *constants: Any
 ) -> tuple[Tensor, Tensor]:
-    """Both moments by ``kernel(mean, var, table, *constants)``, with their gradients by ``backward``; float32."""
-    table = coefficients_of(curve.number, mean.device)
-    out: tuple[Tensor, Tensor] = _Tabulated.apply(mean, var, kernel, backward, (table, *constants))
+    """Both moments by ``kernel(mean, var, moments, *constants)``, with their gradients by ``backward``; float32."""
+    table = table_of(curve.number, mean.device)
+    out: tuple[Tensor, Tensor] = _Tabulated.apply(mean, var, kernel, backward, table, constants)
     return out

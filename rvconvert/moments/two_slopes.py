@@ -12,7 +12,7 @@ from torch import Tensor
 from rvconvert.moments.compilation import fused
 from rvconvert.moments.normal import Moments, at_least_float32, standardize, step, tail
 from rvconvert.moments.quadrature import density, flushed
-from rvconvert.moments.table import Curve, coefficients_of, numbers, read
+from rvconvert.moments.table import Curve, numbers, read, table_of
 
 _END, _CELLS = 14, 1 << 14  # beyond, V and T are what they are at the ends; cells of a in [-_END, _END]
 _PER_CELL = _CELLS / (2 * _END)
@@ -33,19 +33,19 @@ def _closed(mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 class _Rectified(Curve):
     """The logarithms of T and V, and their rises over a cell."""
 
-    def fill(self) -> Tensor:
+    def fill(self) -> tuple[Tensor, ...]:
         """(4, cells)."""
         a = torch.linspace(-_END, _END, _CELLS + 1, dtype=torch.float64)
         small, _, ratio = _closed(a, torch.ones_like(a))
         logarithms = torch.stack((small, ratio)).log2()
-        return torch.cat((logarithms[:, :-1], logarithms.diff()))
+        return (torch.cat((logarithms[:, :-1], logarithms.diff())),)
 
 
 _RECTIFIED = _Rectified(torch.relu)
 
 
 def _table(mean: Tensor) -> Tensor | None:
-    return None if mean.dtype == torch.float64 else coefficients_of(_RECTIFIED.number, mean.device)
+    return None if mean.dtype == torch.float64 else table_of(_RECTIFIED.number, mean.device)[0]
 
 
 def _upper(mean: Tensor, var: Tensor, up: Tensor, up_var: Tensor) -> tuple[Tensor, Tensor]:
