@@ -446,6 +446,8 @@ case(
     mean_error=0.02,
     var_error=0.12,
 )
+case("group_norm", lambda w, x: F.group_norm(x, 2, w(4), w(4)), (2, 4, 12, 12), label="many", **_NORMS)
+case("instance_norm", lambda w, x: F.instance_norm(x, weight=w(2), bias=w(2)), (2, 2, 18, 15), label="many", **_NORMS)
 for _module, _shape in ((nn.InstanceNorm1d, (2, 3, 24)), (nn.InstanceNorm2d, (2, 3, 4, 6)), (nn.InstanceNorm3d, (2, 2, 2, 3, 4))):
     case(
         "instance_norm",

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from rvconvert import REGISTRY, RandomVariable
 from rvconvert.core.registry import Exactness
@@ -123,3 +124,25 @@ def test_numpys_names_of_arguments_are_torchs(name):
     expected = function(x, dim=1, **({"keepdim": True} if keep else {}))
     found = function(x, axis=1, **({"keepdims": True} if keep else {}))
     assert torch.equal(found.mean, expected.mean) and torch.equal(found.var, expected.var)
+
+
+@pytest.mark.parametrize("order", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("normalized", ["group_norm", "instance_norm", "batch_norm"])
+def test_normalization_of_many_elements_has_the_gradients_of_its_formula(normalized, order):
+    torch.manual_seed(0)
+    mean, var = torch.randn(2, 2, 12, 11, dtype=torch.float64), torch.rand(2, 2, 12, 11, dtype=torch.float64)
+    inputs = [x.contiguous(memory_format=order).requires_grad_() for x in (mean, var)]
+    weight, bias = (torch.randn(2, dtype=torch.float64, requires_grad=True) for _ in range(2))
+
+    def moments(mean, var, weight, bias):
+        x = RandomVariable(mean, var)
+        if normalized == "group_norm":
+            out = F.group_norm(x, 1, weight, bias)
+        elif normalized == "instance_norm":
+            out = F.instance_norm(x, weight=weight, bias=bias)
+        else:
+            out = F.batch_norm(x, None, None, weight, bias, training=True)
+        return out.mean, out.var
+
+    assert torch.autograd.gradcheck(moments, (*inputs, weight, bias), fast_mode=True)
+    assert torch.autograd.gradgradcheck(moments, (*inputs, weight, bias), fast_mode=True)

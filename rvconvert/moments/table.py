@@ -259,22 +259,34 @@ class Partials(NamedTuple):
     def gradients(self, var: Tensor, grad_mean: Tensor, grad_var: Tensor) -> tuple[Tensor, Tensor]:
         """Of the mean and of the variance of X: dE/dm = E[f'], dE/dv = E[f'']/2 (Stein)."""
         return (
-            torch.addcmul(grad_mean * self.gain, grad_var * var, self.by_mean),
-            torch.addcmul(grad_var * self.by_var, grad_mean, self.curvature, value=0.5),
+            flushed(torch.addcmul(grad_mean * self.gain, grad_var * var, self.by_mean)),
+            flushed(torch.addcmul(grad_var * self.by_var, grad_mean, self.curvature, value=0.5)),
         )
 
 
 def bilinear(partials: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
-    """What is at (x, y), in [-1, 1] along p and q: bilinear between corners, beyond the ends of p what is at the ends."""
-    # A processor gives each image of a batch to one core.
-    images = _IMAGES if x.is_cpu and x.numel() % _IMAGES == 0 and not torch.compiler.is_compiling() else 1
-    at = torch.view_as_real(torch.complex(x, y)).reshape(images, 1, -1, 2)
-    found = torch.grid_sampler_2d(partials.expand(images, -1, -1, -1), at, _BILINEAR, _BORDER, True)
-    first, *rest = (each.reshape(x.shape) for each in found.unbind(1))
+    """What is at (x, y), in [-1, 1] along p and q: bilinear between corners, beyond the ends of p what is at the ends.
+
+    Args:
+        partials: (1, n, corners in q, corners in p).
+        x, y: (images, elements); a processor gives each image to one core.
+    """
+    at = torch.view_as_real(torch.complex(x, y))[:, None]
+    first, *rest = torch.grid_sampler_2d(partials.expand(len(x), -1, -1, -1), at, _BILINEAR, _BORDER, True)[:, :, 0].unbind(1)
     return torch.add(first, x, alpha=0), *rest  # NaN, which the ends would hold, stays NaN
 
 
 Kernel = Callable[..., tuple[Tensor, Tensor]]
+
+
+def _gradients(
+    mean: Tensor, var: Tensor, grad_mean: Tensor, grad_var: Tensor, backward: Kernel, constants: tuple[Any, ...]
+) -> tuple[Tensor, Tensor]:
+    """``backward`` of tensors in the shape that ``bilinear`` takes."""
+    images = _IMAGES if mean.is_cpu and mean.numel() % _IMAGES == 0 and not torch.compiler.is_compiling() else 1
+    tensors = (x.reshape(images, mean.numel() // images) for x in (mean, var, grad_mean, grad_var))
+    by_mean, by_var = backward(*tensors, *constants)
+    return by_mean.reshape(mean.shape), by_var.reshape(mean.shape)
 
 
 class _Tabulated(torch.autograd.Function):
@@ -292,8 +304,8 @@ class _Tabulated(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_mean: Tensor, grad_var: Tensor) -> tuple[Tensor | None, ...]:
-        grads = fused(ctx.gradient, *ctx.saved_tensors, grad_mean, grad_var, constants=ctx.constants)
-        return *map(flushed, grads), None, None, None, None
+        grads = fused(_gradients, *ctx.saved_tensors, grad_mean, grad_var, constants=(ctx.gradient, ctx.constants))
+        return *grads, None, None, None, None
 
 
 def tabulated(

@@ -249,10 +249,14 @@ def standardized(mean: Tensor, var: Tensor, axes: tuple[int, ...], eps: float, c
     return out, v * (1 - 2 * (share + ratio * c)) + all_j
 
 
-def _scaled(x: RandomVariable, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None) -> RandomVariable:
+def _with_gain(mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Tensor]:
     if weight is not None:
         mean, var = mean * weight, var * weight.square()
-    return x.with_moments(mean if bias is None else mean + bias, var)
+    return mean if bias is None else mean + bias, var
+
+
+def _scaled(x: RandomVariable, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None) -> RandomVariable:
+    return x.with_moments(*_with_gain(mean, var, weight, bias))
 
 
 def _layer_norm(
@@ -270,15 +274,106 @@ def _rms_norm(input: Any, normalized_shape: Any, weight: Any = None, eps: float 
         return _scaled(input, mean, var, weight, None)
 
 
+def _standardized_groups(mean: Tensor, var: Tensor, groups: int, eps: float) -> tuple[Tensor, Tensor]:
+    # A view in any memory order, where reshape would copy.
+    found = standardized(*(x.unflatten(1, (groups, -1)) for x in (mean, var)), tuple(range(2, mean.ndim + 1)), eps)
+    mean, var = (x.flatten(1, 2) for x in found)
+    return mean, var
+
+
+class _NormalizedGroups(torch.autograd.Function):
+    """GroupNorm of groups of n > 256 elements, in few passes over memory, in any order of it; saves (mean, var)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, groups: int, eps: float
+    ) -> tuple[Tensor, Tensor]:
+        over = _Groups(mean, groups)
+        centre, level = over.mean(over.sums(mean)), over.mean(over.sums(var)) / over.n
+        centred = mean - over.spread(centre)
+        # Of each c, v (1 - 2/n) + level; their mean is (1 - 1/n) mean(v).
+        scale = torch.rsqrt(over.mean(over.sums(centred * centred)) + level * (over.n - 1) + eps)
+        gain = over.each(scale) if weight is None else over.each(scale) * weight
+        gain2 = gain * gain
+        ctx.save_for_backward(mean, var, weight, bias, centre, level, scale)
+        ctx.over, ctx.eps = over, eps
+        out = centred.mul_(over.broadcast(gain))
+        if bias is not None:
+            out += over.broadcast(bias)
+        return out, (var * over.broadcast(gain2 * (1 - 2 / over.n))).add_(over.broadcast(gain2 * over.each(level)))
+
+    @staticmethod
+    def backward(ctx: Any, grad_mean: Tensor, grad_var: Tensor) -> tuple[Tensor | None, ...]:
+        mean, var, weight, bias, centre, level, scale = ctx.saved_tensors
+        over = ctx.over
+        if torch.is_grad_enabled():  # for a graph of the backward pass (create_graph=True)
+            shaped = [_per_channel(x, mean.ndim) for x in (weight, bias)]
+            out = _with_gain(*_standardized_groups(mean, var, over.groups, ctx.eps), *shaped)
+            given = [x for x in (mean, var, weight, bias) if x is not None]
+            grads = iter(torch.autograd.grad(out, given, (grad_mean, grad_var), create_graph=True, allow_unused=True))
+            return *(None if x is None else next(grads) for x in (mean, var, weight, bias)), None, None
+        n, one = over.n, scale.new_ones(()) if weight is None else weight
+        centred = mean - over.spread(centre)
+        # Sums over the positions of each channel: the gradients, and these times what they are gradients of.
+        of_mean, of_centred, of_var = over.sums(grad_mean), over.sums(grad_mean * centred), over.sums(grad_var)
+        of_own = over.sums(grad_var * var) * (1 - 2 / n) + of_var * over.each(level)
+        scale2 = scale * scale
+        by_spread = -scale2 * (0.5 * scale * over.total(of_centred * one) + scale2 * over.total(of_own * one * one))
+        gain = over.each(scale) * one
+        by_mean = centred.mul_(over.spread(by_spread * (2 / n))).addcmul_(grad_mean, over.broadcast(gain))
+        by_mean -= over.spread(scale * over.total(of_mean * one) / n)
+        by_var = grad_var * over.broadcast(gain * gain * (1 - 2 / n))
+        total = scale2 * over.total(of_var * one * one) + by_spread
+        by_var += over.spread(by_spread * ((1 - 2 / n) / n) + total / n**2)
+        by_weight = None if weight is None else (over.each(scale) * (of_centred + 2 * gain * of_own)).sum(0)
+        return by_mean, by_var, by_weight, None if bias is None else of_mean.sum(0), None, None
+
+
+class _Groups:
+    """Sums and broadcasts over groups of the channels of tensors (N, C, ...)."""
+
+    def __init__(self, like: Tensor, groups: int) -> None:
+        self.groups, self.ndim = groups, like.ndim
+        self.n = like[0].numel() // groups  # elements of a group
+        self.width = like.shape[1] // groups
+
+    def sums(self, x: Tensor) -> Tensor:
+        """(N, C) over positions."""
+        return x.sum(tuple(range(2, self.ndim))) if self.ndim > 2 else x
+
+    def total(self, x: Tensor) -> Tensor:
+        """(N, groups) of (N, C)."""
+        return x.unflatten(1, (self.groups, -1)).sum(2)
+
+    def mean(self, x: Tensor) -> Tensor:
+        """(N, groups) of the sums over positions."""
+        return self.total(x) / self.n
+
+    def each(self, x: Tensor) -> Tensor:
+        """(N, C) of (N, groups)."""
+        return x.repeat_interleave(self.width, 1)
+
+    def broadcast(self, x: Tensor) -> Tensor:
+        """(N, C) or (C,) against (N, C, ...)."""
+        return x.reshape(-1, x.shape[-1], *(1,) * (self.ndim - 2))
+
+    def spread(self, x: Tensor) -> Tensor:
+        """(N, groups) against (N, C, ...)."""
+        return self.broadcast(self.each(x))
+
+
+def _by_groups(x: RandomVariable, groups: int, weight: Tensor | None, bias: Tensor | None, eps: float) -> RandomVariable:
+    if x.mean.numel() > _FEW * len(x) * groups and not torch.compiler.is_compiling():
+        return x.with_moments(*_NormalizedGroups.apply(x.mean, x.var, weight, bias, groups, eps))
+    standard = _standardized_groups(x.mean, x.var, groups, eps)
+    return _scaled(x, *standard, _per_channel(weight, x.ndim), _per_channel(bias, x.ndim))
+
+
 def _group_norm(
     input: Any, num_groups: int, weight: Any = None, bias: Any = None, eps: float = 1e-5, cudnn_enabled: bool = True
 ) -> Any:
     with full_precision(input):
-        # A view in any memory order, where reshape would copy.
-        grouped_mean, grouped_var = (part.unflatten(1, (num_groups, -1)) for part in (input.mean, input.var))
-        axes = tuple(range(2, input.ndim + 1))
-        mean, var = (part.flatten(1, 2) for part in standardized(grouped_mean, grouped_var, axes, eps))
-        return _scaled(input, mean, var, _per_channel(weight, input.ndim), _per_channel(bias, input.ndim))
+        return _by_groups(input, num_groups, weight, bias, eps)
 
 
 def _instance_norm(
@@ -294,20 +389,19 @@ def _instance_norm(
 ) -> Any:
     """Over the positions of each channel; with running statistics in use, an affine map."""
     x = input
-    weight, bias = _per_channel(weight, x.ndim), _per_channel(bias, x.ndim)
     with full_precision(x):
         if not use_input_stats:
             scale = torch.rsqrt(_per_channel(running_var, x.ndim) + eps)
-            return _scaled(x, (x.mean - _per_channel(running_mean, x.ndim)) * scale, x.var * scale.square(), weight, bias)
-        axes = tuple(range(2, x.ndim))
+            mean, var = (x.mean - _per_channel(running_mean, x.ndim)) * scale, x.var * scale.square()
+            return _scaled(x, mean, var, _per_channel(weight, x.ndim), _per_channel(bias, x.ndim))
         if running_mean is not None:
-            n = math.prod(x.shape[2:])
+            axes, n = tuple(range(2, x.ndim)), math.prod(x.shape[2:])
             with torch.no_grad():
                 centre = x.mean.mean(axes, keepdim=True)
                 spread = (x.mean - centre).square().mean(axes) + (1 - 1 / n) * x.var.mean(axes)
                 running_mean.lerp_(centre.flatten(1).mean(0).to(running_mean.dtype), momentum)
                 running_var.lerp_((spread.mean(0) * n / max(n - 1, 1)).to(running_var.dtype), momentum)
-        return _scaled(x, *standardized(x.mean, x.var, axes, eps), weight, bias)
+        return _by_groups(x, x.shape[1], weight, bias, eps)
 
 
 _SAMPLE = "elements are independent; the sample's variance is taken at its expectation (second order for n <= 256)"
