@@ -59,19 +59,19 @@ add_rule("softmin", Composite(_softmin, joins=True), Exactness.APPROXIMATE, _SOF
 add_rule("log_softmax", Composite(_log_softmax, joins=True), Exactness.APPROXIMATE, _SOFTMAX, modules=(nn.LogSoftmax,))
 
 
-def attend(scores: Any, value: Any, dropout: float) -> RandomVariable:
+def attend(scores: Any, value: Any, dropout: float, masked: bool) -> RandomVariable:
     """o = sum_j softmax(scores)_j value_j, to first order in the scores: do/ds_j = p_j (value_j - o).
 
     So weights that sum to 1 move no output whose values agree. With dropout each weight is masked by itself.
     """
     (s, s_var), (x, x_var) = moments(scores), moments(value)
     like = scores if isinstance(scores, RandomVariable) else value
-    closed = torch.isneginf(s).all(-1, keepdim=True)  # a query with every key masked attends to nothing, as in torch
-    s = s.masked_fill(closed, 0.0)
-    if s_var is None:
-        p, p_var = torch.softmax(s, -1).masked_fill(closed, 0.0), None
-    else:
-        p, p_var = (part.masked_fill(closed, 0.0) for part in softmax(s, s_var, -1))
+    if masked:
+        closed = torch.isneginf(s).all(-1, keepdim=True)  # a query with every key masked attends to nothing, as in torch
+        s = s.masked_fill(closed, 0.0)
+    p, p_var = (torch.softmax(s, -1), None) if s_var is None else softmax(s, s_var, -1)
+    if masked:
+        p, p_var = p.masked_fill(closed, 0.0), None if p_var is None else p_var.masked_fill(closed, 0.0)
     mean = torch.matmul(p, x)
     second = p.square() if p_var is None else p.square() + p_var
     var = torch.zeros_like(mean)
@@ -112,7 +112,7 @@ def _scaled_dot_product_attention(
     elif attn_mask is not None:
         scores = scores + attn_mask
     with full_precision(query):
-        return attend(scores, value, dropout_p)
+        return attend(scores, value, dropout_p, masked=attn_mask is not None)
 
 
 _multi_head_attention = own_python(F.multi_head_attention_forward)
