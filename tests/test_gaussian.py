@@ -225,6 +225,16 @@ def test_gradients_in_single_precision_are_those_in_double_precision(case):
         assert (single - double).abs().max() <= 2e-3 * double.abs().max(), name
 
 
+@named("name", ["relu", "leaky_relu", "relu6", "hardswish", "elu", "gelu", "silu", "tanh", "sigmoid", "softplus"])
+def test_no_denormal_number_leaves_an_activation(name):
+    mean, deviation = (x.ravel() for x in torch.meshgrid(torch.linspace(-30, 30, 601), torch.logspace(-7, 1, 81), indexing="ij"))
+    mean.requires_grad_()
+    var = deviation.square().requires_grad_()
+    moments = BY_NAME[name].moments(mean, var, *BY_NAME[name].arguments)
+    for x in (*moments, *torch.autograd.grad(moments, (mean, var), [torch.full_like(mean, 1e-6)] * 2)):
+        assert not ((x != 0) & (x.abs() < torch.finfo(x.dtype).tiny)).any()
+
+
 def test_clamp_bounds_get_their_gradient():
     torch.manual_seed(0)
     mean = torch.randn(8, dtype=torch.float64, requires_grad=True)

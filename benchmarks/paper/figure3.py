@@ -10,18 +10,17 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from benchmarks.paper import cells, results
+from benchmarks.paper import cells, results, table1
 
 
 def table(records: list[results.Record]) -> str:
     header = ["cell", "epochs of least loss: plain", "RV", "least loss: plain", "RV", "RV with L_c", "no later", "lower"]
     rows = []
     for (cell, *_), group in results.grouped(records, ["cell", *results.GROUP]).items():
-        by = results.grouped(group, ["variant"])
-        plain, rv = ([curve(record, False) for record in by.get((variant,), [])] for variant in ("plain", "rv"))
-        with_penalty = [curve(record, True) for record in by.get(("rv",), [])]
-        if not plain or not rv:
+        pairs = table1.pair_by_seed(group)
+        if not pairs:
             continue
+        plain, rv, with_penalty = ([curve(pair[i], added) for pair in pairs] for i, added in ((0, False), (1, False), (1, True)))
         later = any(epoch(r) > epoch(p) for p, r in zip(plain, with_penalty, strict=True))
         higher = any(min(r) >= min(p) for p, r in zip(plain, with_penalty, strict=True))
         rows.append([

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 
 from rvconvert.moments.normal import step
+from rvconvert.moments.quadrature import flushed
 from rvconvert.moments.table import (
     DENSER,
     Cell,
@@ -217,7 +218,7 @@ def _kernel(mean: Tensor, var: Tensor, table: Tensor, ends: tuple[float, float],
         else:  # f(k + u) = u + f(k - u): 1 - g in the place of g
             out = out + (mean - 0.5 * (ends[0] + ends[1])).clamp(min=0.0)
             ratio = torch.addcmul(ratio, at.far, torch.rsub(gain, 1, alpha=2))
-    return out, ratio * var
+    return flushed(out), flushed(ratio * var)
 
 
 def _backward(

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 import torch
 
-from rvconvert.moments.quadrature import quadrature
+from rvconvert.moments.quadrature import flushed, quadrature
 from rvconvert.moments.table import (
     CURVES,
     DENSER,
@@ -148,7 +148,7 @@ def _kernel(mean: Tensor, var: Tensor, table: Tensor, width: float, level: bool)
     out = torch.addcmul(out, d, here.along(), value=1 / _GRID.per_cell) / inverse
     gain2 = gain * gain
     rest = torch.sub(_spread(here, ratio, level), gain2, alpha=_MIX)
-    return out, torch.addcmul(gain2, share, rest) * var
+    return flushed(out), flushed(torch.addcmul(gain2, share, rest) * var)
 
 
 def _backward(

@@ -67,7 +67,7 @@ def _relu_kernel(mean, var, table):
     x = torch.rsub(mean * inverse, _CELLS // 2, alpha=-_PER_CELL).clamp_(0.0, _CELLS - 1e-3)
     logarithms, rises = read(table, numbers(x, _CELLS), 0, 4).unflatten(0, (2, 2))
     small, ratio = torch.addcmul(logarithms, rises, x.frac()).exp2_()
-    return torch.addcmul(mean.clamp(min=0.0), var * inverse, small), var * ratio
+    return flushed(torch.addcmul(mean.clamp(min=0.0), var * inverse, small)), flushed(var * ratio)
 
 
 def _relu_backward(mean, var, out, out_var, grad_mean, grad_var):
