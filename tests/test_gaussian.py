@@ -171,12 +171,12 @@ def test_relu_in_single_precision_over_all_scales():
     large = np.abs(m) + small
     mean = np.where(m > 0, large, small)
     var = np.where(m > 0, v - small_var - 2 * large * small, small_var)
-    normal = (mean > 1e-36) & (var > 1e-36)  # below, float32 has no relative accuracy to keep
-    assert normal.mean() > 0.9
+    normal = (mean > 1.2e-26) & (var > 1.2e-26)  # below, 0 is given, far enough from denormal numbers for the next layer
+    assert normal.mean() > 0.7
     assert (np.abs(out - mean) / mean)[normal].max() <= 3e-5
     assert (np.abs(out_var - var) / var)[normal].max() <= 3e-5
     assert (out_var >= 0).all()
-    assert (np.abs(out - mean) <= 3e-5 * mean + 1e-36).all()
+    assert (np.abs(out - mean) <= 3e-5 * mean + 1.2e-26).all()
 
 
 def test_relu_gradient_at_zero():
