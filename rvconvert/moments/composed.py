@@ -18,7 +18,7 @@ from rvconvert.moments.table import integrals
 
 Function = Callable[[Tensor], Tensor]
 
-_MOST = 16  # tables, of 4 MB each: a function whose numbers change with every step is not to have one for each
+_MOST = 16  # tables, of 8 MB each: a function whose numbers change with every step is not to have one for each
 _WIDTHS = tuple(0.1 * 1.15**k for k in range(34))
 _POINTS = 256
 _found: dict[Hashable, Smooth | None] = {}

@@ -194,9 +194,9 @@ def _kernel(mean: Tensor, var: Tensor, table: Tensor, ends: tuple[float, float],
         tangent = step(x).mul_(shape.right - shape.left).add_(shape.left)
     if at.beyond is not None:
         d.clamp_(-1, 1)  # what another formula takes the place of stays finite
-    here, out = Cell.with_mean(table, cell, d, e)
+    here = Cell.read(table, cell, d, e)
     gain = here.gain()
-    out = torch.addcmul(out, d, here.along(tangent), value=1 / _GRID.per_cell) / at.inverse
+    out = torch.addcmul(here.middle, d, here.along(tangent), value=1 / _GRID.per_cell) / at.inverse
     spread = here.power()
     if shape.smooth or shape.level:
         q = (at.wide + 1).reciprocal_()  # s/(s + c)
@@ -225,7 +225,8 @@ def _backward(
     mean: Tensor, var: Tensor, grad_mean: Tensor, grad_var: Tensor, partials: Tensor, ends: tuple[float, float], shape: Shape
 ) -> tuple[Tensor, Tensor]:
     at = _place(mean, var, ends, shape)
-    gain, curvature, by_mean, by_var, *gain_by_var = bilinear(partials, at.p * (1 / _GRID.end), (at.along * (2 * (1 + DENSER))).sub_(1))
+    y = (at.along * (2 * (1 + DENSER))).sub_(1)
+    gain, curvature, by_mean, by_var, *gain_by_var = bilinear(partials, at.p * (1 / _GRID.end), y)
     curvature, by_mean = curvature * at.inverse, by_mean * at.inverse
     if at.beyond is not None:
         closed = _closed(at, var, shape)

@@ -99,7 +99,8 @@ class Smooth(Curve):
         at = _GRID.corners()[1]
         far, at_corners = 1 - _GRID.q(at), _in_q(at)  # c/S
         share = 1 - far**2
-        partials = partial_derivatives(_GRID, 1 - far, at_corners @ gain, at_corners @ (rest + gain**2), share / 2, share * far / 2)[:4]
+        gains, ratios = at_corners @ gain, at_corners @ (rest + gain**2)
+        partials = partial_derivatives(_GRID, 1 - far, gains, ratios, share / 2, share * far / 2)[:4]
         partials[..., [0, -1]] = 0.0
         partials[0][:, [0, -1]] = self.slopes
         partials[3][:, [0, -1]] = np.square(self.slopes)
@@ -143,9 +144,9 @@ def _spread(here: Cell, ratio: Tensor, level: bool) -> Tensor:
 def _kernel(mean: Tensor, var: Tensor, table: Tensor, width: float, level: bool) -> tuple[Tensor, Tensor]:
     inverse, ratio, share, along = _place(mean, var, width)
     cell, d, e = _GRID.locate(mean * (inverse * _GRID.per_cell), along * _GRID.rise)
-    here, out = Cell.with_mean(table, cell, d, e)
+    here = Cell.read(table, cell, d, e)
     gain = here.gain()
-    out = torch.addcmul(out, d, here.along(), value=1 / _GRID.per_cell) / inverse
+    out = torch.addcmul(here.middle, d, here.along(), value=1 / _GRID.per_cell) / inverse
     gain2 = gain * gain
     rest = torch.sub(_spread(here, ratio, level), gain2, alpha=_MIX)
     return flushed(out), flushed(torch.addcmul(gain2, share, rest) * var)

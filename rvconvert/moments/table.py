@@ -1,8 +1,8 @@
 """Tables of two moments: the plane of (p, q) in cells, each with sixteen coefficients, filled by quadrature and read by kernels.
 
 In a cell d runs along p from its middle, e along q from its start, both in cells; coefficients 0 to 2 are a quadratic in e of the
-mean, 3 to 9 are g = E[f'], quadratic with d³ beside it, and 10 to 15 a quadratic of a logarithm to the base of 2. Gradients, which
-need less, are read from their partial derivatives at the corners of cells, between which they are bilinear.
+mean, 3 to 9 are g = E[f'], quadratic with d³ beside it, and 10 to 15 a quadratic of a logarithm to the base of 2. Gradients need
+less: partial derivatives are held at the corners of cells, and are bilinear between them.
 """
 
 from __future__ import annotations
@@ -166,7 +166,7 @@ class Curve:
         CURVES.append(self)
 
     def fill(self) -> tuple[Tensor, ...]:
-        """What kernels read, in float64 on the processor: of ``tabulated`` (16, cells) and (1, 4 or 5, corners in q, corners in p)."""
+        """What kernels read, in float64: for ``tabulated`` (16, cells) and (1, 4 or 5, corners along q, corners along p)."""
         raise NotImplementedError
 
     @property
@@ -212,24 +212,19 @@ def _quadratic(c: Sequence[Tensor], d: Tensor, e: Tensor) -> Tensor:
 
 
 class Cell(NamedTuple):
-    """What a kernel reads of the cells its elements lie in: the coefficients of the gain and of the logarithm, d and e."""
+    """What a kernel reads of the cells its elements lie in: the mean in their middle along p, coefficients, d and e."""
 
+    middle: Tensor
     gains: Sequence[Tensor]
     logarithms: Sequence[Tensor]
     d: Tensor
     e: Tensor
 
     @classmethod
-    def of(cls, table: Tensor, cell: Tensor, d: Tensor, e: Tensor) -> Cell:
-        """Without the mean."""
-        c = read(table, cell, 3, 13).unbind()
-        return cls(c[:7], c[7:], d, e)
-
-    @classmethod
-    def with_mean(cls, table: Tensor, cell: Tensor, d: Tensor, e: Tensor) -> tuple[Cell, Tensor]:
-        """And the mean in the middle of the cell along p."""
+    def read(cls, table: Tensor, cell: Tensor, d: Tensor, e: Tensor) -> Cell:
+        """Of a table of sixteen coefficients."""
         a0, a1, a2, *c = read(table, cell, 0, 16).unbind()
-        return cls(c[:7], c[7:], d, e), torch.addcmul(a0, e, torch.addcmul(a1, e, a2))
+        return cls(torch.addcmul(a0, e, torch.addcmul(a1, e, a2)), c[:7], c[7:], d, e)
 
     def gain(self) -> Tensor:
         """E[f'(X)]."""
@@ -294,18 +289,17 @@ class _Tabulated(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, mean: Tensor, var: Tensor, kernel: Kernel, backward: Kernel, table: tuple[Tensor, ...], constants: tuple[Any, ...]
+        ctx: Any, mean: Tensor, var: Tensor, kernels: tuple[Kernel, Kernel], table: tuple[Tensor, ...], constants: tuple[Any, ...]
     ) -> tuple[Tensor, Tensor]:
-        moments, partials = table
         ctx.save_for_backward(mean, var)
-        ctx.gradient, ctx.constants = backward, (partials, *constants)
-        out: tuple[Tensor, Tensor] = fused(kernel, mean, var, constants=(moments, *constants))
+        ctx.gradient, ctx.constants = kernels[1], (table[1], *constants)
+        out: tuple[Tensor, Tensor] = fused(kernels[0], mean, var, constants=(table[0], *constants))
         return out
 
     @staticmethod
     def backward(ctx: Any, grad_mean: Tensor, grad_var: Tensor) -> tuple[Tensor | None, ...]:
         grads = fused(_gradients, *ctx.saved_tensors, grad_mean, grad_var, constants=(ctx.gradient, ctx.constants))
-        return *grads, None, None, None, None
+        return *grads, None, None, None
 
 
 def tabulated(
@@ -313,5 +307,5 @@ def tabulated(
 ) -> tuple[Tensor, Tensor]:
     """Both moments by ``kernel(mean, var, moments, *constants)``, with their gradients by ``backward``; float32."""
     table = table_of(curve.number, mean.device)
-    out: tuple[Tensor, Tensor] = _Tabulated.apply(mean, var, kernel, backward, table, constants)
+    out: tuple[Tensor, Tensor] = _Tabulated.apply(mean, var, (kernel, backward), table, constants)
     return out

@@ -276,9 +276,9 @@ def _rms_norm(input: Any, normalized_shape: Any, weight: Any = None, eps: float 
 
 def _standardized_groups(mean: Tensor, var: Tensor, groups: int, eps: float) -> tuple[Tensor, Tensor]:
     # A view in any memory order, where reshape would copy.
-    found = standardized(*(x.unflatten(1, (groups, -1)) for x in (mean, var)), tuple(range(2, mean.ndim + 1)), eps)
-    mean, var = (x.flatten(1, 2) for x in found)
-    return mean, var
+    grouped, grouped_var = (x.unflatten(1, (groups, -1)) for x in (mean, var))
+    mean, var = standardized(grouped, grouped_var, tuple(range(2, mean.ndim + 1)), eps)
+    return mean.flatten(1, 2), var.flatten(1, 2)
 
 
 class _NormalizedGroups(torch.autograd.Function):
