@@ -18,6 +18,7 @@ import contextlib
 import copy
 import json
 import multiprocessing
+import os
 import statistics
 import time
 from collections.abc import Callable
@@ -36,7 +37,7 @@ from benchmarks.naive import NaiveDecoder
 
 Run = Callable[[], Tensor]
 RESULTS = Path(__file__).resolve().parent / "results" / "speed.json"
-CONVERTED = "rvconvert"
+KEPT = {"MALLOC_MMAP_THRESHOLD_": str(2**32), "MALLOC_TRIM_THRESHOLD_": str(2**34)}
 
 
 def loss_of(out: Tensor, x: Tensor, mu: Tensor, logvar: Tensor) -> Tensor:
@@ -181,6 +182,7 @@ def measure(name: str, args: argparse.Namespace) -> dict[str, object]:
     plain.eval()
     row["forward"] = meter.ratio(step_of(plain, x), step_of(rvconvert.convert(plain), x), train=False)[0]
     conditions = {"device": args.device, "dtype": args.dtype, "threads": args.threads, "rounds": args.rounds}
+    conditions["memory_kept"] = args.keep_memory
     return {"model": name, "batch": len(x), "plain_seconds": seconds, **row, "others": others, **conditions}
 
 
@@ -225,12 +227,13 @@ def table(rows: list[dict[str, object]]) -> Table:
 
 def markdown(rows: list[dict[str, object]], *, every: bool) -> str:
     """The README's table: the systems, then the best and worst decoders; with ``every``, all rows and columns."""
+    rows = [row for row in rows if every or not row["memory_kept"]]
     columns = COLUMNS if every else {k: COLUMNS[k] for k in ("step", "flops", "memory", "lost")}
     peers = PEERS if every else {k: PEERS[k] for k in ("2 samples", "naive")}
     by_size: dict[str, list[dict[str, object]]] = {}
     for row in rows:
         if row["model"] not in SYSTEMS and str(row["model"])[-2:].isdigit():
-            by_size.setdefault(f"{row['model']}"[-2:] + f"{row['device']}{row['dtype']}", []).append(row)
+            by_size.setdefault(f"{row['model']}"[-2:] + f"{row['device']}{row['dtype']}{row['memory_kept']}", []).append(row)
     chosen = {id(f(group, key=lambda r: r["step"])) for group in by_size.values() for f in (min, max)}  # type: ignore[arg-type,return-value]
     lines = [f"| model, batch | plain step | {' | '.join((*columns.values(), *peers.values()))} |"]
     lines.append("| --- |" + " ---: |" * (1 + len(columns) + len(peers)))
@@ -241,6 +244,7 @@ def markdown(rows: list[dict[str, object]], *, every: bool) -> str:
         name = f"{row['model']}×{row['model'][-2:]}" if sized else row["model"]  # type: ignore[index]
         plain = f"{1e3 * row['plain_seconds']:.0f} ms"  # type: ignore[operator]
         where = "" if row["device"] == "cpu" else f" ({row['device']}, {row['dtype']})"
+        where += " (memory kept)" if row["memory_kept"] else ""
         lines.append(f"| {name}, {row['batch']}{where} | {plain} | {' | '.join(cells(row, columns, peers))} |")
     return "\n".join(lines)
 
@@ -260,6 +264,7 @@ def main() -> None:
     parser.add_argument("--peers", action="store_true", help="the other variants for every model, not for the systems alone")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--keep-memory", action="store_true", help="let malloc (glibc) keep what a step frees for the next one")
     parser.add_argument("--clock", default="wall", choices=("wall", "process"), help="process: for a shared machine")
     parser.add_argument("--json", type=Path, default=RESULTS, help="where figures go, in the place of a model's earlier ones")
     parser.add_argument("--table", action="store_true", help="measure nothing; print the table of the --json file as Markdown")
@@ -269,6 +274,8 @@ def main() -> None:
     if args.table:
         print(markdown(json.loads(args.json.read_text()), every=args.all))
         return
+    if args.keep_memory:
+        os.environ.update(KEPT)
     if args.device == "cuda":
         args.compile = args.variance_bf16 = True
     console = Console(width=170)
@@ -279,10 +286,11 @@ def main() -> None:
             console.print(f"{name}, {dtype}: {measured[-1]['step']:.2f}", style="dim")
             if not args.gate:
                 held = json.loads(args.json.read_text()) if args.json.exists() else []
-                same = ("model", "dtype", "device", "threads")
+                same = ("model", "dtype", "device", "threads", "memory_kept")
                 held = [r for r in held if any(r[key] != measured[-1][key] for key in same)] + [measured[-1]]
                 order = list(MODELS)
-                args.json.write_text(json.dumps(sorted(held, key=lambda r: order.index(r["model"])), indent=1) + "\n")
+                held.sort(key=lambda r: (r["memory_kept"], order.index(r["model"])))
+                args.json.write_text(json.dumps(held, indent=1) + "\n")
     console.print(table(measured))
     slow = {row["model"]: row["step"] for row in measured if args.gate and row["step"] > args.gate}
     if slow:
