@@ -22,7 +22,7 @@ from rvconvert.moments.quadrature import flushed, legendre
 Function = Callable[[Tensor], Tensor]
 
 DENSER = 2.0  # cells of q lie by 1 + this more densely at v = 0, by as much less at infinity
-_BILINEAR, _BORDER, _IMAGES = 0, 1, 8  # torch's numbers for two options of grid_sample
+_BILINEAR, _ZEROS, _IMAGES = 0, 0, 8  # torch's numbers for two options of grid_sample; how many cores may share it
 _LEGENDRE, _AT_ONCE = 40, 1024  # nodes of a panel; integrals whose nodes stay in a core's cache
 
 
@@ -266,9 +266,12 @@ def bilinear(partials: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
         partials: (1, n, corners in q, corners in p).
         x, y: (images, elements); a processor gives each image to one core.
     """
-    at = torch.view_as_real(torch.complex(x, y))[:, None]
-    first, *rest = torch.grid_sampler_2d(partials.expand(len(x), -1, -1, -1), at, _BILINEAR, _BORDER, True)[:, :, 0].unbind(1)
-    return torch.add(first, x, alpha=0), *rest  # NaN, which the ends would hold, stays NaN
+    x = x.clamp(-1, 1)
+    # Interleaved by way of complex numbers, a processor takes a sixth of the time.
+    at = torch.view_as_real(torch.complex(x, y)) if x.is_cpu else torch.stack((x, y), -1)
+    found = torch.grid_sampler_2d(partials.expand(len(x), -1, -1, -1), at[:, None], _BILINEAR, _ZEROS, True)
+    first, *rest = found[:, :, 0].unbind(1)
+    return torch.add(first, x, alpha=0), *rest  # NaN, which is on no corner, stays NaN
 
 
 Kernel = Callable[..., tuple[Tensor, Tensor]]
