@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,7 +12,7 @@ from rvconvert.errors import ConversionError
 from rvconvert.moments.quadrature import flushed
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
 __all__ = ["attach_penalty", "variance_penalty"]
 
@@ -66,40 +67,32 @@ class _Attach(torch.autograd.Function):
 class _Joined:
     """Whether L_c has joined a backward pass: once a forward, and never one of ``torch.autograd.grad``."""
 
-    def __init__(self, leaves: list[Any]) -> None:
-        self.leaves = leaves  # accumulation nodes of some parameters that the variance depends on
+    def __init__(self, made_by: Any) -> None:
+        self.made_by = made_by  # the node that the variance comes from
         self.done = False
 
     def joins_now(self) -> bool:
-        if self.done or not (not self.leaves or any(map(_accumulates, self.leaves))):
+        """True the first time that the backward pass under way accumulates into a leaf that the variance is made of."""
+        if self.done:
             return False
-        self.done = True
-        return True
+        try:
+            self.done = self.made_by is None or any(map(torch._C._will_engine_execute_node, _leaves(self.made_by)))
+        except RuntimeError:  # torch's answer for the inputs of torch.autograd.grad
+            return False
+        return self.done
 
 
-def _accumulates(leaf: Any) -> bool:
-    """True if the backward pass under way will accumulate into this leaf."""
-    try:
-        return bool(torch._C._will_engine_execute_node(leaf))
-    except RuntimeError:  # torch's answer for the inputs of torch.autograd.grad
-        return False
-
-
-def _accumulation_nodes(var: torch.Tensor, most: int = 8) -> list[Any]:
-    """The accumulation nodes of the nearest leaves that ``var`` is made of."""
-    if var.grad_fn is None:
-        return []
-    found: list[Any] = []
-    todo, seen = [var.grad_fn], {var.grad_fn}
-    while todo and len(found) < most:
-        node = todo.pop(0)
+def _leaves(node: Any) -> Iterator[Any]:
+    """The nodes that accumulate gradients, of the nearest leaves first."""
+    todo, seen = deque([node]), {node}
+    while todo:
+        node = todo.popleft()
         if type(node).__name__ == "AccumulateGrad":
-            found.append(node)
+            yield node
         for each, _ in node.next_functions:
             if each is not None and each not in seen:
                 seen.add(each)
                 todo.append(each)
-    return found
 
 
 def attach_penalty(
@@ -114,6 +107,6 @@ def attach_penalty(
     graph does not, and neither does ``torch.autograd.grad``.
     """
     var = y.var
-    joined = None if torch.compiler.is_compiling() else _Joined(_accumulation_nodes(var))
+    joined = None if torch.compiler.is_compiling() else _Joined(var.grad_fn)
     taken = _Attach.apply(var, float(weight) * float(scale), kind, joined, y.mean, *beside)
     return taken if beside else taken[0]

@@ -136,3 +136,36 @@ def test_gains_are_renewed_between_two_calls_that_share_a_backward_pass():
         first = each(X)
         (F.mse_loss(first, X) + F.mse_loss(each(X.flip(0)), X)).backward()
     assert model.decoder[1].num_batches_tracked == plain.decoder[1].num_batches_tracked == 2
+
+
+def test_a_backward_pass_into_far_parameters_alone_has_the_penalty():
+    torch.manual_seed(0)
+    vae = Deep()
+    for parameter in vae.parameters():
+        nn.init.normal_(parameter, std=0.7)
+    x = torch.randn(8, 6)
+    found = []
+    for penalty in (50.0, 0.0):
+        rv_vae = rvconvert.convert(vae, penalty=penalty)
+        for inputs in (None, list(rv_vae.encoder.parameters())):
+            rv_vae.zero_grad()
+            y, *_ = rv_vae(x)
+            (y - x).square().mean().backward(inputs=inputs)
+            found.append(rv_vae.encoder.weight.grad.clone())
+    torch.testing.assert_close(found[0], found[1])
+    torch.testing.assert_close(found[2], found[3])
+    assert (found[0] - found[2]).abs().max() > 0.01
+
+
+class Deep(nn.Module):
+    """Ten layers with parameters between the latent and the output."""
+
+    def __init__(self):
+        super().__init__()
+        self.encoder = nn.Linear(6, 4)
+        layers = [layer for width in (2, *[5] * 8) for layer in (nn.Linear(width, 5), nn.Tanh())]
+        self.decoder = nn.Sequential(*layers, nn.Linear(5, 6))
+
+    def forward(self, x):
+        mu, logvar = self.encoder(x).chunk(2, 1)
+        return self.decoder(mu + torch.randn_like(mu) * torch.exp(0.5 * logvar)), mu, logvar
