@@ -369,3 +369,18 @@ def test_such_a_decoder_that_gives_its_loss_alone_is_penalised_whole(name: str) 
     whole = rvconvert.convert(OfTwoHalves(lambda y, *rest: y))
     whole(x)
     assert float(model.last_penalty) == pytest.approx(float(whole.last_penalty), rel=1e-4)
+
+
+def test_a_gated_reconstruction_of_one_number_is_no_loss():
+    class OneNumber(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.encoder, self.decoder = nn.Linear(1, 4), nn.Sequential(nn.Linear(2, 8), nn.ReLU(), nn.Linear(8, 2), nn.GLU())
+
+        def forward(self, x):
+            mu, logvar = self.encoder(x).chunk(2, 1)
+            return torch.exp(self.decoder(mu + torch.randn_like(mu) * torch.exp(0.5 * logvar))), mu, logvar
+
+    y, *_ = rvconvert.convert(OneNumber(), output="distribution")(torch.randn(16, 1))
+    assert isinstance(y, rvconvert.RandomVariable)
+    assert (y.var > 0).all()

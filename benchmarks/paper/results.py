@@ -62,6 +62,11 @@ def over_seeds(records: Sequence[Record], name: str) -> str:
     return number(fmean(values)) + spread
 
 
+def updates(record: Record) -> int:
+    """Steps of the optimizer in as many epochs as a plain run has; a batch has 64 images unless it was said."""
+    return record["epochs"] * -(-record["trained_on"] // (record.get("batch") or 64))
+
+
 def conditions(record: Record) -> str:
     """What the run was, in words, from what was measured of it."""
     parts = [f"{record['epochs']} epochs" if record["epochs"] != 1 else "1 epoch", f"{record['trained_on']:,} images"]

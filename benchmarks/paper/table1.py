@@ -13,6 +13,7 @@ from pathlib import Path
 from benchmarks.paper import cells, results
 
 HEADER = ["cell", "trained as", "MSE of the RV's mean", "from the mean", "from a sample", "KL, nats", "seconds"]
+LEAST_UPDATES, TOO_SHORT = 300, "too short to tell"
 NAMES = {
     "plain": "plain",
     "longer": f"plain, {cells.TIMES_THE_EPOCHS['longer']} times the epochs",
@@ -72,7 +73,9 @@ def count(seeds: list) -> str:
 
 
 def verdict(pairs: list[tuple[results.Record, results.Record]]) -> str:
-    """Confirmed where RV is below the original from the mean too, for every seed."""
+    """Confirmed where RV is below the original from the mean too, for every seed; none of a few dozen steps."""
+    if results.updates(pairs[0][0]) < LEAST_UPDATES:
+        return TOO_SHORT
     if all(rv["mse_rv"] < plain["mse_mean"] for plain, rv in pairs):
         return "confirmed"
     if all(rv["mse_rv"] < plain["mse_sample"] for plain, rv in pairs):

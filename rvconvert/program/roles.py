@@ -376,8 +376,10 @@ class _Graph:
         return False
 
     def reduces(self, node: fx.Node, sources: list[fx.Node]) -> bool:
-        """Fewer numbers come out than went in, and not because some were selected."""
+        """Fewer numbers come out than went in, and not because some were selected or gate the others."""
         if self._kind(node, Shape) or "draw" in node.meta or "shape" not in node.meta:  # of several results, each has its own
+            return False
+        if self._name(node) == "glu":
             return False
         return bool(sources) and _size(node) < max(map(_size, sources))
 
