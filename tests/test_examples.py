@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import math
 import os
@@ -16,6 +17,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+
+import rvconvert
 
 ROOT = Path(__file__).resolve().parent.parent
 EXAMPLES = ROOT / "examples"
@@ -36,6 +39,7 @@ import image_sets  # noqa: E402
 from beta_tcvae import log_normal, log_stratified_weights  # noqa: E402
 
 from benchmarks.paper import report, results, table1  # noqa: E402
+from benchmarks.paper.quirks import QUIRKS  # noqa: E402
 
 
 def run_in_process(monkeypatch: pytest.MonkeyPatch, name: str, *arguments: str | Path) -> None:
@@ -56,6 +60,28 @@ def run_in_shell(name: str, *arguments: str | int) -> str:
 
 def read_metrics(folder: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+ON_CIFAR = {"CenterCrop(148), Resize(64)", "L_c on the mean's green channel", "all three of β-TCVAE"}
+
+
+@pytest.mark.parametrize("name", sorted(QUIRKS.keys() - ON_CIFAR))
+def test_a_system_trains_as_the_published_code_has_it(name: str, tmp_path: Path) -> None:
+    system = importlib.import_module(QUIRKS[name].cell.split("-")[0])
+    with torch.random.fork_rng(), QUIRKS[name].applied():
+        system.main(["--smoke", "--rv", "--out", str(tmp_path)])
+    assert all(math.isfinite(value) for line in read_metrics(tmp_path) for value in line.values())
+
+
+def test_the_published_penalty_on_the_green_channel() -> None:
+    from beta_tcvae import BetaTCVAE
+
+    x = torch.rand(4, 3, 64, 64)
+    for penalty in (50.0, 0.0):
+        with QUIRKS["L_c on the mean's green channel"].applied():
+            published = rvconvert.convert(BetaTCVAE(), penalty=penalty)
+        (0 * published(x)[0]).sum().backward()
+        assert any(p.grad is not None and p.grad.any() for p in published.parameters()) == (penalty > 0)
 
 
 @pytest.mark.parametrize("rv", [False, True], ids=["plain", "rv"])

@@ -101,7 +101,7 @@ def penalty_on_green() -> Iterator[None]:
 
         def attach(_: nn.Module, __: object, output: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
             mean = output[0]
-            return (_Attach.apply(mean, mean[:, 1], penalty, "squared"), *output[1:])
+            return (*_Attach.apply(mean[:, 1], penalty, "squared", None, mean), *output[1:])
 
         rv.register_forward_hook(attach)
         return rv
