@@ -272,8 +272,10 @@ def test_a_cell_of_table_1_runs_once(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 def test_a_claim_is_confirmed_only_against_the_mean() -> None:
-    plain = {"mse_mean": 0.2, "mse_sample": 0.4}
+    plain = {"mse_mean": 0.2, "mse_sample": 0.4, "epochs": 10, "trained_on": 1900, "batch": None}
     claims = {0.1: "confirmed", 0.3: "only under the paper's protocol", 0.5: "not confirmed"}
     for mse, claim in claims.items():
         assert table1.verdict([(plain, {"mse_rv": mse})]) == claim
     assert table1.verdict([(plain, {"mse_rv": 0.1}), (plain, {"mse_rv": 0.3})]) == "only under the paper's protocol"
+    assert results.updates(plain) == 300
+    assert table1.verdict([(plain | {"epochs": 9}, {"mse_rv": 0.1})]) == "too short to tell"
