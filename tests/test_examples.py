@@ -42,6 +42,14 @@ from benchmarks.paper import report, results, table1  # noqa: E402
 from benchmarks.paper.quirks import QUIRKS  # noqa: E402
 
 
+@pytest.fixture(autouse=True)
+def modules_of_the_examples(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pages of the guide, which another test may have run, import a module ``vae`` of their own."""
+    for system in ("vae", "beta_tcvae", "dc_vae", "soft_intro_vae"):
+        if system in sys.modules and Path(getattr(sys.modules[system], "__file__", None) or "").parent != EXAMPLES:
+            monkeypatch.delitem(sys.modules, system)
+
+
 def run_in_process(monkeypatch: pytest.MonkeyPatch, name: str, *arguments: str | Path) -> None:
     """Run an example as a script would, but with the imports of this process: they cost more than the run."""
     script = EXAMPLES / f"{name}.py"
