@@ -227,13 +227,13 @@ def table(rows: list[dict[str, object]]) -> Table:
 
 def markdown(rows: list[dict[str, object]], *, every: bool) -> str:
     """The README's table: the systems, then the best and worst decoders; with ``every``, all rows and columns."""
-    rows = [row for row in rows if every or not row.get("memory_kept")]
+    rows = [row for row in rows if every or not row["memory_kept"]]
     columns = COLUMNS if every else {k: COLUMNS[k] for k in ("step", "flops", "memory", "lost")}
     peers = PEERS if every else {k: PEERS[k] for k in ("2 samples", "naive")}
     by_size: dict[str, list[dict[str, object]]] = {}
     for row in rows:
         if row["model"] not in SYSTEMS and str(row["model"])[-2:].isdigit():
-            by_size.setdefault(f"{row['model']}"[-2:] + f"{row['device']}{row['dtype']}{row.get('memory_kept')}", []).append(row)
+            by_size.setdefault(f"{row['model']}"[-2:] + f"{row['device']}{row['dtype']}{row['memory_kept']}", []).append(row)
     chosen = {id(f(group, key=lambda r: r["step"])) for group in by_size.values() for f in (min, max)}  # type: ignore[arg-type,return-value]
     lines = [f"| model, batch | plain step | {' | '.join((*columns.values(), *peers.values()))} |"]
     lines.append("| --- |" + " ---: |" * (1 + len(columns) + len(peers)))
@@ -244,7 +244,7 @@ def markdown(rows: list[dict[str, object]], *, every: bool) -> str:
         name = f"{row['model']}×{row['model'][-2:]}" if sized else row["model"]  # type: ignore[index]
         plain = f"{1e3 * row['plain_seconds']:.0f} ms"  # type: ignore[operator]
         where = "" if row["device"] == "cpu" else f" ({row['device']}, {row['dtype']})"
-        where += " (memory kept)" if row.get("memory_kept") else ""
+        where += " (memory kept)" if row["memory_kept"] else ""
         lines.append(f"| {name}, {row['batch']}{where} | {plain} | {' | '.join(cells(row, columns, peers))} |")
     return "\n".join(lines)
 
@@ -287,9 +287,9 @@ def main() -> None:
             if not args.gate:
                 held = json.loads(args.json.read_text()) if args.json.exists() else []
                 same = ("model", "dtype", "device", "threads", "memory_kept")
-                held = [r for r in held if any(r.get(key, False) != measured[-1][key] for key in same)] + [measured[-1]]
+                held = [r for r in held if any(r[key] != measured[-1][key] for key in same)] + [measured[-1]]
                 order = list(MODELS)
-                held.sort(key=lambda r: (r.get("memory_kept", False), order.index(r["model"])))
+                held.sort(key=lambda r: (r["memory_kept"], order.index(r["model"])))
                 args.json.write_text(json.dumps(held, indent=1) + "\n")
     console.print(table(measured))
     slow = {row["model"]: row["step"] for row in measured if args.gate and row["step"] > args.gate}

@@ -17,7 +17,7 @@ from torch import nn
 if TYPE_CHECKING:
     from collections.abc import Hashable, Iterable, Sequence
 
-__all__ = ["GENERATORS", "Place", "globals_of", "is_watched", "random_state", "read_now", "restore_random_state"]
+__all__ = ["GENERATORS", "Place", "globals_of", "is_opaque", "is_watched", "random_state", "read_now", "restore_random_state"]
 
 _PLAIN = (bool, int, float, complex, str, bytes, torch.dtype, torch.device, type(None))
 _NEVER = frozenset(vars(nn.Module())) | {"training", "T_destination", "dump_patches", "call_super_init"}
@@ -36,7 +36,12 @@ def is_watched(module: nn.Module, name: str, value: Any) -> bool:
     """True if an attribute that a method read is to be compared at later calls."""
     if name in _NEVER or name.startswith("__") or type(module).__module__.startswith("torch."):
         return False
-    return not (isinstance(value, (torch.Tensor, nn.Module, type)) or callable(value))
+    return not is_opaque(value)
+
+
+def is_opaque(value: Any) -> bool:
+    """True for what a recording sees by itself, or what holds no values: tensors, modules, classes, functions."""
+    return isinstance(value, (torch.Tensor, nn.Module, type)) or callable(value)
 
 
 def globals_of(scope: dict[str, Any], names: Iterable[str]) -> list[Place]:
@@ -68,8 +73,7 @@ def _snapshot(value: Any, depth: int) -> Hashable:
             return (kind, tuple((_snapshot(k, 0), _snapshot(v, depth - 1)) for k, v in value.items()))
         return (kind, tuple(_snapshot(v, depth - 1) for v in value)) if isinstance(value, (list, tuple)) else (kind, len(value))
     fields = getattr(value, "__dict__", None)
-    opaque = isinstance(value, (torch.Tensor, nn.Module, type)) or callable(value)
-    if not depth or opaque or not isinstance(fields, dict) or len(fields) > _MOST:
+    if not depth or is_opaque(value) or not isinstance(fields, dict) or len(fields) > _MOST:
         return (kind,)
     return (kind, tuple((k, _snapshot(v, depth - 1)) for k, v in fields.items()))
 

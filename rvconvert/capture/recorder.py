@@ -17,7 +17,15 @@ from torch import fx, nn
 from torch.overrides import TorchFunctionMode
 
 from rvconvert.capture.intercept import COMMAND_LINE, INTERNAL, Handler, intercepting
-from rvconvert.capture.python_state import GENERATORS, Place, globals_of, is_watched, random_state, restore_random_state
+from rvconvert.capture.python_state import (
+    GENERATORS,
+    Place,
+    globals_of,
+    is_opaque,
+    is_watched,
+    random_state,
+    restore_random_state,
+)
 from rvconvert.capture.traced_number import TracedFloat, TracedInt, ignored, traced_size, untraced
 from rvconvert.core.random_variable import RandomVariable, Settings, in_settings, propagate, random_variables
 from rvconvert.core.tree import Structure, flatten
@@ -796,8 +804,7 @@ def _objects(attributes: dict[nn.Module, dict[str, Any]]) -> list[tuple[nn.Modul
         (module, name, value, dict(vars(value)))
         for module, held in attributes.items()
         for name, value in held.items()
-        if isinstance(getattr(value, "__dict__", None), dict) and not name.startswith("_")
-        if not (isinstance(value, (torch.Tensor, nn.Module, type)) or callable(value))
+        if isinstance(getattr(value, "__dict__", None), dict) and not name.startswith("_") and not is_opaque(value)
     ]
 
 

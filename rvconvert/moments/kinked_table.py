@@ -28,7 +28,7 @@ from rvconvert.moments.table import (
     Function,
     Grid,
     Partials,
-    bilinear,
+    as_table,
     coefficients,
     integrals,
     partial_derivatives,
@@ -109,7 +109,7 @@ class Kinked(Curve):
                 if shape.beyond != "parabola":
                     cells[:, -1] = 0.0 if a or b else shape.right
             made.append(cells)
-        return torch.from_numpy(np.stack(made).reshape(len(made), -1)), torch.from_numpy(partials)[None]
+        return as_table(made, partials)
 
 
 @functools.cache
@@ -132,7 +132,7 @@ class _Place(NamedTuple):
     inverse: Tensor  # 1/s
     p: Tensor
     wide: Tensor  # c/s
-    along: Tensor  # 1/(1 + DENSER + c/s), q in cells over RISE
+    along: Tensor  # 1/(1 + DENSER + c/s), which is q/(1 + DENSER q)
     beyond: Tensor | None  # 1 beyond the table, else 0
     far: Tensor | None  # 1 on the far side of the fold, else 0
 
@@ -187,11 +187,10 @@ def _closed(at: _Place, var: Tensor, shape: Shape) -> _Closed:
 
 def _kernel(mean: Tensor, var: Tensor, table: Tensor, ends: tuple[float, float], shape: Shape) -> tuple[Tensor, Tensor]:
     at = _place(mean, var, ends, shape)
-    x = at.p * _GRID.per_cell
-    cell, d, e = _GRID.locate(x, at.along * _GRID.rise)
+    cell, d, e = _GRID.locate(at.p, at.along)
     tangent: float | Tensor = shape.right  # the slope of f₀
     if shape.left != shape.right:
-        tangent = step(x).mul_(shape.right - shape.left).add_(shape.left)
+        tangent = step(at.p).mul_(shape.right - shape.left).add_(shape.left)
     if at.beyond is not None:
         d.clamp_(-1, 1)  # what another formula takes the place of stays finite
     here = Cell.read(table, cell, d, e)
@@ -225,8 +224,7 @@ def _backward(
     mean: Tensor, var: Tensor, grad_mean: Tensor, grad_var: Tensor, partials: Tensor, ends: tuple[float, float], shape: Shape
 ) -> tuple[Tensor, Tensor]:
     at = _place(mean, var, ends, shape)
-    y = (at.along * (2 * (1 + DENSER))).sub_(1)
-    gain, curvature, by_mean, by_var, *gain_by_var = bilinear(partials, at.p * (1 / _GRID.end), y)
+    gain, curvature, by_mean, by_var, *gain_by_var = _GRID.bilinear(partials, at.p, at.along)
     curvature, by_mean = curvature * at.inverse, by_mean * at.inverse
     if at.beyond is not None:
         closed = _closed(at, var, shape)

@@ -27,7 +27,7 @@ from rvconvert.moments.table import (
     Function,
     Grid,
     Partials,
-    bilinear,
+    as_table,
     coefficients,
     integrals,
     partial_derivatives,
@@ -109,7 +109,7 @@ class Smooth(Curve):
             if 3 <= k < 10 or a:  # of the gain; the outermost cells reach to infinity, where f is a line
                 cells[:, [0, -1]] = 0.0 if a or b else self.slopes
             made.append(cells)
-        return torch.from_numpy(np.stack(made).reshape(len(made), -1)), torch.from_numpy(partials)[None]
+        return as_table(made, partials)
 
     def moments(self, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
         """By a table of this call's own, in float32 on the processor: to be held against something."""
@@ -125,14 +125,15 @@ class _Place(NamedTuple):
     inverse: Tensor  # 1/S
     ratio: Tensor  # c/S
     share: Tensor  # v/S²
-    along: Tensor  # from 0 at v = 0 to 1
+    p: Tensor
+    along: Tensor  # q/(1 + DENSER q)
 
 
 def _place(mean: Tensor, var: Tensor, width: float) -> _Place:
     inverse = torch.rsqrt(var + width * width)
     ratio = inverse * width
     share = var * inverse * inverse  # q = v/(S (S + c)), without a difference
-    return _Place(inverse, ratio, share, share / torch.add(ratio, share, alpha=DENSER).add_(1))
+    return _Place(inverse, ratio, share, mean * inverse, share / torch.add(ratio, share, alpha=DENSER).add_(1))
 
 
 def _spread(here: Cell, ratio: Tensor, level: bool) -> Tensor:
@@ -142,8 +143,8 @@ def _spread(here: Cell, ratio: Tensor, level: bool) -> Tensor:
 
 
 def _kernel(mean: Tensor, var: Tensor, table: Tensor, width: float, level: bool) -> tuple[Tensor, Tensor]:
-    inverse, ratio, share, along = _place(mean, var, width)
-    cell, d, e = _GRID.locate(mean * (inverse * _GRID.per_cell), along * _GRID.rise)
+    inverse, ratio, share, p, along = _place(mean, var, width)
+    cell, d, e = _GRID.locate(p, along)
     here = Cell.read(table, cell, d, e)
     gain = here.gain()
     out = torch.addcmul(here.middle, d, here.along(), value=1 / _GRID.per_cell) / inverse
@@ -155,9 +156,8 @@ def _kernel(mean: Tensor, var: Tensor, table: Tensor, width: float, level: bool)
 def _backward(
     mean: Tensor, var: Tensor, grad_mean: Tensor, grad_var: Tensor, partials: Tensor, width: float, level: bool
 ) -> tuple[Tensor, Tensor]:
-    inverse, _, _, along = _place(mean, var, width)
-    x, y = mean * (inverse * (1 / _GRID.end)), (along * (2 * (1 + DENSER))).sub_(1)
-    gain, curvature, by_mean, by_var = bilinear(partials, x, y)
+    inverse, _, _, p, along = _place(mean, var, width)
+    gain, curvature, by_mean, by_var = _GRID.bilinear(partials, p, along)
     return Partials(gain, curvature * inverse, by_mean * inverse, by_var).gradients(var, grad_mean, grad_var)
 
 

@@ -56,12 +56,27 @@ class Grid(NamedTuple):
         """q of a place counted in cells."""
         return at / (self.rise - DENSER * at)
 
-    def locate(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The cell, and d and e in it, of a place counted in cells from p = 0 and q = 0."""
+    def locate(self, p: Tensor, along: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The cell, and d and e in it; ``along`` is q in cells over ``rise``."""
+        x, y = p * self.per_cell, along * self.rise
         i = torch.floor(x).clamp_(-self.in_p // 2, self.in_p // 2 - 1)
         j = torch.floor(y).clamp_(0, self.in_q - 1)
         cell = torch.add(i, j, alpha=self.in_p).add_(self.in_p // 2)
         return numbers(cell, self.in_p * self.in_q), (x - i).sub_(0.5), y - j
+
+    def bilinear(self, partials: Tensor, p: Tensor, along: Tensor) -> tuple[Tensor, ...]:
+        """What is at (p, q): bilinear between corners, beyond the ends of p what is at the ends.
+
+        Args:
+            partials: (1, n, corners in q, corners in p).
+            p, along: (images, elements), as of ``locate``; a processor gives each image to one core.
+        """
+        x, y = (p * (1 / self.end)).clamp(-1, 1), (along * (2 * (1 + DENSER))).sub_(1)
+        # Interleaved by way of complex numbers, a processor takes a sixth of the time.
+        at = torch.view_as_real(torch.complex(x, y)) if x.is_cpu else torch.stack((x, y), -1)
+        found = torch.grid_sampler_2d(partials.expand(len(x), -1, -1, -1), at[:, None], _BILINEAR, _ZEROS, True)
+        first, *rest = found[:, :, 0].unbind(1)
+        return torch.add(first, x, alpha=0), *rest  # NaN, which is on no corner, stays NaN
 
 
 # ---- filling -----------------------------------------------------------------------------------------------------
@@ -151,6 +166,11 @@ def partial_derivatives(
 
     by_var = ratio @ here + by_logarithm_of_var(ratio)
     return np.stack([gain @ here, gain @ slope, ratio @ slope, by_var, by_logarithm_of_var(gain)])
+
+
+def as_table(moments: list[np.ndarray], partials: np.ndarray) -> tuple[Tensor, Tensor]:
+    """What ``tabulated`` reads, of the coefficients in (q, p) and of the partial derivatives at the corners."""
+    return torch.from_numpy(np.stack(moments).reshape(len(moments), -1)), torch.from_numpy(partials)[None]
 
 
 class Curve:
@@ -259,28 +279,13 @@ class Partials(NamedTuple):
         )
 
 
-def bilinear(partials: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
-    """What is at (x, y), in [-1, 1] along p and q: bilinear between corners, beyond the ends of p what is at the ends.
-
-    Args:
-        partials: (1, n, corners in q, corners in p).
-        x, y: (images, elements); a processor gives each image to one core.
-    """
-    x = x.clamp(-1, 1)
-    # Interleaved by way of complex numbers, a processor takes a sixth of the time.
-    at = torch.view_as_real(torch.complex(x, y)) if x.is_cpu else torch.stack((x, y), -1)
-    found = torch.grid_sampler_2d(partials.expand(len(x), -1, -1, -1), at[:, None], _BILINEAR, _ZEROS, True)
-    first, *rest = found[:, :, 0].unbind(1)
-    return torch.add(first, x, alpha=0), *rest  # NaN, which is on no corner, stays NaN
-
-
 Kernel = Callable[..., tuple[Tensor, Tensor]]
 
 
 def _gradients(
     mean: Tensor, var: Tensor, grad_mean: Tensor, grad_var: Tensor, backward: Kernel, constants: tuple[Any, ...]
 ) -> tuple[Tensor, Tensor]:
-    """``backward`` of tensors in the shape that ``bilinear`` takes."""
+    """``backward`` of tensors in the shape that ``Grid.bilinear`` takes."""
     images = _IMAGES if mean.is_cpu and mean.numel() % _IMAGES == 0 and not torch.compiler.is_compiling() else 1
     tensors = (x.reshape(images, mean.numel() // images) for x in (mean, var, grad_mean, grad_var))
     by_mean, by_var = backward(*tensors, *constants)
