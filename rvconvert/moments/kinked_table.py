@@ -2,17 +2,16 @@
 
 f(t) is smooth on either side of t = 0, with f(0) = 0; X ~ N(m, v), s = sqrt(v). The half-plane of (m, v) is covered by
 p = m/s in [-8, 8], beyond which a Gaussian sees one side only, and q = s/(s + c), c the scale on which f leaves its tangents.
-In these coordinates the kink is smooth, however small s is. Each cell of (p, q) holds polynomials of
+In these coordinates the kink is smooth, however small s is. The table holds
 
     g = E[f'(X)],    L = log2 of K = (Var f(X) - v g²)/v over what it vanishes with at either end of q,
 
-and of (E[f(X)] - f₀(m))/s, f₀ the two tangents, whose dependence on p is the integral of g - f₀'. So Var = v (g² + K).
+and (E[f(X)] - f₀(m))/s, f₀ the two tangents. So Var = v (g² + K).
 A second kink, the mirror image of the first, is met by folding m to the near side of the middle.
 """
 
 from __future__ import annotations
 
-import functools
 import math
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -23,22 +22,21 @@ from rvconvert.moments.normal import step
 from rvconvert.moments.quadrature import flushed
 from rvconvert.moments.table import (
     DENSER,
-    Cell,
     Curve,
     Function,
     Grid,
     Partials,
     as_table,
-    coefficients,
     integrals,
-    partial_derivatives,
+    moments_at_corners,
+    partials_at_corners,
     tabulated,
 )
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-_GRID = Grid(end=8, in_p=512, in_q=128, spacing=16)
+_GRID = Grid(end=8, in_p=1024, in_q=192, spacing=16)
 _LEAST = 1e-30  # of a variance: s is no smaller than its root, and m no nearer to the kink than eight of these
 
 
@@ -78,48 +76,30 @@ class Kinked(Curve):
         self.shape, self.middle = shape, middle
 
     def fill(self) -> tuple[Tensor, ...]:
-        """Some 66,000 quadratures in float64, then interpolation onto the cells."""
+        """Some 50,000 quadratures in float64, then interpolation onto the corners."""
         shape = self.shape
-        q = _GRID.q(np.linspace(0, _GRID.in_q, 2 * _GRID.in_q + 1)[:, None]).clip(1e-5, 1 - 1e-5)
+        q = _GRID.corners()[1][:, None].clip(1e-5, 1 - 1e-5)
         root = shape.width * q / (1 - q)
         mean, var = np.broadcast_arrays(_GRID.nodes() * root, root**2)
         bends = sorted([0.0, 2 * self.middle if math.isfinite(self.middle) else -8 * shape.width])
         found = integrals(self.function, torch.tensor(mean.ravel()), torch.tensor(var.ravel()), bends)
         expected, gain, rest = (each.numpy().reshape(mean.shape) for each in found)
         scale = (q**2 if shape.smooth else 1.0) * ((1 - q) ** 2 if shape.level else 1.0)
-        values = [expected / root, gain, np.log2(rest / scale + 1e-300)]
-        at = q[:, 0]
-        partials = partial_derivatives(_GRID, at, gain, rest + gain**2, np.full_like(at, 0.5), at * (1 - at) / 2)
+        rows = np.eye(len(q))
+        moments = moments_at_corners(_GRID, rows, expected / root, gain, np.log2(rest / scale + 1e-300))
+        partials = partials_at_corners(_GRID, rows, gain, rest + gain**2, np.full(len(q), 0.5), (q * (1 - q))[:, 0] / 2)
         partials = partials[: 5 if shape.fold == "even" else 4]
-        for value in (*values, *partials):  # the first row lies a little beside q = 0, where there is nothing to integrate
-            value[0] -= (value[1] - value[0]) * (at[0] / (at[1] - at[0]))
+        for value in (*moments, *partials):  # the first row lies a little beside q = 0, where there is nothing to integrate
+            value[0] -= (value[1] - value[0]) * (q[0] / (q[1] - q[0]))
+        p = _GRID.corners()[0]
+        moments[0] -= np.where(p > 0, shape.right, shape.left) * p
         if shape.beyond != "exponential":
+            moments[1, :, 0] = 0.0
             partials[..., 0] = 0.0
         if shape.beyond != "parabola":
+            moments[1, :, -1] = shape.right
             partials[..., -1] = np.array([shape.right, 0.0, 0.0, shape.right**2, 0.0])[: len(partials), None]
-        middles = (np.arange(_GRID.in_p) + 0.5) / _GRID.per_cell - _GRID.end
-        made = []
-        for k, (a, b, cells) in enumerate(coefficients(_GRID, _in_q(), *values)):
-            if k == 0:
-                cells = cells - np.where(middles > 0, shape.right, shape.left) * middles
-            # The outermost cells reach to infinity, where f is a constant on the left, a line on the right.
-            if 3 <= k < 10 or a:
-                if shape.beyond != "exponential":
-                    cells[:, 0] = 0.0
-                if shape.beyond != "parabola":
-                    cells[:, -1] = 0.0 if a or b else shape.right
-            made.append(cells)
-        return as_table(made, partials)
-
-
-@functools.cache
-def _in_q() -> list[np.ndarray]:
-    """From the ends and the middle of each cell to quadratics: a second kink is too sharp for one polynomial over all q."""
-    made = np.zeros((3, _GRID.in_q, 2 * _GRID.in_q + 1))
-    for k, weights in enumerate(np.linalg.inv(np.vander([0.0, 0.5, 1.0], increasing=True))):
-        for i, weight in enumerate(weights):
-            made[k, np.arange(_GRID.in_q), 2 * np.arange(_GRID.in_q) + i] = weight
-    return list(made)
+        return as_table(moments), as_table(partials)
 
 
 # ---- reading -----------------------------------------------------------------------------------------------------
@@ -130,9 +110,9 @@ class _Place(NamedTuple):
 
     t: Tensor  # from the (nearest) kink
     inverse: Tensor  # 1/s
-    p: Tensor
+    x: Tensor  # of ``Grid.read``
+    y: Tensor
     wide: Tensor  # c/s
-    along: Tensor  # 1/(1 + DENSER + c/s), which is q/(1 + DENSER q)
     beyond: Tensor | None  # 1 beyond the table, else 0
     far: Tensor | None  # 1 on the far side of the fold, else 0
 
@@ -147,9 +127,10 @@ def _place(mean: Tensor, var: Tensor, ends: tuple[float, float], shape: Shape) -
     inverse = torch.rsqrt(var + _LEAST)
     p = (t + 8.5 * math.sqrt(_LEAST)) * inverse
     wide = inverse * shape.width
-    along = (wide + (1 + DENSER)).reciprocal_()
+    # y = 2 (1 + DENSER) q / (1 + DENSER q) - 1, q = 1/(1 + c/s)
+    y = torch.rsub((wide + (1 + DENSER)).reciprocal_(), -1, alpha=-2 * (1 + DENSER))
     beyond = None if shape.beyond is None else step((p if shape.beyond == "parabola" else -p) - _GRID.end)
-    return _Place(t, inverse, p, wide, along, beyond, far)
+    return _Place(t, inverse, (p * (1 / _GRID.end)).clamp_(-1, 1), y, wide, beyond, far)
 
 
 class _Closed(NamedTuple):
@@ -187,16 +168,8 @@ def _closed(at: _Place, var: Tensor, shape: Shape) -> _Closed:
 
 def _kernel(mean: Tensor, var: Tensor, table: Tensor, ends: tuple[float, float], shape: Shape) -> tuple[Tensor, Tensor]:
     at = _place(mean, var, ends, shape)
-    cell, d, e = _GRID.locate(at.p, at.along)
-    tangent: float | Tensor = shape.right  # the slope of f₀
-    if shape.left != shape.right:
-        tangent = step(at.p).mul_(shape.right - shape.left).add_(shape.left)
-    if at.beyond is not None:
-        d.clamp_(-1, 1)  # what another formula takes the place of stays finite
-    here = Cell.read(table, cell, d, e)
-    gain = here.gain()
-    out = torch.addcmul(here.middle, d, here.along(tangent), value=1 / _GRID.per_cell) / at.inverse
-    spread = here.power()
+    out, gain, logarithm = _GRID.moments(table, at.x, at.y)
+    out, spread = out / at.inverse, torch.exp2(logarithm)
     if shape.smooth or shape.level:
         q = (at.wide + 1).reciprocal_()  # s/(s + c)
         if shape.smooth:
@@ -205,8 +178,9 @@ def _kernel(mean: Tensor, var: Tensor, table: Tensor, ends: tuple[float, float],
             q = q * at.wide  # 1 - q
             spread = spread * q * q
     ratio = torch.addcmul(spread, gain, gain)
-    if shape.fold != "odd":
-        out = out + tangent * at.t
+    if shape.fold != "odd":  # else f₀ is what the clamp adds below
+        out = torch.add(out, at.t.clamp(min=0.0), alpha=shape.right) if shape.right else out
+        out = torch.add(out, at.t.clamp(max=0.0), alpha=shape.left) if shape.left else out
     if at.beyond is not None:
         closed = _closed(at, var, shape)
         pairs = ((out, closed.out), (gain, closed.gain), (ratio, closed.ratio))
@@ -224,7 +198,7 @@ def _backward(
     mean: Tensor, var: Tensor, grad_mean: Tensor, grad_var: Tensor, partials: Tensor, ends: tuple[float, float], shape: Shape
 ) -> tuple[Tensor, Tensor]:
     at = _place(mean, var, ends, shape)
-    gain, curvature, by_mean, by_var, *gain_by_var = _GRID.bilinear(partials, at.p, at.along)
+    gain, curvature, by_mean, by_var, *gain_by_var = _GRID.partials(partials, at.x, at.y)
     curvature, by_mean = curvature * at.inverse, by_mean * at.inverse
     if at.beyond is not None:
         closed = _closed(at, var, shape)

@@ -25,9 +25,9 @@ def _gelu_tanh(x: Tensor) -> Tensor:
 
 
 _TANH, _SIGMOID = Smooth(torch.tanh, 1.0), Smooth(torch.sigmoid, 2.0)
-_SILU, _MISH = Smooth(F.silu, 2.2), Smooth(F.mish, 2.2)
+_SILU, _MISH = Smooth(F.silu, 2.0), Smooth(F.mish, 2.0)
 _SOFTPLUS, _LOGSIGMOID = Smooth(F.softplus, 3.0), Smooth(F.logsigmoid, 3.0)
-_GELU, _GELU_TANH = Smooth(_gelu, 0.9), Smooth(_gelu_tanh, 0.9)
+_GELU, _GELU_TANH = Smooth(_gelu, 0.75), Smooth(_gelu_tanh, 0.75)
 
 
 @at_least_float32

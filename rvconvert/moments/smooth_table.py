@@ -1,19 +1,22 @@
 """Moments of a smooth function that is a line far out, from a table that quadrature fills once.
 
 X ~ N(m, v). With c the width on which f bends and S² = c² + v, the half-plane of (m, v) is covered by p = m/S in [-8, 8], beyond
-which a Gaussian sees f's asymptotes only, and q = 1 - c/S in [0, 1]. Each cell of (p, q) holds quadratics of
+which a Gaussian sees f's asymptotes only, and q = 1 - c/S in [0, 1]. The mean is f itself, of c p, stretched by S/c, and
+
+    share (c, stretched) times D,    share = v/S²,
+
+so that it is f(m), exactly, as v goes to 0; where f has one slope at both ends it is not stretched, but sheared. Beside D are held
 
     g = E[f'(X)],    L = log2((K + MIX g²) N),    K = (Var f(X) - v g²) S²/v²,
 
-N = S²/c² where f has one slope at both ends (K falls as 1/S² then), else 1, and a quadratic in q of E[f(X)]/S, whose
-dependence on p is the integral of g. So Var = v (g² + K v/S²): the linear part of f and the rest, neither negative, without
-a difference of large numbers, exact as v goes to 0. Its gradients: dE/dm = g and dE/dv = E[f'']/2 (Stein).
+N = S²/c² where f has one slope at both ends (K falls as 1/S² then), else 1. So Var = v (g² + K v/S²): the linear part of f and
+the rest, neither negative, without a difference of large numbers. Its gradients: dE/dm = g and dE/dv = E[f'']/2 (Stein).
 """
 
 from __future__ import annotations
 
 import functools
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -22,23 +25,21 @@ from rvconvert.moments.quadrature import flushed, quadrature
 from rvconvert.moments.table import (
     CURVES,
     DENSER,
-    Cell,
     Curve,
     Function,
     Grid,
     Partials,
     as_table,
-    coefficients,
     integrals,
-    partial_derivatives,
-    polynomials,
+    moments_at_corners,
+    partials_at_corners,
     tabulated,
 )
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-_GRID = Grid(end=8, in_p=1024, in_q=64, spacing=24)
+_GRID = Grid(end=8, in_p=2048, in_q=320, spacing=24)
 _CHEBYSHEV = 33  # points of q where quadrature is done
 _MIX = 0.1  # keeps the logarithm smooth where f'' is 0
 
@@ -50,18 +51,14 @@ def _points_in_q() -> np.ndarray:
     return 0.5 - 0.5 * np.cos(np.pi * (np.arange(_CHEBYSHEV) + 0.5) / _CHEBYSHEV)
 
 
-def _in_q(at: np.ndarray) -> np.ndarray:
-    """(n, points): interpolation at ``at``, in cells, by the polynomial through all points (barycentric)."""
-    q = _GRID.q(at)
+@functools.cache
+def _in_q() -> np.ndarray:
+    """(corners, points): interpolation by the polynomial through all points (barycentric)."""
+    q = _GRID.corners()[1]
     signs = (-1.0) ** np.arange(_CHEBYSHEV)
     terms = signs * np.sqrt(_points_in_q() * (1 - _points_in_q())) / (q[:, None] - _points_in_q())
-    return terms / terms.sum(1, keepdims=True)
-
-
-@functools.cache
-def _in_q_of_cells() -> list[np.ndarray]:
-    """From values at the points to each cell's quadratics in q, through the ends of a cell, as v = 0 is one."""
-    return polynomials(_in_q, _GRID.in_q, [0.0, 0.5, 1.0])
+    made: np.ndarray = terms / terms.sum(1, keepdims=True)
+    return made
 
 
 class Smooth(Curve):
@@ -83,81 +80,82 @@ class Smooth(Curve):
         return (far[1] - far[0]) / self.width, (far[3] - far[2]) / self.width
 
     @property
-    def level(self) -> bool:
-        """True if both are the same."""
-        return abs(self.slopes[0] - self.slopes[1]) < 1e-6
+    def level(self) -> float | None:
+        """The slope if both are the same."""
+        left, right = self.slopes
+        return left if abs(left - right) < 1e-6 else None
 
     def fill(self) -> tuple[Tensor, ...]:
-        """Some 9,000 quadratures in float64, then interpolation onto the cells; milliseconds."""
+        """Some 13,000 quadratures in float64, then interpolation onto the corners; a tenth of a second."""
         p, q, width = _GRID.nodes(), _points_in_q(), self.width
         root = width / (1 - q)[:, None]
         mean, var = np.broadcast_arrays(p * root, root**2 - width**2)
         found = integrals(self.function, torch.tensor(mean.ravel()), torch.tensor(var.ravel()), (-4 * width, 0.0, 4 * width))
         expected, gain, rest = (each.numpy().reshape(mean.shape) for each in found)
+        plain, share = self.function(torch.tensor(width * p)).numpy(), var / root**2
+        if self.level is None:
+            first = (expected / root - plain / width) / share
+        else:
+            first = (expected - plain - self.level * (mean - width * p)) / share
         spread = rest * root**2 / var + _MIX * gain**2
-        logarithm = np.log2((spread * (root / width) ** 2 if self.level else spread) + 1e-300)
-        at = _GRID.corners()[1]
-        far, at_corners = 1 - _GRID.q(at), _in_q(at)  # c/S
-        share = 1 - far**2
-        gains, ratios = at_corners @ gain, at_corners @ (rest + gain**2)
-        partials = partial_derivatives(_GRID, 1 - far, gains, ratios, share / 2, share * far / 2)[:4]
+        logarithm = np.log2((spread if self.level is None else spread * (root / width) ** 2) + 1e-300)
+        moments = moments_at_corners(_GRID, _in_q(), first, gain, logarithm)[:6]
+        moments[1][:, [0, -1]] = self.slopes
+        far = 1 - _GRID.corners()[1]  # c/S
+        partials = partials_at_corners(_GRID, _in_q(), gain, rest + gain**2, (1 - far**2) / 2, (1 - far**2) * far / 2)[:4]
         partials[..., [0, -1]] = 0.0
         partials[0][:, [0, -1]] = self.slopes
         partials[3][:, [0, -1]] = np.square(self.slopes)
-        made = []
-        for k, (a, b, cells) in enumerate(coefficients(_GRID, _in_q_of_cells(), expected / root, gain, logarithm)):
-            if 3 <= k < 10 or a:  # of the gain; the outermost cells reach to infinity, where f is a line
-                cells[:, [0, -1]] = 0.0 if a or b else self.slopes
-            made.append(cells)
-        return as_table(made, partials)
+        return as_table(moments), as_table(partials[:, ::2])
 
     def moments(self, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
         """By a table of this call's own, in float32 on the processor: to be held against something."""
-        return _kernel(mean, var, self.table[0], self.width, self.level)
+        return _kernel(mean[None], var[None], self.fill()[0], self.function, self.width, self.level)
 
 
 # ---- reading -----------------------------------------------------------------------------------------------------
 
 
-class _Place(NamedTuple):
-    """Where (m, v) lies."""
-
-    inverse: Tensor  # 1/S
-    ratio: Tensor  # c/S
-    share: Tensor  # v/S²
-    p: Tensor
-    along: Tensor  # q/(1 + DENSER q)
-
-
-def _place(mean: Tensor, var: Tensor, width: float) -> _Place:
+def _place(mean: Tensor, var: Tensor, width: float) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """1/S, c/S, c p, and x and y of ``Grid.read``."""
     inverse = torch.rsqrt(var + width * width)
     ratio = inverse * width
-    share = var * inverse * inverse  # q = v/(S (S + c)), without a difference
-    return _Place(inverse, ratio, share, mean * inverse, share / torch.add(ratio, share, alpha=DENSER).add_(1))
+    at = mean * ratio
+    x = (at * (1 / (width * _GRID.end))).clamp_(-1, 1)
+    # y = 2 (1 + DENSER) q / (1 + DENSER q) - 1, q = 1 - ratio
+    y = torch.rsub(torch.rsub(ratio, 1 + DENSER, alpha=DENSER).reciprocal_(), 1 + 2 / DENSER, alpha=2 + 2 / DENSER)
+    return inverse, ratio, at, x, y
 
 
-def _spread(here: Cell, ratio: Tensor, level: bool) -> Tensor:
-    """K + MIX g²."""
-    spread = here.power()
-    return spread * ratio * ratio if level else spread
-
-
-def _kernel(mean: Tensor, var: Tensor, table: Tensor, width: float, level: bool) -> tuple[Tensor, Tensor]:
-    inverse, ratio, share, p, along = _place(mean, var, width)
-    cell, d, e = _GRID.locate(p, along)
-    here = Cell.read(table, cell, d, e)
-    gain = here.gain()
-    out = torch.addcmul(here.middle, d, here.along(), value=1 / _GRID.per_cell) / inverse
+def _kernel(
+    mean: Tensor, var: Tensor, table: Tensor, function: Function, width: float, level: float | None
+) -> tuple[Tensor, Tensor]:
+    inverse, ratio, at, x, y = _place(mean, var, width)
+    change, gain, logarithm = _GRID.moments(table, x, y)
+    share, spread = var * inverse * inverse, torch.exp2(logarithm)
+    if level is None:
+        out = torch.addcmul(function(at), change, share, value=width) / ratio
+    else:
+        out, spread = torch.addcmul(function(at), change, share), spread * ratio * ratio
+        if level:
+            out = torch.add(out, mean - at, alpha=level)
     gain2 = gain * gain
-    rest = torch.sub(_spread(here, ratio, level), gain2, alpha=_MIX)
+    rest = torch.sub(spread, gain2, alpha=_MIX)
     return flushed(out), flushed(torch.addcmul(gain2, share, rest) * var)
 
 
 def _backward(
-    mean: Tensor, var: Tensor, grad_mean: Tensor, grad_var: Tensor, partials: Tensor, width: float, level: bool
+    mean: Tensor,
+    var: Tensor,
+    grad_mean: Tensor,
+    grad_var: Tensor,
+    partials: Tensor,
+    function: Function,
+    width: float,
+    level: float | None,
 ) -> tuple[Tensor, Tensor]:
-    inverse, _, _, p, along = _place(mean, var, width)
-    gain, curvature, by_mean, by_var = _GRID.bilinear(partials, p, along)
+    inverse, _, _, x, y = _place(mean, var, width)
+    gain, curvature, by_mean, by_var = _GRID.partials(partials, x, y)
     return Partials(gain, curvature * inverse, by_mean * inverse, by_var).gradients(var, grad_mean, grad_var)
 
 
@@ -165,10 +163,10 @@ def table_moments(curve: Smooth, mean: Tensor, var: Tensor) -> tuple[Tensor, Ten
     """Mean and variance of a curve of X ~ N(mean, var): by its table; in float64, which a table does not serve, by quadrature."""
     if mean.dtype == torch.float64:
         return quadrature(curve.function, mean, var)
-    return tabulated(curve, _kernel, _backward, mean, var, curve.width, _is_level(curve.number))
+    return tabulated(curve, _kernel, _backward, mean, var, curve.function, curve.width, _level(curve.number))
 
 
 @torch.compiler.assume_constant_result
-def _is_level(number: int) -> bool:
-    level: bool = CURVES[number].level
+def _level(number: int) -> float | None:
+    level: float | None = CURVES[number].level
     return level

@@ -12,7 +12,7 @@ from torch import Tensor
 from rvconvert.moments.compilation import fused
 from rvconvert.moments.normal import Moments, at_least_float32, standardize, step, tail
 from rvconvert.moments.quadrature import density, flushed
-from rvconvert.moments.table import Curve, numbers, read, table_of
+from rvconvert.moments.table import Curve, table_of
 
 _END, _CELLS = 14, 1 << 14  # beyond, V and T are what they are at the ends; cells of a in [-_END, _END]
 _PER_CELL = _CELLS / (2 * _END)
@@ -38,7 +38,7 @@ class _Rectified(Curve):
         a = torch.linspace(-_END, _END, _CELLS + 1, dtype=torch.float64)
         small, _, ratio = _closed(a, torch.ones_like(a))
         logarithms = torch.stack((small, ratio)).log2()
-        return (torch.cat((logarithms[:, :-1], logarithms.diff())),)
+        return (torch.cat((logarithms[:, :-1], logarithms.diff())).float(),)
 
 
 _RECTIFIED = _Rectified(torch.relu)
@@ -65,7 +65,8 @@ def _relu_kernel(mean, var, table):
         return _closed(mean, var)[1:]
     inverse = torch.rsqrt(var + 1e-37)
     x = torch.rsub(mean * inverse, _CELLS // 2, alpha=-_PER_CELL).clamp_(0.0, _CELLS - 1e-3)
-    logarithms, rises = read(table, numbers(x, _CELLS), 0, 4).unflatten(0, (2, 2))
+    cell = x.to(torch.int32).bitwise_and_(_CELLS - 1)  # of NaN, which no integer holds, one of the cells all the same
+    logarithms, rises = torch.index_select(table, 1, cell.reshape(-1)).view(2, 2, *cell.shape)
     small, ratio = torch.addcmul(logarithms, rises, x.frac()).exp2_()
     return flushed(torch.addcmul(mean.clamp(min=0.0), var * inverse, small)), flushed(var * ratio)
 
