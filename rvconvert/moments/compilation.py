@@ -52,6 +52,12 @@ def is_enabled() -> bool:
     return _enabled
 
 
+def is_traced() -> bool:
+    """While compiling, or inside a transform of torch.func or a dispatch mode: values are not plain tensors of now."""
+    in_a_mode = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
+    return in_a_mode or torch._C._functorch.peek_interpreter_stack() is not None
+
+
 def fused(kernel: Kernel, *tensors: Tensor, constants: tuple[Any, ...] = ()) -> Any:
     """``kernel(*tensors, *constants)`` in one pass over memory.
 

@@ -12,6 +12,7 @@ from collections.abc import Callable, Hashable, Sequence
 import torch
 from torch import Tensor
 
+from rvconvert.moments.compilation import is_traced
 from rvconvert.moments.quadrature import quadrature
 from rvconvert.moments.smooth_table import Smooth, table_moments
 from rvconvert.moments.table import integrals
@@ -36,18 +37,11 @@ def composed_moments(
         mean, var: of one shape.
         kinks: where the function or a derivative jumps.
     """
-    if key is not None and not kinks and mean.dtype == torch.float32 and not _is_traced():
+    if key is not None and not kinks and mean.dtype == torch.float32 and not is_traced():
         curve = _curve(key, function)
         if curve is not None:
             return table_moments(curve, mean, var)
     return quadrature(function, mean, var, kinks)
-
-
-def _is_traced() -> bool:
-    """No table is made of what is not computed now, and none is read inside a transform."""
-    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
-        return True
-    return torch._C._functorch.peek_interpreter_stack() is not None
 
 
 def _curve(key: Hashable, function: Function) -> Smooth | None:

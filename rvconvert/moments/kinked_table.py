@@ -25,6 +25,7 @@ from rvconvert.moments.table import (
     Curve,
     Function,
     Grid,
+    Kernels,
     Partials,
     as_table,
     integrals,
@@ -134,7 +135,7 @@ def _place(mean: Tensor, var: Tensor, ends: tuple[float, float], shape: Shape) -
 
 
 class _Closed(NamedTuple):
-    """Beyond the table: E[f], E[f'], E[f''], Var/v, its derivative by m, and that of the variance by v."""
+    """Beyond the table: E[f], E[f'], E[f'']/2, Var/v, its derivative by m, and that of the variance by v."""
 
     out: Tensor
     gain: Tensor
@@ -151,7 +152,7 @@ def _closed(at: _Place, var: Tensor, shape: Shape) -> _Closed:
         return _Closed(
             torch.addcmul(var, at.t, at.t - 3) / 6,
             gain,
-            torch.full_like(gain, 1 / 3),
+            torch.full_like(gain, 1 / 6),
             torch.add(gain2, var, alpha=1 / 18),
             gain * (2 / 3),
             torch.add(gain2, var, alpha=1 / 9),
@@ -163,7 +164,7 @@ def _closed(at: _Place, var: Tensor, shape: Shape) -> _Closed:
     gain2 = gain * gain
     inner = torch.expm1(v)
     ratio = gain2 * (inner / v.clamp(min=_LEAST)).clamp(min=1.0)
-    return _Closed(gain - shape.left, gain, gain, ratio, 2 * ratio, torch.addcmul(gain2, gain2, inner, value=2))
+    return _Closed(gain - shape.left, gain, gain / 2, ratio, 2 * ratio, torch.addcmul(gain2, gain2, inner, value=2))
 
 
 def _kernel(mean: Tensor, var: Tensor, table: Tensor, ends: tuple[float, float], shape: Shape) -> tuple[Tensor, Tensor]:
@@ -194,11 +195,9 @@ def _kernel(mean: Tensor, var: Tensor, table: Tensor, ends: tuple[float, float],
     return flushed(out), flushed(ratio * var)
 
 
-def _backward(
-    mean: Tensor, var: Tensor, grad_mean: Tensor, grad_var: Tensor, partials: Tensor, ends: tuple[float, float], shape: Shape
-) -> tuple[Tensor, Tensor]:
+def _partials(mean: Tensor, var: Tensor, table: Tensor, ends: tuple[float, float], shape: Shape) -> Partials:
     at = _place(mean, var, ends, shape)
-    gain, curvature, by_mean, by_var, *gain_by_var = _GRID.partials(partials, at.x, at.y)
+    gain, curvature, by_mean, by_var, *gain_by_var = _GRID.partials(table, at.x, at.y)
     curvature, by_mean = curvature * at.inverse, by_mean * at.inverse
     if at.beyond is not None:
         closed = _closed(at, var, shape)
@@ -210,10 +209,13 @@ def _backward(
             curvature, by_mean = curvature * sign, by_mean * sign
         else:  # Var/v is 1 - 2g more, g becomes 1 - g
             rest = torch.rsub(gain, 1, alpha=2)
-            by_mean = torch.addcmul(by_mean * sign, at.far, curvature, value=2)
+            by_mean = torch.addcmul(by_mean * sign, at.far, curvature, value=4)
             by_var = torch.addcmul(by_var, at.far, torch.sub(rest, gain_by_var[0], alpha=2))
             gain = torch.addcmul(gain, at.far, rest)
-    return Partials(gain, curvature, by_mean, by_var).gradients(var, grad_mean, grad_var)
+    return Partials(gain, curvature, by_mean * var, by_var)
+
+
+_KERNELS = Kernels(_kernel, _partials)
 
 
 def kinked_moments(
@@ -225,4 +227,4 @@ def kinked_moments(
     the value clamped to ``ends`` for an odd one, x + f(-x) for an even one.
     """
     shape = curve.shape if width is None else curve.shape._replace(width=width)
-    return tabulated(curve, _kernel, _backward, mean, var, ends, shape)
+    return tabulated(curve, _KERNELS, mean, var, ends, shape)

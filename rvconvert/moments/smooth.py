@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -10,7 +11,10 @@ from torch import Tensor
 
 from rvconvert.moments.normal import Moments, at_least_float32
 from rvconvert.moments.quadrature import quadrature
-from rvconvert.moments.smooth_table import Smooth, table_moments
+from rvconvert.moments.smooth_table import Smooth, table_moments, table_partials
+
+if TYPE_CHECKING:
+    from rvconvert.moments.table import Partials
 
 _GELU_RATE, _GELU_CUBIC = 2 * math.sqrt(2 / math.pi), 0.044715
 
@@ -40,6 +44,16 @@ def tanh(mean: Tensor, var: Tensor) -> Moments:
 def sigmoid(mean: Tensor, var: Tensor) -> Moments:
     """1/(1 + e^-x)."""
     return table_moments(_SIGMOID, mean, var)
+
+
+def tanh_partials(mean: Tensor, var: Tensor) -> Partials:
+    """Partial derivatives of the moments of tanh x, in float32."""
+    return table_partials(_TANH, mean, var)
+
+
+def sigmoid_partials(mean: Tensor, var: Tensor) -> Partials:
+    """Partial derivatives of the moments of 1/(1 + e^-x), in float32."""
+    return table_partials(_SIGMOID, mean, var)
 
 
 @at_least_float32

@@ -5,7 +5,7 @@ which a Gaussian sees f's asymptotes only, and q = 1 - c/S in [0, 1]. The mean i
 
     share (c, stretched) times D,    share = v/S²,
 
-so that it is f(m), exactly, as v goes to 0; where f has one slope at both ends it is not stretched, but sheared. Beside D are held
+so that it is f(m) as v goes to 0; where f has one slope at both ends it is sheared, not stretched. Beside D are held
 
     g = E[f'(X)],    L = log2((K + MIX g²) N),    K = (Var f(X) - v g²) S²/v²,
 
@@ -28,12 +28,14 @@ from rvconvert.moments.table import (
     Curve,
     Function,
     Grid,
+    Kernels,
     Partials,
     as_table,
     integrals,
     moments_at_corners,
     partials_at_corners,
     tabulated,
+    tabulated_partials,
 )
 
 if TYPE_CHECKING:
@@ -144,26 +146,25 @@ def _kernel(
     return flushed(out), flushed(torch.addcmul(gain2, share, rest) * var)
 
 
-def _backward(
-    mean: Tensor,
-    var: Tensor,
-    grad_mean: Tensor,
-    grad_var: Tensor,
-    partials: Tensor,
-    function: Function,
-    width: float,
-    level: float | None,
-) -> tuple[Tensor, Tensor]:
+def _partials(mean: Tensor, var: Tensor, table: Tensor, function: Function, width: float, level: float | None) -> Partials:
     inverse, _, _, x, y = _place(mean, var, width)
-    gain, curvature, by_mean, by_var = _GRID.partials(partials, x, y)
-    return Partials(gain, curvature * inverse, by_mean * inverse, by_var).gradients(var, grad_mean, grad_var)
+    gain, curvature, by_mean, by_var = _GRID.partials(table, x, y)
+    return Partials(gain, curvature * inverse, by_mean * inverse * var, by_var)
+
+
+_KERNELS = Kernels(_kernel, _partials)
 
 
 def table_moments(curve: Smooth, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and variance of a curve of X ~ N(mean, var): by its table; in float64, which a table does not serve, by quadrature."""
     if mean.dtype == torch.float64:
         return quadrature(curve.function, mean, var)
-    return tabulated(curve, _kernel, _backward, mean, var, curve.function, curve.width, _level(curve.number))
+    return tabulated(curve, _KERNELS, mean, var, curve.function, curve.width, _level(curve.number))
+
+
+def table_partials(curve: Smooth, mean: Tensor, var: Tensor) -> Partials:
+    """Partial derivatives of ``table_moments``, in float32."""
+    return tabulated_partials(curve, _KERNELS, mean, var, curve.function, curve.width, _level(curve.number))
 
 
 @torch.compiler.assume_constant_result

@@ -1,102 +1,31 @@
-"""Recurrent cells and layers: a step is written on means and variances, and a layer is a loop over it."""
+"""Recurrent cells and layers: loops over steps on means and variances."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rvconvert import moments as gaussian
 from rvconvert.core.random_variable import RandomVariable, random_variables
 from rvconvert.core.registry import Exactness
 from rvconvert.rules.kinds import Composite, Shape, add_rule, full_precision
+from rvconvert.rules.recurrent_steps import STEPS, Pair, State, Step, joined, linear, unrolled
+
+Linear = Callable[[Pair], Pair]
 
 
-class Pair(NamedTuple):
-    """Mean and variance of equal shape."""
-
-    mean: Tensor
-    var: Tensor
+# ---- cells -------------------------------------------------------------------------------------------------------
 
 
-State = tuple[Pair, ...]
-Hidden = Callable[[Pair], Pair]  # the map from the hidden state to the gates
-
-
-# ---- one step: (gates of the input, state, map of the hidden state) -> state; its first is the output ---------------
-
-
-def _sum(a: Pair, b: Pair) -> Pair:
-    return Pair(a.mean + b.mean, a.var + b.var)
-
-
-def _product(a: Pair, b: Pair) -> Pair:
-    var = torch.addcmul(a.mean.square() * b.var, a.var, torch.addcmul(b.var, b.mean, b.mean))
-    return Pair(a.mean * b.mean, var)
-
-
-def _between(a: Pair, b: Pair, w: Pair) -> Pair:
-    """a + w (b - a)."""
-    apart, rest = b.mean - a.mean, 1 - w.mean
-    var = torch.addcmul(w.mean.square() * b.var, rest.square(), a.var)
-    return Pair(torch.addcmul(a.mean, w.mean, apart), torch.addcmul(var, w.var, torch.addcmul(a.var + b.var, apart, apart)))
-
-
-def _chunks(x: Pair, count: int) -> list[Pair]:
-    return [Pair(*each) for each in zip(x.mean.chunk(count, -1), x.var.chunk(count, -1), strict=True)]
-
-
-def _lstm_step(gates: Pair, state: State, hidden: Hidden) -> State:
-    h, c = state
-    i, f, half, o = _chunks(Pair(*gaussian.sigmoid(*_sum(gates, hidden(h)))), 4)
-    g = Pair(2 * half.mean - 1, 4 * half.var)  # tanh x = 2 sigmoid(2x) - 1: the weights of this gate are doubled
-    c = _sum(_product(f, c), _product(i, g))
-    return _product(o, Pair(*gaussian.tanh(*c))), c
-
-
-def _gru_step(gates: Pair, state: State, hidden: Hidden) -> State:
-    (h,) = state
-    of_h, width = hidden(h), h.mean.shape[-1]
-    both = _sum(*(Pair(x.mean[..., : 2 * width], x.var[..., : 2 * width]) for x in (gates, of_h)))
-    r, z = _chunks(Pair(*gaussian.sigmoid(*both)), 2)
-    n_x, n_h = (Pair(x.mean[..., 2 * width :], x.var[..., 2 * width :]) for x in (gates, of_h))
-    n = Pair(*gaussian.tanh(*_sum(n_x, _product(r, n_h))))
-    return (_between(n, h, z),)
-
-
-def _tanh_step(gates: Pair, state: State, hidden: Hidden) -> State:
-    return (Pair(*gaussian.tanh(*_sum(gates, hidden(state[0])))),)
-
-
-def _relu_step(gates: Pair, state: State, hidden: Hidden) -> State:
-    return (Pair(*gaussian.relu(*_sum(gates, hidden(state[0])))),)
-
-
-class Step(NamedTuple):
-    """One step of a cell, and what the rows of weights of each of its gates are multiplied by."""
-
-    run: Callable[[Pair, State, Hidden], State]
-    scales: tuple[float, ...] | None = None
-
-
-_STEPS = {
-    "lstm": Step(_lstm_step, (1.0, 1.0, 2.0, 1.0)),
-    "gru": Step(_gru_step),
-    "rnn_tanh": Step(_tanh_step),
-    "rnn_relu": Step(_relu_step),
-}
-
-
-def _map(step: Step, weight: Tensor, bias: Tensor | None) -> Hidden:
-    """The linear map to a cell's gates, its weights squared once."""
-    if step.scales is not None:
-        scale = weight.new_tensor(step.scales).repeat_interleave(len(weight) // len(step.scales))
-        weight, bias = weight * scale[:, None], None if bias is None else bias * scale
-    squared = weight.square()
-    return lambda x: Pair(F.linear(x.mean, weight, bias), F.linear(x.var, squared))
+def _scaled(step: Step, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Weights and bias of a linear map to a cell's gates."""
+    if step.scales is None:
+        return weight, bias
+    scale = weight.new_tensor(step.scales).repeat_interleave(len(weight) // len(step.scales))
+    return weight * scale[:, None], None if bias is None else bias * scale
 
 
 def _pair(x: Any, dtype: torch.dtype) -> Pair:
@@ -110,7 +39,8 @@ def _cell(step: Step) -> Callable[..., Any]:
         like = random_variables(input, hx)[0]
         with full_precision(like):
             state = tuple(_pair(h, w_hh.dtype) for h in (hx if isinstance(hx, (list, tuple)) else (hx,)))
-            state = step.run(_map(step, w_ih, b_ih)(_pair(input, w_ih.dtype)), state, _map(step, w_hh, b_hh))
+            gates = linear(*_scaled(step, w_ih, b_ih))(_pair(input, w_ih.dtype))
+            state, _ = step.forward(gates, linear(*_scaled(step, w_hh, b_hh))(state[0]), state)
         found = [like.with_moments(*each) for each in state]
         return tuple(found) if len(found) > 1 else found[0]
 
@@ -124,11 +54,6 @@ def _rows(x: Pair, start: int | None, end: int | None) -> Pair:
     return Pair(x.mean[start:end], x.var[start:end])
 
 
-def _stacked(pairs: Sequence[Pair], join: Callable[..., Tensor] = torch.cat, dim: int = 0) -> Pair:
-    mean, var = (join(each, dim) for each in zip(*pairs, strict=True))
-    return Pair(mean, var)
-
-
 def _direction(step: Step, x: Pair, sizes: list[int], start: State, weights: list[Tensor], reverse: bool) -> tuple[Pair, State]:
     """One layer in one direction, on the rows of all times, one after the other; ``sizes`` of them never grow.
 
@@ -136,8 +61,21 @@ def _direction(step: Step, x: Pair, sizes: list[int], start: State, weights: lis
     """
     w_ih, w_hh, *rest = weights
     b_ih, b_hh = rest[:2] if len(rest) > 1 else (None, None)
-    project = _map(Step(step.run), rest[-1], None) if len(rest) % 2 else None
-    hidden, gates = _map(step, w_hh, b_hh), _map(step, w_ih, b_ih)(x)
+    gates = linear(*_scaled(step, w_ih, b_ih))(x)
+    if len(rest) % 2 or sizes[0] != sizes[-1]:
+        project = linear(rest[-1], None) if len(rest) % 2 else None
+        return _ragged(step, gates, sizes, start, linear(*_scaled(step, w_hh, b_hh)), project, reverse)
+    gates = Pair(*(each.unflatten(0, (len(sizes), -1)) for each in gates))
+    if reverse:
+        gates = Pair(*(each.flip(0) for each in gates))
+    outputs, end = unrolled(step, gates, *_scaled(step, w_hh, b_hh), start)
+    return Pair(*((each.flip(0) if reverse else each).flatten(0, 1) for each in outputs)), end
+
+
+def _ragged(
+    step: Step, gates: Pair, sizes: list[int], start: State, hidden: Linear, project: Linear | None, reverse: bool
+) -> tuple[Pair, State]:
+    """Where sequences end one after the other, or the hidden state is projected."""
     inputs = [Pair(*each) for each in zip(gates.mean.split(sizes), gates.var.split(sizes), strict=True)]
     outputs, ended = [], []
     state = tuple(_rows(s, None, sizes[-1 if reverse else 0]) for s in start)
@@ -147,14 +85,14 @@ def _direction(step: Step, x: Pair, sizes: list[int], start: State, weights: lis
             ended.append(tuple(_rows(s, sizes[t], None) for s in state))
             state = tuple(_rows(s, None, sizes[t]) for s in state)
         elif sizes[t] > have:
-            state = tuple(_stacked((s, _rows(each, have, sizes[t]))) for s, each in zip(state, start, strict=True))
-        state = step.run(inputs[t], state, hidden)
+            state = tuple(joined((s, _rows(each, have, sizes[t]))) for s, each in zip(state, start, strict=True))
+        state, _ = step.forward(inputs[t], hidden(state[0]), state)
         if project is not None:
             state = (project(state[0]), *state[1:])
         outputs.append(state[0])
     for each in reversed(ended):
-        state = tuple(_stacked(pair) for pair in zip(state, each, strict=True))
-    return _stacked(outputs[::-1] if reverse else outputs), state
+        state = tuple(joined(pair) for pair in zip(state, each, strict=True))
+    return joined(outputs[::-1] if reverse else outputs), state
 
 
 def _layer(step: Step) -> Callable[..., Any]:
@@ -183,8 +121,8 @@ def _layer(step: Step) -> Callable[..., Any]:
                     output, end = _direction(step, _pair(x, dtype), sizes, state, weights, index % directions == 1)
                     found.append(output)
                     ends.append(end)
-                x = like.with_moments(*_stacked(found, torch.cat, -1))
-        last = (like.with_moments(*_stacked(each, torch.stack)) for each in zip(*ends, strict=True))
+                x = like.with_moments(*joined(found, torch.cat, -1))
+        last = (like.with_moments(*joined(each, torch.stack)) for each in zip(*ends, strict=True))
         return (x if packed else x.unflatten(0, (len(sizes), -1)).transpose(0, time), *last)
 
     return run
@@ -193,7 +131,7 @@ def _layer(step: Step) -> Callable[..., Any]:
 _GATES = "gates, states and inputs are independent of each other within a step and over time"
 _MODULES: dict[str, tuple[type[nn.Module], ...]] = {"lstm": (nn.LSTM,), "gru": (nn.GRU,), "rnn_tanh": (nn.RNN,)}
 _CELLS: dict[str, tuple[type[nn.Module], ...]] = {"lstm": (nn.LSTMCell,), "gru": (nn.GRUCell,), "rnn_tanh": (nn.RNNCell,)}
-for _name, _step in _STEPS.items():
+for _name, _step in STEPS.items():
     add_rule(_name, Composite(_layer(_step)), Exactness.APPROXIMATE, _GATES, modules=_MODULES.get(_name, ()))
     add_rule(f"{_name}_cell", Composite(_cell(_step)), Exactness.APPROXIMATE, _GATES, modules=_CELLS.get(_name, ()))
 

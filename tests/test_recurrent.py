@@ -1,0 +1,85 @@
+"""The loop over a recurrent cell's steps: its own backward pass against autograd's, and float32 against float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+import rvconvert
+from rvconvert.rules.recurrent_steps import STEPS, Pair, _run, unrolled
+
+TIMES, BATCH, WIDTH = 6, 5, 7
+GATES, STATES = {"lstm": 4, "gru": 3}, {"lstm": 2, "gru": 1}
+named = pytest.mark.parametrize
+
+
+def inputs(name: str, bias: bool):
+    generator = torch.Generator().manual_seed(0)
+
+    def pair(*shape):
+        return Pair(torch.randn(shape, generator=generator), torch.rand(shape, generator=generator))
+
+    gates = pair(TIMES, BATCH, GATES[name] * WIDTH)
+    state = tuple(pair(BATCH, WIDTH) for _ in range(STATES[name]))
+    weight, offset = pair(GATES[name] * WIDTH, WIDTH).mean, pair(GATES[name] * WIDTH).mean
+    leaves = [*gates, weight, *([offset] if bias else []), *(x for each in state for x in each)]
+    for x in leaves:
+        x.requires_grad_()
+    return (STEPS[name], gates, weight, offset if bias else None, state), leaves
+
+
+def flat(outputs: Pair, state, *_) -> list[torch.Tensor]:
+    return [*outputs, *(x for each in state for x in each)]
+
+
+@named("bias", [True, False])
+@named("name", GATES)
+def test_its_own_backward_pass_is_autograds(name, bias):
+    arguments, leaves = inputs(name, bias)
+    own, composed = flat(*unrolled(*arguments)), flat(*_run(*arguments))
+    torch.testing.assert_close(own, composed)
+    assert "_Unrolled" in own[0].grad_fn.name()
+    weights = [torch.randn_like(x) for x in own]
+    found, expected = (torch.autograd.grad(x, leaves, weights) for x in (own, composed))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=3e-6)
+
+
+@named("name", GATES)
+def test_the_gradients_have_gradients(name):
+    arguments, leaves = inputs(name, True)
+    results = []
+    for run in (unrolled, _run):
+        out = flat(*run(*arguments))
+        first = torch.autograd.grad(sum(x.square().sum() for x in out), leaves, create_graph=True)
+        results.append(torch.autograd.grad(sum(x.square().sum() for x in first), leaves))
+    torch.testing.assert_close(*results, rtol=1e-3, atol=1e-3)
+
+
+def test_a_part_of_the_results_and_of_the_inputs_has_its_gradient():
+    (step, gates, weight, bias, state), _ = inputs("lstm", True)
+    frozen = weight.detach()
+    results = []
+    for run in (unrolled, _run):
+        out, *_ = run(step, gates, frozen, bias, tuple(Pair(*(x.detach() for x in each)) for each in state))
+        results.append(torch.autograd.grad(out.mean[-1].sum(), [gates.mean, bias]))
+    torch.testing.assert_close(*results, rtol=1e-4, atol=3e-6)
+
+
+@named("kind", [nn.LSTM, nn.GRU, nn.RNN])
+@named("both", [False, True])
+def test_a_layer_in_single_precision_is_one_in_double(kind, both):
+    torch.manual_seed(0)
+    layer = kind(4, 6, num_layers=2, batch_first=True, bidirectional=both)
+    mean, var = torch.randn(3, 5, 4), torch.rand(3, 5, 4)
+    results = []
+    for dtype in (torch.float32, torch.float64):
+        made = layer.to(dtype)
+        m, v = (x.to(dtype).requires_grad_() for x in (mean, var))
+        y, ends = made(rvconvert.RandomVariable(m, v))
+        end = ends[0] if kind is nn.LSTM else ends
+        loss = y.mean.square().sum() + y.var.sum() + end.mean.sum() + end.var.square().sum()
+        grads = torch.autograd.grad(loss, [m, v, *made.parameters()])
+        results.append([x.double() for x in (y.mean, y.var, end.mean, end.var, *grads)])
+    torch.testing.assert_close(*results, rtol=2e-3, atol=1e-3)
+    torch.testing.assert_close(results[0][:4], results[1][:4], rtol=2e-4, atol=1e-5)
