@@ -9,7 +9,7 @@ import torch
 
 from rvconvert.core.random_variable import RandomVariable
 from rvconvert.errors import ConversionError
-from rvconvert.moments.quadrature import flushed
+from rvconvert.moments.compilation import flushed
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence

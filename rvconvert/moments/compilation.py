@@ -16,6 +16,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 __all__ = ["disable", "enable", "fused", "is_enabled"]
@@ -23,7 +24,7 @@ __all__ = ["disable", "enable", "fused", "is_enabled"]
 Kernel = Callable[..., "Tensor | tuple[Tensor, ...]"]
 
 SMALL = 1 << 13  # elements below which a compiled kernel gains nothing
-BLOCK = 1 << 15  # elements of a block for each core: temporaries stay in its cache, and torch gives a core no less
+BLOCK = 1 << 16  # elements of a block for each core: temporaries stay in its cache, and few calls are made
 
 # Inductor copies what is used twice into each use, which takes minutes for the recurrences of a quadrature. Realized early
 # and fused again, every intermediate is computed once.
@@ -52,6 +53,20 @@ def is_enabled() -> bool:
     return _enabled
 
 
+def _least(dtype: torch.dtype) -> float:
+    """Next to a denormal number: 1e-26 in float32."""
+    return 1e12 * torch.finfo(dtype).tiny
+
+
+def flushed(x: Tensor) -> Tensor:
+    """``x`` with 0 in the place of what is next to a denormal number.
+
+    The tail of an activation leads there, as do the squared weights of each layer, and a convolution with one denormal number in
+    a hundred takes a CPU five times as long as one of others.
+    """
+    return F.hardshrink(x, _least(x.dtype))
+
+
 def is_traced() -> bool:
     """While compiling, or inside a transform of torch.func or a dispatch mode: values are not plain tensors of now."""
     in_a_mode = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
@@ -67,16 +82,16 @@ def fused(kernel: Kernel, *tensors: Tensor, constants: tuple[Any, ...] = ()) -> 
         constants: what else the kernel takes; hashable. Each set of constants is compiled by itself.
 
     Returns:
-        What the kernel returns. Differentiable calls, tensor subclasses and traced calls run the kernel as it is.
+        What the kernel returns, ``flushed``. Differentiable calls, tensor subclasses and traced calls run the kernel as it is.
     """
     first = tensors[0]
     if torch.compiler.is_compiling() or torch.is_grad_enabled() or not all(map(_is_plain, tensors)):
-        return kernel(*tensors, *constants)
+        return _flushed(kernel, *tensors, *constants)
     n = first.numel()
     if n <= SMALL or torch._C._len_torch_dispatch_stack():
-        return kernel(*tensors, *constants)
+        return _flushed(kernel, *tensors, *constants)
     if not _enabled and (n <= BLOCK or not first.is_cpu):
-        return kernel(*tensors, *constants)
+        return _flushed(kernel, *tensors, *constants)
     shape, strides = first.shape, first.stride()
     if not _is_dense(first):
         first = first.contiguous()
@@ -84,10 +99,15 @@ def fused(kernel: Kernel, *tensors: Tensor, constants: tuple[Any, ...] = ()) -> 
     flat = [_flat(x, shape, strides) for x in tensors]
     results = _run_compiled(kernel, constants, flat) if _enabled else None
     if results is None:
-        results = _by_blocks(kernel, flat, constants) if first.is_cpu else kernel(*flat, *constants)
+        results = _by_blocks(kernel, flat, constants) if first.is_cpu else _flushed(kernel, *flat, *constants)
     if isinstance(results, Tensor):
         return results.as_strided(shape, strides)
     return tuple(x.as_strided(shape, strides) for x in results)
+
+
+def _flushed(kernel: Kernel, *arguments: Any) -> Any:
+    results = kernel(*arguments)
+    return flushed(results) if isinstance(results, Tensor) else tuple(map(flushed, results))
 
 
 def _is_plain(x: Tensor) -> bool:
@@ -118,7 +138,7 @@ def _by_blocks(kernel: Kernel, flat: list[Tensor], constants: tuple[Any, ...]) -
         if not results:
             results = tuple(torch.empty(n, dtype=x.dtype, device=x.device) for x in parts)
         for result, part in zip(results, parts, strict=True):
-            result[start : start + size] = part
+            torch.hardshrink(part, _least(part.dtype), out=result[start : start + size])  # ``flushed``, and in its place
     return results[0] if single else results
 
 
@@ -146,7 +166,7 @@ def _run_compiled(kernel: Kernel, constants: tuple[Any, ...], flat: list[Tensor]
 
 def _specialised(kernel: Kernel, constants: tuple[Any, ...]) -> Callable[..., Any]:
     def call(*tensors: Tensor) -> Any:
-        return kernel(*tensors, *constants)
+        return _flushed(kernel, *tensors, *constants)
 
     # Dynamo counts recompilations by code object, so each kernel gets one of its own.
     call.__code__ = call.__code__.replace(co_name=getattr(kernel, "__name__", "kernel").strip("_"))

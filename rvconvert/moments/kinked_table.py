@@ -19,7 +19,6 @@ import numpy as np
 import torch
 
 from rvconvert.moments.normal import step
-from rvconvert.moments.quadrature import flushed
 from rvconvert.moments.table import (
     DENSER,
     Curve,
@@ -94,6 +93,7 @@ class Kinked(Curve):
             value[0] -= (value[1] - value[0]) * (q[0] / (q[1] - q[0]))
         p = _GRID.corners()[0]
         moments[0] -= np.where(p > 0, shape.right, shape.left) * p
+        moments[[0, 3, 6]] /= _GRID.end  # in units of x
         if shape.beyond != "exponential":
             moments[1, :, 0] = 0.0
             partials[..., 0] = 0.0
@@ -110,10 +110,9 @@ class _Place(NamedTuple):
     """Where (m, v) lies, seen from the kink."""
 
     t: Tensor  # from the (nearest) kink
-    inverse: Tensor  # 1/s
+    inverse: Tensor  # 1/(end s)
     x: Tensor  # of ``Grid.read``
     y: Tensor
-    wide: Tensor  # c/s
     beyond: Tensor | None  # 1 beyond the table, else 0
     far: Tensor | None  # 1 on the far side of the fold, else 0
 
@@ -125,13 +124,12 @@ def _place(mean: Tensor, var: Tensor, ends: tuple[float, float], shape: Shape) -
         other = ends[1] - mean
         far = step(t - other)
         t = torch.minimum(t, other)
-    inverse = torch.rsqrt(var + _LEAST)
-    p = (t + 8.5 * math.sqrt(_LEAST)) * inverse
-    wide = inverse * shape.width
+    inverse = torch.rsqrt(torch.rsub(var, _GRID.end**2 * _LEAST, alpha=-(_GRID.end**2)))
+    x = (t + 8.5 * math.sqrt(_LEAST)) * inverse
+    beyond = None if shape.beyond is None else step((x if shape.beyond == "parabola" else -x) - 1)
     # y = 2 (1 + DENSER) q / (1 + DENSER q) - 1, q = 1/(1 + c/s)
-    y = torch.rsub((wide + (1 + DENSER)).reciprocal_(), -1, alpha=-2 * (1 + DENSER))
-    beyond = None if shape.beyond is None else step((p if shape.beyond == "parabola" else -p) - _GRID.end)
-    return _Place(t, inverse, (p * (1 / _GRID.end)).clamp_(-1, 1), y, wide, beyond, far)
+    y = torch.rsub(inverse, 1 + DENSER, alpha=-_GRID.end * shape.width).reciprocal_()
+    return _Place(t, inverse, x.clamp_(-1, 1), torch.rsub(y, -1, alpha=-2 * (1 + DENSER)), beyond, far)
 
 
 class _Closed(NamedTuple):
@@ -172,11 +170,11 @@ def _kernel(mean: Tensor, var: Tensor, table: Tensor, ends: tuple[float, float],
     out, gain, logarithm = _GRID.moments(table, at.x, at.y)
     out, spread = out / at.inverse, torch.exp2(logarithm)
     if shape.smooth or shape.level:
-        q = (at.wide + 1).reciprocal_()  # s/(s + c)
+        q = torch.rsub(at.inverse, 1, alpha=-_GRID.end * shape.width).reciprocal_()  # s/(s + c)
         if shape.smooth:
             spread = spread * q * q
         if shape.level:
-            q = q * at.wide  # 1 - q
+            q = 1 - q  # c/(s + c)
             spread = spread * q * q
     ratio = torch.addcmul(spread, gain, gain)
     if shape.fold != "odd":  # else f₀ is what the clamp adds below
@@ -192,7 +190,7 @@ def _kernel(mean: Tensor, var: Tensor, table: Tensor, ends: tuple[float, float],
         else:  # f(k + u) = u + f(k - u): 1 - g in the place of g
             out = out + (mean - 0.5 * (ends[0] + ends[1])).clamp(min=0.0)
             ratio = torch.addcmul(ratio, at.far, torch.rsub(gain, 1, alpha=2))
-    return flushed(out), flushed(ratio * var)
+    return out, ratio * var
 
 
 def _partials(mean: Tensor, var: Tensor, table: Tensor, ends: tuple[float, float], shape: Shape) -> Partials:

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -66,15 +65,6 @@ class WeightedMoments:
     @property
     def var(self) -> Tensor:
         return self.sum_of_squares / self.total
-
-
-def flushed(x: Tensor) -> Tensor:
-    """``x`` with 0 in the place of what is next to a denormal number (1e-26 in float32).
-
-    The tail of an activation leads there, as do the squared weights of each layer, and a convolution with one denormal number in
-    a hundred takes a CPU five times as long as one of others.
-    """
-    return F.hardshrink(x, 1e12 * torch.finfo(x.dtype).tiny)
 
 
 def smallest_deviation(dtype: torch.dtype, single: float, double: float) -> float:

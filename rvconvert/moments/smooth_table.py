@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from rvconvert.moments.quadrature import flushed, quadrature
+from rvconvert.moments.quadrature import quadrature
 from rvconvert.moments.table import (
     CURVES,
     DENSER,
@@ -118,37 +118,37 @@ class Smooth(Curve):
 # ---- reading -----------------------------------------------------------------------------------------------------
 
 
-def _place(mean: Tensor, var: Tensor, width: float) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """1/S, c/S, c p, and x and y of ``Grid.read``."""
-    inverse = torch.rsqrt(var + width * width)
-    ratio = inverse * width
-    at = mean * ratio
-    x = (at * (1 / (width * _GRID.end))).clamp_(-1, 1)
-    # y = 2 (1 + DENSER) q / (1 + DENSER q) - 1, q = 1 - ratio
-    y = torch.rsub(torch.rsub(ratio, 1 + DENSER, alpha=DENSER).reciprocal_(), 1 + 2 / DENSER, alpha=2 + 2 / DENSER)
-    return inverse, ratio, at, x, y
+def _place(mean: Tensor, var: Tensor, width: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """end² S², 1/(end S), and x and y of ``Grid.read``."""
+    square = torch.rsub(var, (_GRID.end * width) ** 2, alpha=-(_GRID.end**2))
+    inverse = torch.rsqrt(square)
+    # y = 2 (1 + DENSER) q / (1 + DENSER q) - 1, q = 1 - c/S
+    y = torch.rsub(inverse, 1 + DENSER, alpha=DENSER * _GRID.end * width).reciprocal_()
+    return square, inverse, mean * inverse, torch.rsub(y, 1 + 2 / DENSER, alpha=2 + 2 / DENSER)
 
 
 def _kernel(
     mean: Tensor, var: Tensor, table: Tensor, function: Function, width: float, level: float | None
 ) -> tuple[Tensor, Tensor]:
-    inverse, ratio, at, x, y = _place(mean, var, width)
-    change, gain, logarithm = _GRID.moments(table, x, y)
-    share, spread = var * inverse * inverse, torch.exp2(logarithm)
+    square, inverse, x, y = _place(mean, var, width)
+    ratio, share = inverse * (_GRID.end * width), var / square
+    at = mean * ratio
+    change, gain, logarithm = _GRID.moments(table, x.clamp_(-1, 1), y)
+    spread = torch.exp2(logarithm)
     if level is None:
-        out = torch.addcmul(function(at), change, share, value=width) / ratio
+        out = torch.addcmul(function(at), change, share, value=_GRID.end**2 * width) / ratio
     else:
-        out, spread = torch.addcmul(function(at), change, share), spread * ratio * ratio
+        out, spread = torch.addcmul(function(at), change, share, value=_GRID.end**2), spread * ratio * ratio
         if level:
             out = torch.add(out, mean - at, alpha=level)
     gain2 = gain * gain
     rest = torch.sub(spread, gain2, alpha=_MIX)
-    return flushed(out), flushed(torch.addcmul(gain2, share, rest) * var)
+    return out, torch.addcmul(gain2, share, rest, value=_GRID.end**2) * var
 
 
 def _partials(mean: Tensor, var: Tensor, table: Tensor, function: Function, width: float, level: float | None) -> Partials:
-    inverse, _, _, x, y = _place(mean, var, width)
-    gain, curvature, by_mean, by_var = _GRID.partials(table, x, y)
+    _, inverse, x, y = _place(mean, var, width)
+    gain, curvature, by_mean, by_var = _GRID.partials(table, x.clamp_(-1, 1), y)
     return Partials(gain, curvature * inverse, by_mean * inverse * var, by_var)
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from rvconvert.moments.compilation import fused
-from rvconvert.moments.quadrature import flushed, legendre
+from rvconvert.moments.quadrature import legendre
 
 Function = Callable[[Tensor], Tensor]
 
@@ -140,7 +140,7 @@ def moments_at_corners(grid: Grid, in_q: np.ndarray, *values: np.ndarray) -> np.
 def partials_at_corners(
     grid: Grid, in_q: np.ndarray, gain: np.ndarray, ratio: np.ndarray, falls: np.ndarray, grows: np.ndarray
 ) -> np.ndarray:
-    """(5, q, p), U the unit of p: E[f'], U/2 E[f''], U/v dVar/dm, dVar/dv and v times E[f'] by v.
+    """(5, q, p), U ``end`` units of p: E[f'], U/2 E[f''], U/v dVar/dm, dVar/dv and v times E[f'] by v.
 
     Of the mean's, dE/dm = E[f'] and dE/dv = E[f'']/2 (Stein).
 
@@ -160,7 +160,8 @@ def partials_at_corners(
         return grows[:, None] * np.gradient(values, q, axis=0, edge_order=2) - falls[:, None] * p * by_p
 
     by_var = ratios + by_logarithm_of_var(ratios, slopes)
-    return np.stack([gains, curvatures / 2, slopes, by_var, by_logarithm_of_var(gains, curvatures)])
+    unit = float(grid.end)
+    return np.stack([gains, unit / 2 * curvatures, unit * slopes, by_var, by_logarithm_of_var(gains, curvatures)])
 
 
 def as_table(values: np.ndarray) -> Tensor:
@@ -213,8 +214,8 @@ class Partials(NamedTuple):
     def gradients(self, grad_mean: Tensor, grad_var: Tensor) -> tuple[Tensor, Tensor]:
         """Of the mean and of the variance of X."""
         return (
-            flushed(torch.addcmul(grad_mean * self.mean_by_mean, grad_var, self.var_by_mean)),
-            flushed(torch.addcmul(grad_var * self.var_by_var, grad_mean, self.mean_by_var)),
+            torch.addcmul(grad_mean * self.mean_by_mean, grad_var, self.var_by_mean),
+            torch.addcmul(grad_var * self.var_by_var, grad_mean, self.mean_by_var),
         )
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from rvconvert.moments.compilation import fused
 from rvconvert.moments.normal import Moments, at_least_float32, standardize, step, tail
-from rvconvert.moments.quadrature import density, flushed
+from rvconvert.moments.quadrature import density
 from rvconvert.moments.table import Curve, table_of
 
 _END, _CELLS = 14, 1 << 14  # beyond, V and T are what they are at the ends; cells of a in [-_END, _END]
@@ -68,14 +68,14 @@ def _relu_kernel(mean, var, table):
     cell = x.to(torch.int32).bitwise_and_(_CELLS - 1)  # of NaN, which no integer holds, one of the cells all the same
     logarithms, rises = torch.index_select(table, 1, cell.reshape(-1)).view(2, 2, *cell.shape)
     small, ratio = torch.addcmul(logarithms, rises, x.frac()).exp2_()
-    return flushed(torch.addcmul(mean.clamp(min=0.0), var * inverse, small)), flushed(var * ratio)
+    return torch.addcmul(mean.clamp(min=0.0), var * inverse, small), var * ratio
 
 
 def _relu_backward(mean, var, out, out_var, grad_mean, grad_var):
     above, slope = _upper(mean, var, out, out_var)
     by_mean = torch.addcmul(grad_mean * above, grad_var, torch.addcmul(out, out, above, value=-1), value=2)
     by_var = torch.addcmul(grad_var * torch.addcmul(above, out, slope, value=-1), grad_mean, slope, value=0.5)
-    return flushed(by_mean), flushed(by_var)
+    return by_mean, by_var
 
 
 class _Relu(torch.autograd.Function):
@@ -121,14 +121,14 @@ def _one_slope_backward(mean, var, out, out_var, grad_mean, grad_var, c):
     var_by_var = torch.add(above, under, alpha=c * c)
     var_by_var = torch.addcmul(var_by_var, torch.sub(up, down, alpha=c), slope, value=c - 1.0)
     return (
-        flushed(torch.addcmul(grad_mean * by_mean, grad_var, var_by_mean, value=2 * (1.0 - c))),
-        flushed(torch.addcmul(grad_var * var_by_var, grad_mean, slope, value=0.5 * (1.0 - c))),
+        torch.addcmul(grad_mean * by_mean, grad_var, var_by_mean, value=2 * (1.0 - c)),
+        torch.addcmul(grad_var * var_by_var, grad_mean, slope, value=0.5 * (1.0 - c)),
     )
 
 
 def _folded_backward(mean, var, out, out_var, grad_mean, grad_var, c):
     """Where the slopes are too much alike, or opposite: from the beginning."""
-    return tuple(map(flushed, _two_slopes_backward(mean, var, c, grad_mean, grad_var, _table(mean))[:2]))
+    return _two_slopes_backward(mean, var, c, grad_mean, grad_var, _table(mean))[:2]
 
 
 class _OneSlope(torch.autograd.Function):
