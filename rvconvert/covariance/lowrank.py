@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
     from rvconvert.core.registry import Rule
+    from rvconvert.covariance.chunks import Chunks
 
 __all__ = ["Frame", "LowRankVariable", "cubature_normal"]
 
@@ -67,12 +68,16 @@ class LowRankVariable(SampledVariable):
     _base: int = 0  # once rows have met: each row's pairs are in an order of its own, within blocks of so many
 
     @classmethod
-    def of_frames(cls, paths: Tensor, frames: tuple[Frame, ...], settings: Settings) -> LowRankVariable:
+    def of_frames(cls, paths: Tensor | Chunks, frames: tuple[Frame, ...], settings: Settings) -> LowRankVariable:
         """The variable with these values on the nodes of these frames."""
         made = cls.of_paths(paths, settings)
         assert isinstance(made, cls)
         made._frames = frames
         return made
+
+    @property
+    def pairs(self) -> int:
+        return sum(map(len, self.chunks)) // 2
 
     def _halves(self) -> tuple[Tensor, Tensor]:
         """(n, *shape) each: centres of the pairs (even in the noise) and half differences (odd)."""
@@ -159,19 +164,20 @@ class LowRankVariable(SampledVariable):
                 made._rows, made._base = x._rows, x._base
         return found
 
-    def joined(self, variables: Sequence[SampledVariable]) -> tuple[list[Tensor], Callable[[Tensor], SampledVariable]]:
+    def joined(self, variables: Sequence[SampledVariable]) -> tuple[list[Chunks], Callable[[Chunks], SampledVariable]]:
         """The variables' paths on common nodes, and how a result is made of paths."""
         settings = self.settings
         found = [x for x in variables if isinstance(x, LowRankVariable)]
         frames: tuple[Frame, ...] = ()
         count = 1
         for x in found:
-            count = _common(count, len(x.paths) // 2)
+            count = _common(count, x.pairs)
             new = tuple(f for f in x._frames if f not in frames)
             if frames and new and settings.rank is None:
                 count = _told_apart(frames, new, count)
             frames += new
-        return [_spread(x, count) for x in found], lambda paths: LowRankVariable.of_frames(paths, frames, settings)
+        stacks = [x.chunks if x.pairs == count else (_spread(x, count),) for x in found]
+        return stacks, lambda paths: LowRankVariable.of_frames(paths, frames, settings)
 
 
 # One row of the result hangs on one row of the inputs, or the paths of all rows are taken together.
@@ -183,7 +189,7 @@ _ROW_BY_ROW_NAMES = frozenset(
 
 
 def _largest(variables: Iterable[LowRankVariable]) -> int:
-    return max(len(x.paths) // 2 for x in variables)
+    return max(x.pairs for x in variables)
 
 
 def _apart(args: Any, kwargs: Any, base: int) -> tuple[Any, Any]:
@@ -192,7 +198,7 @@ def _apart(args: Any, kwargs: Any, base: int) -> tuple[Any, Any]:
     def apart(x: RandomVariable) -> RandomVariable:
         if not isinstance(x, LowRankVariable) or x._rows is None or x._base:
             return x
-        paths = _spread(x, base) if base % (len(x.paths) // 2) == 0 else x.paths
+        paths = _spread(x, base) if base % x.pairs == 0 else x.paths
         if len(paths) // 2 % base:
             return x
         made = LowRankVariable.of_frames(reordered(paths, x._rows, base), x._frames, x.settings)
@@ -230,9 +236,9 @@ def _rows_after(rows: Rows, func: Any, args: Any, kwargs: Any, inputs: dict[int,
         out = func(*substitute(args, lambda x: value[id(x)]), **substitute(kwargs, lambda x: value[id(x)]))
         return _pytree.tree_flatten(out)[0][0]
 
-    values, others = ([x.paths[i] for x in inputs.values()] for i in (0, -1))
+    values, others = ([x.chunks[i][i] for x in inputs.values()] for i in (0, -1))
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
-        return still(rows, plain, values, others, made[0].paths[0])
+        return still(rows, plain, values, others, made[0].chunks[0][0])
 
 
 def _told_apart(frames: tuple[Frame, ...], others: tuple[Frame, ...], count: int) -> int:
@@ -247,8 +253,8 @@ def _told_apart(frames: tuple[Frame, ...], others: tuple[Frame, ...], count: int
 
 
 def _variance(centres: Tensor) -> Tensor:
-    """Unbiased variance along the first dimension; of one value 0."""
-    return centres.var(0) if len(centres) > 1 else torch.zeros_like(centres[0])
+    """Unbiased variance along the first dimension; of one value 0. A tenth of the time of torch.var."""
+    return squared(centres - centres.mean(0)).sum(0) / max(len(centres) - 1, 1)
 
 
 def _common(a: int, b: int) -> int:
@@ -259,15 +265,15 @@ def _common(a: int, b: int) -> int:
 
 def _spread(x: LowRankVariable, count: int) -> Tensor:
     """(2 count, ...): the paths of ``x`` repeated, the nodes of pairs exchanged as the frame has it."""
-    n = len(x.paths) // 2
+    n, paths = x.pairs, x.paths
     if n == count:
-        return x.paths
-    pair = torch.arange(count, device=x.paths.device)
+        return paths
+    pair = torch.arange(count, device=paths.device)
     exchanged = torch.zeros_like(pair)
     for period in x._frames[0].flips:
         if period >= n:
             exchanged = exchanged ^ (pair // period & 1)
-    return x.paths[torch.cat((pair % n + n * exchanged, pair % n + n * (1 - exchanged)))]
+    return paths[torch.cat((pair % n + n * exchanged, pair % n + n * (1 - exchanged)))]
 
 
 def cubature_normal(zeros: Tensor, settings: Settings) -> LowRankVariable:

@@ -17,8 +17,9 @@ from torch.utils import _pytree
 from rvconvert.core.mode import MODES, Mode, Sampler
 from rvconvert.core.random_variable import RandomVariable, Settings, is_in_place, propagate, random_variables
 from rvconvert.core.registry import Exactness
+from rvconvert.covariance.chunks import Chunks, alike, batch_norm, joined
 from rvconvert.errors import ConversionError
-from rvconvert.rules.kinds import Collapse, Metadata, Read, substitute
+from rvconvert.rules.kinds import Collapse, Metadata, Read, bind, substitute
 from rvconvert.rules.noise import entering
 from rvconvert.rules.shape import setitem
 
@@ -47,23 +48,29 @@ class SampledVariable(RandomVariable):
     """
 
     precedence = 20
-    _paths: Tensor
+    chunks: Chunks
+    whole: Tensor | None  # once asked for; what follows is made of the chunks all the same
 
     @classmethod
-    def of_paths(cls, paths: Tensor, settings: Settings) -> SampledVariable:
-        """The variable whose paths these are."""
+    def of_paths(cls, paths: Tensor | Chunks, settings: Settings) -> SampledVariable:
+        """The variable whose paths these are, in one tensor or in several."""
         made = cls.__new__(cls)
         made._settings = settings
         made._latent = False
         made._origin = None
         made._identity = None
-        made._paths = paths
+        made.chunks = (paths,) if isinstance(paths, Tensor) else paths
+        made.whole = None
         return made
 
     @property
     def paths(self) -> Tensor:
         """(2p, *shape): the values along each path."""
-        return self._paths
+        if len(self.chunks) == 1:
+            return self.chunks[0]
+        if self.whole is None:
+            self.whole = joined(self.chunks)
+        return self.whole
 
     @property
     def mean(self) -> Tensor:
@@ -82,13 +89,13 @@ class SampledVariable(RandomVariable):
         return squared(values - values.mean(0)).mean(0)
 
     def _paths_as_float(self) -> Tensor:
-        paths = self._paths
+        paths = self.paths
         return paths if paths.is_floating_point() or paths.is_complex() else paths.to(torch.get_default_dtype())
 
     real = property(lambda self: propagate(_REAL, (self,), {}))
     imag = property(lambda self: propagate(_IMAG, (self,), {}))
 
-    _mean = property(lambda self: self._paths[0])  # what is asked of shape, dtype and device, any path answers
+    _mean = property(lambda self: self.chunks[0][0])  # what is asked of shape, dtype and device, any path answers
     _var = property(lambda self: self.var)
 
     def with_moments(self, mean: Tensor, var: Tensor) -> RandomVariable:
@@ -115,11 +122,12 @@ class SampledVariable(RandomVariable):
         if func is torch.autograd.grad:
             return self.gradient(*args, **kwargs)
         if name == "requires_grad_":
-            self._paths.requires_grad_(*args[1:], **kwargs)
+            for chunk in self.chunks:
+                chunk.requires_grad_(*args[1:], **kwargs)
             return self
         settings = self.settings
         variables = {id(x): entering(x, settings) for x in random_variables(args, kwargs)}
-        paths, made = self.joined(list(variables.values()))  # type: ignore[arg-type]
+        stacks, made = self.joined(list(variables.values()))  # type: ignore[arg-type]
 
         def plain(*paths: Tensor) -> Any:
             values = dict(zip(variables, paths, strict=True))
@@ -130,15 +138,13 @@ class SampledVariable(RandomVariable):
                 **substitute(kwargs, lambda x: values[id(x)]),
             )
 
-        if rule.name in _JOINT_BATCH and len(paths) == 1:
-            out = plain(paths[0].flatten(0, 1))
-            result: Any = out.unflatten(0, (paths[0].shape[0], -1))
-        else:
-            result = _on_each(plain, paths)
+        if rule.name in _JOINT_BATCH and len(stacks) == 1:
+            return made(_over_batch(rule.name, plain, alike(stacks)[0], args, kwargs))
+        each = [_on_each(plain, paths) for paths in zip(*alike(stacks), strict=True)]
         if name in _PACKING:
-            data, sizes = result
-            return made(data), sizes[0]
-        return _pytree.tree_map(lambda x: made(x) if isinstance(x, Tensor) else x, result)
+            data, sizes = zip(*each, strict=True)
+            return made(data), sizes[0][0]
+        return _merged(each, made, lambda chunk: chunk.shape[1:])
 
     def gradient(self, outputs: Any, inputs: Any, grad_outputs: Any = None, **options: Any) -> Any:
         """``torch.autograd.grad`` along each path: no path hangs on another, so it is the gradient of the sum over paths."""
@@ -148,16 +154,17 @@ class SampledVariable(RandomVariable):
         if not all(isinstance(x, SampledVariable) for x in by):
             raise ConversionError("autograd.grad of a random variable by a plain tensor differs between paths; take y.mean")
         weights = [_weights(x, g) for x, g in zip(of, given, strict=True)]
-        values = [x._paths if isinstance(x, SampledVariable) else x for x in of]
+        values = [x.paths if isinstance(x, SampledVariable) else x for x in of]
         kept = {k: v for k, v in options.items() if k in ("retain_graph", "create_graph", "allow_unused", "materialize_grads")}
-        found = torch.autograd.grad(values, [x._paths for x in by], weights, **kept)
+        found = iter(torch.autograd.grad(values, [chunk for x in by for chunk in x.chunks], weights, **kept))
         made = self.joined([x for x in by if isinstance(x, SampledVariable)])[1]
-        results = tuple(None if each is None else made(each) for each in found)
+        chunks = [tuple(next(found) for _ in x.chunks) for x in by]
+        results = tuple(None if each[0] is None else made(each) for each in chunks)
         return results[:1] if single else results
 
-    def joined(self, variables: Sequence[SampledVariable]) -> tuple[list[Tensor], Callable[[Tensor], SampledVariable]]:
+    def joined(self, variables: Sequence[SampledVariable]) -> tuple[list[Chunks], Callable[[Chunks], SampledVariable]]:
         """The variables' paths, and how a result is made of paths."""
-        return [x.paths for x in variables], lambda paths: SampledVariable.of_paths(paths, self.settings)
+        return [x.chunks for x in variables], lambda paths: SampledVariable.of_paths(paths, self.settings)
 
 
 def squared(x: Tensor) -> Tensor:
@@ -167,10 +174,25 @@ def squared(x: Tensor) -> Tensor:
 
 def _weights(output: Any, given: Any) -> Tensor:
     """What a gradient of all paths of ``output`` is weighted with: 1, or what the caller gave for each path."""
-    paths = output._paths if isinstance(output, SampledVariable) else output
+    paths = output.paths if isinstance(output, SampledVariable) else output
     if isinstance(given, SampledVariable):
-        return given._paths
+        return given.paths
     return torch.ones_like(paths) if given is None else given.expand_as(paths)
+
+
+def _over_batch(name: str, plain: Callable[..., Any], chunks: Chunks, args: Any, kwargs: Any) -> Chunks:
+    """A norm whose statistics over the batch are those of all paths."""
+    if len(chunks) > 1 and name == "batch_norm":
+        (_, mean, var, weight, bias, training, momentum, eps), _, _ = bind(
+            ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps"), args, kwargs
+        )
+        if training or mean is None or var is None:
+            return batch_norm(
+                chunks, mean, var, weight, bias, 0.1 if momentum is None else momentum, 1e-5 if eps is None else eps
+            )
+    elif len(chunks) > 1:
+        chunks = (joined(chunks),)
+    return tuple(plain(x.flatten(0, 1)).unflatten(0, (len(x), -1)) for x in chunks)
 
 
 def _on_each(function: Callable[..., Any], stacks: Sequence[Tensor]) -> Any:
@@ -186,21 +208,26 @@ def _on_each(function: Callable[..., Any], stacks: Sequence[Tensor]) -> Any:
         return torch.vmap(function, randomness="different")(*stacks)
     except (RuntimeError, ValueError, NotImplementedError, TypeError):
         results = [function(*each) for each in zip(*(s.unbind(0) for s in stacks), strict=True)]  # a real error comes again
+    return _merged(results, torch.stack, lambda x: x.shape)
+
+
+def _merged(results: Sequence[Any], join: Callable[[Any], Any], shape: Callable[[Tensor], torch.Size]) -> Any:
+    """One result of several that differ by their tensors, each set of which ``join`` makes one of."""
     leaves, structure = zip(*(_pytree.tree_flatten(each) for each in results), strict=True)
-    joined = []
+    merged = []
     for values in zip(*leaves, strict=True):
         if isinstance(values[0], Tensor):
-            if len({each.shape for each in values}) > 1:
+            if len({shape(each) for each in values}) > 1:
                 raise ConversionError(
                     "an operation gives a tensor whose shape depends on a random value (it selects where a random condition "
                     "holds), and paths must keep one shape; write it with torch.where(condition, a, b), which keeps them all"
                 )
-            joined.append(torch.stack(values))
+            merged.append(join(values))
         elif all(each == values[0] for each in values):
-            joined.append(values[0])
+            merged.append(values[0])
         else:
             raise ConversionError(f"an operation gave {values[0]!r} on one path, {values[-1]!r} on another: not tensors")
-    return _pytree.tree_unflatten(joined, structure[0])
+    return _pytree.tree_unflatten(merged, structure[0])
 
 
 def antithetic_normal(zeros: Tensor, settings: Settings) -> SampledVariable:

@@ -23,7 +23,7 @@ def _per_channel(x: Any, ndim: int) -> Any:
     return x if x is None else x.reshape(1, -1, *(1,) * (ndim - 2))
 
 
-def _update_running(
+def update_running(
     running_mean: Tensor | None, running_var: Tensor | None, centre: Tensor, spread: Tensor, n: int | Tensor, momentum: float
 ) -> None:
     """Move the running buffers towards a batch's statistics of n elements a channel; unbiased, as torch does."""
@@ -61,7 +61,7 @@ class _NormalizedBatch(torch.autograd.Function):
         # On CPU three times as fast as torch.var_mean; both find the mean first, so neither cancels.
         centre, spread = torch.batch_norm_update_stats(mean, None, None, 0.0) if mean.is_cpu else _mean_and_var(mean, axes)
         spread = spread + var.mean(axes)
-        _update_running(running_mean, running_var, centre, spread, mean.numel() // mean.shape[1], momentum)
+        update_running(running_mean, running_var, centre, spread, mean.numel() // mean.shape[1], momentum)
         scale = torch.rsqrt(spread + eps)
         ctx.save_for_backward(mean, var, weight, centre, spread, scale)
         ctx.eps, ctx.has_bias = eps, bias is not None
@@ -140,7 +140,7 @@ class BatchNormalization:
             axes = [0, *range(2, x.ndim)]
             centre = x.mean.mean(axes, keepdim=True)
             spread = (x.mean - centre).square().mean(axes, keepdim=True) + x.var.mean(axes, keepdim=True)
-            _update_running(running_mean, running_var, centre.flatten(), spread.flatten(), x.mean.numel() // x.shape[1], momentum)
+            update_running(running_mean, running_var, centre.flatten(), spread.flatten(), x.mean.numel() // x.shape[1], momentum)
         else:
             centre = _per_channel(running_mean, x.ndim)  # type: ignore[assignment]
             spread = _per_channel(running_var, x.ndim)  # type: ignore[assignment]
@@ -195,7 +195,7 @@ def _synchronized(module: nn.SyncBatchNorm, x: RandomVariable) -> RandomVariable
         centred = x.mean - _per_channel(centre, x.ndim)
         spread = _SumOverProcesses.apply((centred.square() + x.var).sum(axes), group) / n
         if module.training and module.track_running_stats:
-            _update_running(module.running_mean, module.running_var, centre, spread, n, momentum or 0.0)
+            update_running(module.running_mean, module.running_var, centre, spread, n, momentum or 0.0)
         scale = torch.rsqrt(spread + module.eps)
         mean, var = centred * _per_channel(scale, x.ndim), x.var * _per_channel(scale.square(), x.ndim)
         return _scaled(x, mean, var, _per_channel(module.weight, x.ndim), _per_channel(module.bias, x.ndim))
