@@ -49,17 +49,19 @@ class VAE(nn.Module):
         return self.decode(mu + torch.randn_like(mu) * torch.exp(0.5 * logvar)), mu, logvar
 
 
-def convolutional(size: int, activation: Callable[[], nn.Module], norm: Callable[[int], nn.Module] = nn.BatchNorm2d) -> VAE:
-    """Three (32×32) or four (64×64) strided convolutions each way, a norm and the activation after each; 128 latents."""
+def convolutional(
+    size: int, activation: Callable[[], nn.Module], norm: Callable[[int], nn.Module] = nn.BatchNorm2d, latents: int = 128
+) -> VAE:
+    """Three (32×32) or four (64×64) strided convolutions each way, a norm and the activation after each."""
     widths = [32, 64, 128, 256][: {32: 3, 64: 4}[size]]
     encoder: list[nn.Module] = []
     for a, b in zip([3, *widths], widths, strict=False):
         encoder += [nn.Conv2d(a, b, 3, 2, 1), norm(b), activation()]
-    decoder: list[nn.Module] = [nn.Linear(128, widths[-1] * 16), nn.Unflatten(1, (widths[-1], 4, 4))]
+    decoder: list[nn.Module] = [nn.Linear(latents, widths[-1] * 16), nn.Unflatten(1, (widths[-1], 4, 4))]
     for a, b in zip(widths[::-1], [*widths[-2::-1], widths[0]], strict=True):
         decoder += [nn.ConvTranspose2d(a, b, 3, 2, 1, 1), norm(b), activation()]
     decoder.append(nn.Conv2d(widths[0], 3, 3, 1, 1))
-    return VAE(nn.Sequential(*encoder, nn.Flatten(), nn.Linear(widths[-1] * 16, 256)), nn.Sequential(*decoder))
+    return VAE(nn.Sequential(*encoder, nn.Flatten(), nn.Linear(widths[-1] * 16, 2 * latents)), nn.Sequential(*decoder))
 
 
 def group_norm(channels: int) -> nn.Module:
@@ -122,6 +124,7 @@ DECODERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], int]] = {
         for name, make in ACTIVATIONS.items()
     },
     "GroupNorm + SiLU 32": (lambda: convolutional(32, nn.SiLU, group_norm), IMAGES_32, 64),
+    "16 latents": (lambda: convolutional(32, nn.ReLU, latents=16), IMAGES_32, 64),  # as many as low rank has rows for
     "attention": (lambda: sequences(32, Attention()), (32, 64), 64),
     "GRU": (lambda: sequences(40, Steps("GRU")), (40, 64), 64),
     "LSTM": (lambda: sequences(40, Steps("LSTM")), (40, 64), 64),

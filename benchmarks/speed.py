@@ -174,7 +174,7 @@ def measure(name: str, args: argparse.Namespace) -> dict[str, object]:
         del row["lost"]
     row["flops"], row["memory"] = flops(run) / flops(base), meter.memory(run) / meter.memory(base)
     others: dict[str, float | str] = {}
-    for variant, other in variants(plain, x, args).items() if name in SYSTEMS or args.peers else ():
+    for variant, other in variants(plain, x, args).items() if name in SYSTEMS or args.peers or args.covariances else ():
         try:
             others[variant] = meter.ratio(base, other)[0]
         except Exception as error:

@@ -229,7 +229,7 @@ class Kernels(NamedTuple):
     partials: Callable[..., Partials]
 
 
-def _in_images(*arguments: Any) -> tuple[Tensor, ...]:
+def in_images(*arguments: Any) -> tuple[Tensor, ...]:
     """A kernel of tensors in the shape that ``Grid.read`` takes; the last two arguments are the kernel and its constants."""
     *tensors, kernel, constants = arguments
     shape, n = tensors[0].shape, tensors[0].numel()
@@ -253,12 +253,12 @@ class _Tabulated(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(mean, var)
         ctx.kernel = _gradients, (kernels.partials, table[1], *constants)
-        out: tuple[Tensor, Tensor] = fused(_in_images, mean, var, constants=(kernels.moments, (table[0], *constants)))
+        out: tuple[Tensor, Tensor] = fused(in_images, mean, var, constants=(kernels.moments, (table[0], *constants)))
         return out
 
     @staticmethod
     def backward(ctx: Any, grad_mean: Tensor, grad_var: Tensor) -> tuple[Tensor | None, ...]:
-        return *fused(_in_images, *ctx.saved_tensors, grad_mean, grad_var, constants=ctx.kernel), None, None, None
+        return *fused(in_images, *ctx.saved_tensors, grad_mean, grad_var, constants=ctx.kernel), None, None, None
 
 
 def tabulated(curve: Curve, kernels: Kernels, mean: Tensor, var: Tensor, *constants: Any) -> tuple[Tensor, Tensor]:
@@ -267,7 +267,7 @@ def tabulated(curve: Curve, kernels: Kernels, mean: Tensor, var: Tensor, *consta
     if torch.is_grad_enabled():
         out: tuple[Tensor, Tensor] = _Tabulated.apply(mean, var, kernels, table, constants)
     else:  # a fifth faster on few elements
-        out = fused(_in_images, mean, var, constants=(kernels.moments, (table[0], *constants)))
+        out = fused(in_images, mean, var, constants=(kernels.moments, (table[0], *constants)))
     return out
 
 
@@ -275,4 +275,4 @@ def tabulated_partials(curve: Curve, kernels: Kernels, mean: Tensor, var: Tensor
     """The partial derivatives of both moments, without a graph; float32."""
     table = table_of(curve.number, mean.device)
     with torch.no_grad():
-        return Partials(*fused(_in_images, mean, var, constants=(kernels.partials, (table[1], *constants))))
+        return Partials(*fused(in_images, mean, var, constants=(kernels.partials, (table[1], *constants))))

@@ -12,10 +12,9 @@ from torch import Tensor
 from rvconvert.moments.compilation import fused
 from rvconvert.moments.normal import Moments, at_least_float32, standardize, step, tail
 from rvconvert.moments.quadrature import density
-from rvconvert.moments.table import Curve, table_of
+from rvconvert.moments.table import Curve, Grid, as_table, in_images, table_of
 
-_END, _CELLS = 14, 1 << 14  # beyond, V and T are what they are at the ends; cells of a in [-_END, _END]
-_PER_CELL = _CELLS / (2 * _END)
+_GRID = Grid(end=14, in_p=1 << 14, in_q=0, spacing=0)  # of a alone; beyond the ends, V and T are what they are there
 
 
 def _closed(mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -31,14 +30,13 @@ def _closed(mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 class _Rectified(Curve):
-    """The logarithms of T and V, and their rises over a cell."""
+    """The logarithms of V and T."""
 
     def fill(self) -> tuple[Tensor, ...]:
-        """(4, cells)."""
-        a = torch.linspace(-_END, _END, _CELLS + 1, dtype=torch.float64)
+        """(1, 2, 1, corners)."""
+        a = torch.from_numpy(_GRID.corners()[0])
         small, _, ratio = _closed(a, torch.ones_like(a))
-        logarithms = torch.stack((small, ratio)).log2()
-        return (torch.cat((logarithms[:, :-1], logarithms.diff())).float(),)
+        return (as_table(torch.stack((ratio, small))[:, None].log2().numpy()),)
 
 
 _RECTIFIED = _Rectified(torch.relu)
@@ -64,10 +62,8 @@ def _relu_kernel(mean, var, table):
     if table is None:
         return _closed(mean, var)[1:]
     inverse = torch.rsqrt(var + 1e-37)
-    x = torch.rsub(mean * inverse, _CELLS // 2, alpha=-_PER_CELL).clamp_(0.0, _CELLS - 1e-3)
-    cell = x.to(torch.int32).bitwise_and_(_CELLS - 1)  # of NaN, which no integer holds, one of the cells all the same
-    logarithms, rises = torch.index_select(table, 1, cell.reshape(-1)).view(2, 2, *cell.shape)
-    small, ratio = torch.addcmul(logarithms, rises, x.frac()).exp2_()
+    x = (mean * inverse).mul_(1 / _GRID.end)
+    ratio, small = (each.exp2() for each in _GRID.partials(table, x, torch.zeros_like(x)))
     return torch.addcmul(mean.clamp(min=0.0), var * inverse, small), var * ratio
 
 
@@ -83,7 +79,7 @@ class _Relu(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, mean, var):
-        out = fused(_relu_kernel, mean, var, constants=(_table(mean),))
+        out = fused(in_images, mean, var, constants=(_relu_kernel, (_table(mean),)))
         ctx.save_for_backward(mean, var, *out)
         return out
 
@@ -95,8 +91,10 @@ class _Relu(torch.autograd.Function):
 def _two_slopes_kernel(mean, var, c, table):
     # f = (1 - c) relu(x) + c x, and Cov(relu(X), X) = Var relu(X) + E (E - m)
     up, up_var = _relu_kernel(mean, var, table)
-    out_var = (1.0 - c * c) * up_var + (c * c) * var + (2 * c * (1.0 - c)) * (up * (up - mean))
-    return (1.0 - c) * up + c * mean, out_var
+    both, out_var = up * (up - mean), torch.lerp(up_var, var, c * c)
+    share = 2 * c * (1.0 - c)
+    out_var = torch.addcmul(out_var, both, share) if isinstance(c, Tensor) else torch.add(out_var, both, alpha=share)
+    return torch.lerp(up, mean, c), out_var
 
 
 def _two_slopes_backward(mean, var, c, grad_mean, grad_var, table):
@@ -136,7 +134,7 @@ class _OneSlope(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, mean, var, c):
-        out = fused(_two_slopes_kernel, mean, var, constants=(c, _table(mean)))
+        out = fused(in_images, mean, var, constants=(_two_slopes_kernel, (c, _table(mean))))
         ctx.save_for_backward(mean, var, *out)
         ctx.c = c
         return out
@@ -144,7 +142,7 @@ class _OneSlope(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_mean, grad_var):
         kernel = _one_slope_backward if abs(ctx.c) < 0.7 else _folded_backward
-        return *fused(kernel, *ctx.saved_tensors, grad_mean, grad_var, constants=(ctx.c,)), None
+        return *fused(in_images, *ctx.saved_tensors, grad_mean, grad_var, constants=(kernel, (ctx.c,))), None
 
 
 class _TwoSlopes(torch.autograd.Function):
@@ -153,12 +151,12 @@ class _TwoSlopes(torch.autograd.Function):
     @staticmethod
     def forward(ctx, mean, var, c):
         ctx.save_for_backward(mean, var, c)
-        return fused(_two_slopes_kernel, mean, var, c, constants=(_table(mean),))
+        return fused(in_images, mean, var, c, constants=(_two_slopes_kernel, (_table(mean),)))
 
     @staticmethod
     def backward(ctx, grad_mean, grad_var):
-        constants = (_table(grad_mean),)
-        return fused(_two_slopes_backward, *ctx.saved_tensors, grad_mean, grad_var, constants=constants)
+        constants = _two_slopes_backward, (_table(grad_mean),)
+        return fused(in_images, *ctx.saved_tensors, grad_mean, grad_var, constants=constants)
 
 
 @at_least_float32

@@ -118,34 +118,20 @@ class BatchNormalization:
         )
         with full_precision(x):
             momentum, eps = 0.1 if momentum is None else momentum, 1e-5 if eps is None else eps
-            if (training or mean is None or var is None) and not torch.compiler.is_compiling():
+            if not training and mean is not None and var is not None:
+                scale = torch.rsqrt(var + eps) if weight is None else torch.rsqrt(var + eps) * weight
+                out = F.batch_norm(x.mean, mean, var, weight, bias, False, momentum, eps)
+                return x.with_moments(out, x.var * _per_channel(scale.square(), x.ndim))
+            if not torch.compiler.is_compiling():
                 return x.with_moments(*_NormalizedBatch.apply(x.mean, x.var, mean, var, weight, bias, momentum, eps))
-            centre, scale = self.statistics(x, mean, var, weight, bool(training), momentum, eps)
-            out = (x.mean - centre) * scale
-            shift = _per_channel(bias, x.ndim)
-            return x.with_moments(out if shift is None else out + shift, x.var * scale.square())
-
-    def statistics(
-        self,
-        x: RandomVariable,
-        running_mean: Tensor | None,
-        running_var: Tensor | None,
-        weight: Tensor | None,
-        training: bool,
-        momentum: float,
-        eps: float,
-    ) -> tuple[Tensor, Tensor]:
-        """Centre and scale per channel; in training also updates the running buffers, unbiased, as torch does."""
-        if training or running_mean is None or running_var is None:
             axes = [0, *range(2, x.ndim)]
             centre = x.mean.mean(axes, keepdim=True)
             spread = (x.mean - centre).square().mean(axes, keepdim=True) + x.var.mean(axes, keepdim=True)
-            update_running(running_mean, running_var, centre.flatten(), spread.flatten(), x.mean.numel() // x.shape[1], momentum)
-        else:
-            centre = _per_channel(running_mean, x.ndim)  # type: ignore[assignment]
-            spread = _per_channel(running_var, x.ndim)  # type: ignore[assignment]
-        scale = torch.rsqrt(spread + eps)
-        return centre, scale if weight is None else scale * _per_channel(weight, x.ndim)
+            update_running(mean, var, centre.flatten(), spread.flatten(), x.mean.numel() // x.shape[1], momentum)
+            scale = torch.rsqrt(spread + eps)
+            scale = scale if weight is None else scale * _per_channel(weight, x.ndim)
+            out, shift = (x.mean - centre) * scale, _per_channel(bias, x.ndim)
+            return x.with_moments(out if shift is None else out + shift, x.var * scale.square())
 
 
 _MIXTURE = "exact in eval mode; in training the batch is a mixture, its statistics taken as constants (paper eqs 10, 11)"
