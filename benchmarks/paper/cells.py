@@ -176,11 +176,12 @@ def propagated(run: Run, mu: Tensor, var: Tensor) -> rvconvert.RandomVariable:
 @torch.no_grad()
 def calibrated(run: Run, mu: Tensor, var: Tensor, images: int = 256) -> rvconvert.RandomVariable:
     """The same by gains that are measured on training images."""
-    options = {"covariance": "calibrated", "output": "distribution", "methods": ("decode",), "random_inputs": ("z",)}
-    vae = rvconvert.convert(rvconvert.to_plain(run.states["vae"]), **options).eval()
+    model, method = (run.states["vae"], "decode") if "vae" in run.states else (run.states["decoder"], "forward")
+    options = {"covariance": "calibrated", "output": "distribution", "methods": (method,), "random_inputs": ("z",)}
+    converted = rvconvert.convert(rvconvert.to_plain(model), **options).eval()
     measured_on, logvar = run.views.encode(run.to_range(run.data.train[:images]))
-    rvconvert.calibrate(vae, (rvconvert.RandomVariable(measured_on, logvar.exp()),))
-    return vae.decode(rvconvert.RandomVariable(mu, var))
+    rvconvert.calibrate(converted, (rvconvert.RandomVariable(measured_on, logvar.exp()),))
+    return getattr(converted, method)(rvconvert.RandomVariable(mu, var))
 
 
 @torch.no_grad()
