@@ -233,7 +233,9 @@ def in_images(*arguments: Any) -> tuple[Tensor, ...]:
     """A kernel of tensors in the shape that ``Grid.read`` takes; the last two arguments are the kernel and its constants."""
     *tensors, kernel, constants = arguments
     shape, n = tensors[0].shape, tensors[0].numel()
-    images = _IMAGES if n >= _LEAST and n % _IMAGES == 0 and tensors[0].is_cpu and not torch.compiler.is_compiling() else 1
+    # A compiled or exported graph is for any number of elements, which is not asked for then.
+    shared = not torch.compiler.is_compiling() and tensors[0].is_cpu and n >= _LEAST and n % _IMAGES == 0
+    images = _IMAGES if shared else 1
     results = kernel(*(x.reshape(images, n // images) for x in tensors), *constants)
     return tuple(x.reshape(shape) for x in results)
 
