@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rvconvert.moments.compilation import is_traced
+from rvconvert.rules.kinds import gradients_with_graph
 from rvconvert.rules.normalization import update_running
 
 if TYPE_CHECKING:
@@ -50,21 +51,11 @@ def _cut(chunks: Chunks, size: int) -> Chunks:
     return joined(chunks).split(size)
 
 
-def batch_norm(
-    chunks: Chunks,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    momentum: float,
-    eps: float,
-) -> Chunks:
-    """BatchNorm in training with the statistics of all paths, which are (paths, batch, channels, ...)."""
-    return _JointBatchNorm.apply(running_mean, running_var, weight, bias, momentum, eps, *chunks)  # type: ignore[no-any-return]
+class JointBatchNorm(torch.autograd.Function):
+    """BatchNorm in training with the statistics of all chunks, each (paths, batch, channels, ...); saves them.
 
-
-class _JointBatchNorm(torch.autograd.Function):
-    """By torch's own kernels, as in eval mode, given the statistics of all chunks; saves the chunks."""
+    By torch's own kernels, as in eval mode, given these statistics.
+    """
 
     @staticmethod
     def forward(
@@ -96,9 +87,7 @@ class _JointBatchNorm(torch.autograd.Function):
         if torch.is_grad_enabled():  # for a graph of the backward pass (create_graph=True)
             x = torch.cat(chunks)
             y = F.batch_norm(x.flatten(0, 1), None, None, weight, bias, True, 0.0, ctx.eps).view(x.shape)
-            given = [x for x in (weight, bias, *chunks) if x is not None]
-            found = iter(torch.autograd.grad(y, given, torch.cat(grads), create_graph=True, allow_unused=True))
-            by = [None if x is None else next(found) for x in (weight, bias, *chunks)]
+            by = gradients_with_graph([y], (weight, bias, *chunks), [torch.cat(grads)])
             return None, None, *by[:2], None, None, *by[2:]
         one = torch.ones_like(mean) if weight is None else weight
         each = [

@@ -17,10 +17,11 @@ from torch.utils import _pytree
 from rvconvert.core.mode import MODES, Mode, Sampler
 from rvconvert.core.random_variable import RandomVariable, Settings, is_in_place, propagate, random_variables
 from rvconvert.core.registry import Exactness
-from rvconvert.covariance.chunks import Chunks, alike, batch_norm, joined
+from rvconvert.covariance.chunks import Chunks, JointBatchNorm, alike, joined
 from rvconvert.errors import ConversionError
-from rvconvert.rules.kinds import Collapse, Metadata, Read, bind, substitute
+from rvconvert.rules.kinds import Collapse, Metadata, Read, substitute
 from rvconvert.rules.noise import entering
+from rvconvert.rules.normalization import batch_norm_arguments
 from rvconvert.rules.shape import setitem
 
 if TYPE_CHECKING:
@@ -183,13 +184,9 @@ def _weights(output: Any, given: Any) -> Tensor:
 def _over_batch(name: str, plain: Callable[..., Any], chunks: Chunks, args: Any, kwargs: Any) -> Chunks:
     """A norm whose statistics over the batch are those of all paths."""
     if len(chunks) > 1 and name == "batch_norm":
-        (_, mean, var, weight, bias, training, momentum, eps), _, _ = bind(
-            ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps"), args, kwargs
-        )
+        _, mean, var, weight, bias, training, momentum, eps = batch_norm_arguments(args, kwargs)
         if training or mean is None or var is None:
-            return batch_norm(
-                chunks, mean, var, weight, bias, 0.1 if momentum is None else momentum, 1e-5 if eps is None else eps
-            )
+            return JointBatchNorm.apply(mean, var, weight, bias, momentum, eps, *chunks)  # type: ignore[no-any-return]
     elif len(chunks) > 1:
         chunks = (joined(chunks),)
     return tuple(plain(x.flatten(0, 1)).unflatten(0, (len(x), -1)) for x in chunks)

@@ -62,16 +62,20 @@ def fitted(function: Function) -> Smooth | None:
     slopes = (values[1::2] - values[::2]) / (ends[1::2] - ends[::2])
     near, middle, far = slopes.view(2, 3, -1).unbind(1)
     line = (((near - far).abs() < 1e-6) & ((middle - far).abs() < 1e-6)).all(0).nonzero()
+
+    def in_double(x: Tensor) -> Tensor:  # what cancels far from 0 in several operations keeps the table's accuracy
+        return function(x.double()).to(x.dtype) if x.device.type != "mps" else function(x)
+
     for first in line[:1].flatten().tolist():
         for width in _WIDTHS[first : first + 7 : 3]:
-            curve = Smooth(function, width)
+            curve = Smooth(in_double, width)
             if _agrees(curve):
                 return curve
     return None
 
 
 def _agrees(curve: Smooth) -> bool:
-    """To the accuracy that tables have, and that the function itself has in float32, at points of no pattern."""
+    """To the accuracy that tables have, at points of no pattern."""
     generator = torch.Generator().manual_seed(0)
     m, s = torch.rand(2, _POINTS, dtype=torch.float64, generator=generator)
     mean, var = 16 * curve.width * (m - 0.5), (curve.width * 5 * 10 ** (-4 * s)).square()
@@ -82,6 +86,5 @@ def _agrees(curve: Smooth) -> bool:
     variance = var * (gain.square() + rest)
     scale = (expected.square() + variance).sqrt()
     seen = variance > 1e-6 * var
-    rounding = (curve.function(mean) - curve.function(mean.double())).abs().max()
-    close = ((out - expected).abs() < 1e-5 * scale + 4 * rounding) & ((out_var - variance).abs() < 1e-4 * variance)
+    close = ((out - expected).abs() < 1e-5 * scale) & ((out_var - variance).abs() < 1e-4 * variance)
     return bool((close | ~seen).all() and seen.any())

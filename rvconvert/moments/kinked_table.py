@@ -86,7 +86,8 @@ class Kinked(Curve):
         expected, gain, rest = (each.numpy().reshape(mean.shape) for each in found)
         scale = (q**2 if shape.smooth else 1.0) * ((1 - q) ** 2 if shape.level else 1.0)
         rows = np.eye(len(q))
-        moments = moments_at_corners(_GRID, rows, expected / root, gain, np.log2(rest / scale + 1e-300))
+        values = expected / root, gain, np.log2(rest / scale + 1e-300)
+        moments = moments_at_corners(_GRID, rows, *values, curved_in_q=True)
         partials = partials_at_corners(_GRID, rows, gain, rest + gain**2, np.full(len(q), 0.5), (q * (1 - q))[:, 0] / 2)
         partials = partials[: 5 if shape.fold == "even" else 4]
         for value in (*moments, *partials):  # the first row lies a little beside q = 0, where there is nothing to integrate

@@ -101,7 +101,7 @@ class Smooth(Curve):
             first = (expected - plain - self.level * (mean - width * p)) / share
         spread = rest * root**2 / var + _MIX * gain**2
         logarithm = np.log2((spread if self.level is None else spread * (root / width) ** 2) + 1e-300)
-        moments = moments_at_corners(_GRID, _in_q(), first, gain, logarithm)[:6]
+        moments = moments_at_corners(_GRID, _in_q(), first, gain, logarithm, curved_in_q=False)
         moments[1][:, [0, -1]] = self.slopes
         far = 1 - _GRID.corners()[1]  # c/S
         partials = partials_at_corners(_GRID, _in_q(), gain, rest + gain**2, (1 - far**2) / 2, (1 - far**2) * far / 2)[:4]

@@ -1,8 +1,8 @@
 """Tables of two moments: what quadrature finds at the corners of a plane (p, q), read bilinearly by kernels.
 
 Three numbers lead to the moments: one to the mean, g = E[f'], and a logarithm to the base of 2; beside each stands its second
-difference along p, which takes bilinear interpolation to third order there. Corners lie as densely along q as bilinear
-interpolation asks. Gradients need less: partial derivatives are bilinear between the same corners.
+difference along p, which takes bilinear interpolation to third order there. Along q there are second differences too, or corners
+lie as densely as bilinear interpolation asks. Gradients need less: partial derivatives are bilinear between the same corners.
 """
 
 from __future__ import annotations
@@ -118,22 +118,24 @@ def _in_p(grid: Grid, by: float = 0.0) -> np.ndarray:
 
 
 def _second_difference(values: np.ndarray) -> np.ndarray:
-    """What t (1 - t) is multiplied by, t the place in a cell of p; at the ends, beyond which no curve is, 0."""
+    """What t (1 - t) is multiplied by, t the place in a cell of the last dimension; at the ends, beyond which no curve is, 0."""
     made = np.zeros_like(values)
     made[:, 1:-1] = values[:, 1:-1] - (values[:, 2:] + values[:, :-2]) / 2
     return made
 
 
-def moments_at_corners(grid: Grid, in_q: np.ndarray, *values: np.ndarray) -> np.ndarray:
-    """(9, q, p): what leads to the mean, the gain and the logarithm, then their second differences along p and along q.
+def moments_at_corners(grid: Grid, in_q: np.ndarray, *values: np.ndarray, curved_in_q: bool) -> np.ndarray:
+    """(6 or 9, q, p): what leads to the mean, the gain and the logarithm, then their second differences.
 
     Args:
         grid: of the table.
         in_q: (q, rows) interpolation.
         values: (rows, nodes) each.
+        curved_in_q: second differences along q follow those along p.
     """
-    made = [in_q @ (each @ _in_p(grid)) for each in values]
-    along_q = [_second_difference(each.T).T for each in made]
+    in_p = _in_p(grid)
+    made = [in_q @ (each @ in_p) for each in values]
+    along_q = [_second_difference(each.T).T for each in made if curved_in_q]
     return np.stack(made + [_second_difference(each) for each in made] + along_q)
 
 

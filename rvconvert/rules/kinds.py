@@ -101,6 +101,15 @@ def bind(
     return values, args[len(names) :], rest
 
 
+def gradients_with_graph(
+    outputs: Sequence[torch.Tensor], inputs: Sequence[torch.Tensor | None], grads: Sequence[torch.Tensor]
+) -> Any:
+    """One for each input, None where it has none; for ``backward`` under ``create_graph=True``, of composed operations."""
+    wanted = [x for x in inputs if x is not None and x.requires_grad]
+    found = iter(torch.autograd.grad(outputs, wanted, grads, create_graph=True, allow_unused=True))
+    return [next(found) if x is not None and x.requires_grad else None for x in inputs]
+
+
 def unique(*values: Any) -> list[RandomVariable]:
     """The random variables in nested arguments, each once, in order."""
     return list({id(x): x for x in random_variables(*values)}.values())

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rvconvert.core.registry import REGISTRY, Exactness, Rule
-from rvconvert.rules.kinds import Composite, add_rule, bind, full_precision, own_python
+from rvconvert.rules.kinds import Composite, add_rule, bind, full_precision, gradients_with_graph, own_python
 
 if TYPE_CHECKING:
     from rvconvert.core.random_variable import RandomVariable
@@ -31,6 +31,13 @@ def update_running(
         with torch.no_grad():
             running_mean.data.lerp_(centre.detach().to(running_mean.dtype), momentum)
             running_var.data.lerp_((spread.detach() * n / max(n - 1, 1)).to(running_var.dtype), momentum)
+
+
+def batch_norm_arguments(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
+    """Input, running mean and variance, weight, bias, training, momentum and eps of a call of ``F.batch_norm``."""
+    names = ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps")
+    (*rest, momentum, eps), _, _ = bind(names, args, kwargs)
+    return [*rest, 0.1 if momentum is None else momentum, 1e-5 if eps is None else eps]
 
 
 def _mean_and_var(x: Tensor, axes: list[int]) -> tuple[Tensor, Tensor]:
@@ -97,15 +104,14 @@ def _twice_differentiable(
 ) -> tuple[Tensor | None, ...]:
     """The same gradients by composed operations, for a graph of the backward pass (``create_graph=True``)."""
     axes = [0, *range(2, mean.ndim)]
-    inputs = [mean, var, *(() if weight is None else (weight,))]
     centre = mean.mean(axes, keepdim=True)
     spread = (mean - centre).square().mean(axes, keepdim=True) + var.mean(axes, keepdim=True)
     scale = torch.rsqrt(spread + ctx.eps)
     gain = scale if weight is None else scale * _per_channel(weight, mean.ndim)
     outputs = ((mean - centre) * gain, var * gain.square())
-    by_mean, by_var, *by_weight = torch.autograd.grad(outputs, inputs, grads, create_graph=True, allow_unused=True)
+    by_mean, by_var, by_weight = gradients_with_graph(outputs, (mean, var, weight), grads)
     by_bias = grads[0].sum(axes) if ctx.has_bias else None
-    return by_mean, by_var, None, None, by_weight[0] if by_weight else None, by_bias, None, None
+    return by_mean, by_var, None, None, by_weight, by_bias, None, None
 
 
 @dataclass(frozen=True)
@@ -113,11 +119,8 @@ class BatchNormalization:
     """BatchNorm. Training: the batch is a mixture, mean = mean(m), var = mean((m - mean)^2) + mean(v)."""
 
     def __call__(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> RandomVariable:
-        (x, mean, var, weight, bias, training, momentum, eps), _, _ = bind(
-            ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps"), args, kwargs
-        )
+        x, mean, var, weight, bias, training, momentum, eps = batch_norm_arguments(args, kwargs)
         with full_precision(x):
-            momentum, eps = 0.1 if momentum is None else momentum, 1e-5 if eps is None else eps
             if not training and mean is not None and var is not None:
                 scale = torch.rsqrt(var + eps) if weight is None else torch.rsqrt(var + eps) * weight
                 out = F.batch_norm(x.mean, mean, var, weight, bias, False, momentum, eps)
@@ -295,9 +298,7 @@ class _NormalizedGroups(torch.autograd.Function):
         if torch.is_grad_enabled():  # for a graph of the backward pass (create_graph=True)
             shaped = [_per_channel(x, mean.ndim) for x in (weight, bias)]
             out = _with_gain(*_standardized_groups(mean, var, over.groups, ctx.eps), *shaped)
-            given = [x for x in (mean, var, weight, bias) if x is not None]
-            grads = iter(torch.autograd.grad(out, given, (grad_mean, grad_var), create_graph=True, allow_unused=True))
-            return *(None if x is None else next(grads) for x in (mean, var, weight, bias)), None, None
+            return *gradients_with_graph(out, (mean, var, weight, bias), (grad_mean, grad_var)), None, None
         n, one = over.n, scale.new_ones(()) if weight is None else weight
         centred = mean - over.spread(centre)
         # Sums over the positions of each channel: the gradients, and these times what they are gradients of.

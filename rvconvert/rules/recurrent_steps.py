@@ -16,6 +16,7 @@ from rvconvert import moments as gaussian
 from rvconvert.moments.compilation import is_traced
 from rvconvert.moments.smooth import sigmoid_partials, tanh_partials
 from rvconvert.moments.table import Partials
+from rvconvert.rules.kinds import gradients_with_graph
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -226,10 +227,7 @@ class _Unrolled(torch.autograd.Function):
         if torch.is_grad_enabled():  # for a graph of the backward pass (create_graph=True)
             given = (mean, var, weight, bias, *rest[: ctx.states])
             outputs, end, _ = _run(step, Pair(mean, var), weight, bias, _pairs(given[4:]))
-            results = [*outputs, *(x for pair in end for x in pair)]
-            wanted = [x for x in given if x is not None and x.requires_grad]
-            found = iter(torch.autograd.grad(results, wanted, grads, create_graph=True, allow_unused=True))
-            return None, *(next(found) if x is not None and x.requires_grad else None for x in given)
+            return None, *gradients_with_graph([*outputs, *(x for pair in end for x in pair)], given, grads)
         flat = _pairs(rest[ctx.states :])
         count = len(flat) // len(mean)
         kept = [flat[k : k + count] for k in range(0, len(flat), count)]
