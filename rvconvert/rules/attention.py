@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -11,7 +11,11 @@ from torch import Tensor, nn
 
 from rvconvert.core.random_variable import RandomVariable
 from rvconvert.core.registry import Exactness
-from rvconvert.rules.kinds import Composite, add_rule, full_precision, moments, own_python
+from rvconvert.moments.compilation import is_traced
+from rvconvert.rules.kinds import Composite, add_rule, full_precision, moments, own_python, recomputed
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
 
 
 def softmax(mean: Tensor, var: Tensor, dim: int) -> tuple[Tensor, Tensor]:
@@ -19,10 +23,18 @@ def softmax(mean: Tensor, var: Tensor, dim: int) -> tuple[Tensor, Tensor]:
 
     The mean is written softmax(m + v (1 - 2p)/2), which is the same to that order and stays a distribution.
     """
-    p = torch.softmax(mean, dim)
-    p = torch.softmax(mean + 0.5 * var * (1 - 2 * p), dim)
+    p, square, part, total = _softmax_in_parts(mean, var, dim)
     # J_ij = p_i (d_ij - p_j).
-    return p, p.square() * (var * (1 - 2 * p) + (p.square() * var).sum(dim, keepdim=True))
+    return p, torch.addcmul(torch.addcmul(part, part, p, value=-2), square, total)
+
+
+def _softmax_in_parts(mean: Tensor, var: Tensor, dim: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """p, p^2, p^2 v and the sum of the last."""
+    p = torch.softmax(mean, dim)
+    p = torch.softmax(torch.addcmul(mean, var, torch.rsub(p, 0.5)), dim)
+    square = p * p
+    part = square * var
+    return p, square, part, part.sum(dim, keepdim=True)
 
 
 def _dim(input: Any, dim: int | None) -> int:
@@ -69,25 +81,66 @@ def attend(scores: Any, value: Any, dropout: float, masked: bool) -> RandomVaria
     if masked:
         closed = torch.isneginf(s).all(-1, keepdim=True)  # a query with every key masked attends to nothing, as in torch
         s = s.masked_fill(closed, 0.0)
-    p, p_var = (torch.softmax(s, -1), None) if s_var is None else softmax(s, s_var, -1)
+        if s_var is not None:
+            s_var = s_var.masked_fill(closed, 0.0)
+    if s_var is None:
+        p = torch.softmax(s, -1)
+        second = p * p
+    else:
+        p, second, part, total = _softmax_in_parts(s, s_var, -1)
     if masked:
-        p, p_var = p.masked_fill(closed, 0.0), None if p_var is None else p_var.masked_fill(closed, 0.0)
+        p, second = p.masked_fill(closed, 0.0), second.masked_fill(closed, 0.0)
     mean = torch.matmul(p, x)
-    second = p.square() if p_var is None else p.square() + p_var
     var = torch.zeros_like(mean)
     if s_var is not None:
-        # sum_j a_j (x_j - o)^2 expanded about the keys' average, as products of matrices; rounding may leave it below 0.
-        a = p.square() * s_var
+        # sum_j a_j (x_j - o)^2, a = p^2 v, expanded about the keys' average, as products of matrices; rounding may leave it
+        # below 0.
         centre = x.mean(-2, keepdim=True)
         near, far = x - centre, mean - centre
-        spread = torch.matmul(a, near.square()) - 2 * far * torch.matmul(a, near) + far.square() * a.sum(-1, keepdim=True)
-        var = var + spread.clamp(min=0)
+        spread = torch.matmul(part, near.square()) - 2 * far * torch.matmul(part, near) + far.square() * total
+        var = spread.clamp(min=0)
+        second = torch.addcmul(torch.addcmul(part, part, p, value=-2), second, total + 1)  # E[p^2]
     if x_var is not None:
         var = var + torch.matmul(second, x_var)
     if dropout > 0:
         raw = x.square() if x_var is None else x.square() + x_var
         var = var + dropout / (1 - dropout) * torch.matmul(second, raw)
     return like.with_moments(mean, var)
+
+
+_SCORES = 1 << 18  # of a block, whose moments stay in cache
+
+
+def _in_blocks(attention: Callable[..., Any], operands: Sequence[Any], sizes: Sequence[int], at: int = 0) -> Any:
+    """``attention(query, key, value, mask)`` of scores of ``sizes``, a block of batches and queries at a time.
+
+    Scores are far more than what they are made from, so they are made again for the gradients, not kept.
+    """
+    total, size, dim = math.prod(sizes), sizes[at], at - len(sizes)
+    if total > _SCORES and dim < -1:
+        step = max(1, size * _SCORES // total)
+        count = -(-size // step)
+
+        def parts(x: Any, cut: bool = True) -> Sequence[Any]:
+            cut = cut and x is not None and x.ndim >= -dim and x.shape[dim] == size
+            return torch.split(x, step, dim) if cut else (x,) * count
+
+        query, key, value, mask = operands
+        of_keys = dim < -2
+        cut = zip(parts(query), parts(key, of_keys), parts(value, of_keys), parts(mask), strict=True)
+        widths = [step] * (count - 1) + [size - step * (count - 1)]
+        blocks = [
+            _in_blocks(attention, each, (*sizes[:at], n, *sizes[at + 1 :]), at + 1) for each, n in zip(cut, widths, strict=True)
+        ]
+        return torch.cat(blocks, dim)
+    like = next(x for x in operands if isinstance(x, RandomVariable))
+
+    def again(*flat: Any) -> tuple[Tensor, Tensor]:
+        pairs = zip(flat[::2], flat[1::2], strict=True)
+        out = attention(*(mean if var is None else like.with_moments(mean, var) for mean, var in pairs))
+        return out.mean, out.var
+
+    return like.with_moments(*recomputed(again, *(x for each in operands for x in moments(each))))
 
 
 def _scaled_dot_product_attention(
@@ -104,15 +157,22 @@ def _scaled_dot_product_attention(
     if enable_gqa:
         key, value = (torch.repeat_interleave(x, query.shape[-3] // x.shape[-3], -3) for x in (key, value))
     scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
-    scores = torch.matmul(query, torch.transpose(key, -2, -1)) * scale
     if is_causal:
         attn_mask = torch.ones(query.shape[-2], key.shape[-2], dtype=torch.bool, device=query.device).tril()
-    if isinstance(attn_mask, Tensor) and attn_mask.dtype == torch.bool:
-        scores = torch.masked_fill(scores, ~attn_mask, -math.inf)
-    elif attn_mask is not None:
-        scores = scores + attn_mask
-    with full_precision(query):
-        return attend(scores, value, dropout_p, masked=attn_mask is not None)
+
+    def attention(query: Any, key: Any, value: Any, mask: Any) -> Any:
+        scores = torch.matmul(query * scale, torch.transpose(key, -2, -1))
+        if isinstance(mask, Tensor) and mask.dtype == torch.bool:
+            scores = torch.masked_fill(scores, ~mask, -math.inf)
+        elif mask is not None:
+            scores = scores + mask
+        with full_precision(query):
+            return attend(scores, value, dropout_p, masked=mask is not None)
+
+    if is_traced():
+        return attention(query, key, value, attn_mask)
+    batch = torch.broadcast_shapes(*(x.shape[:-2] for x in (query, key, value)))
+    return _in_blocks(attention, (query, key, value, attn_mask), (*batch, query.shape[-2], key.shape[-2]))
 
 
 _multi_head_attention = own_python(F.multi_head_attention_forward)

@@ -13,10 +13,12 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from rvconvert.core.random_variable import Origin, RandomVariable, random_variables
 from rvconvert.core.registry import NAMESPACES, REGISTRY, Exactness, FunctionTable, Kind, Rule, operation_name, spellings
 from rvconvert.errors import ConversionError
+from rvconvert.moments.compilation import is_traced
 from rvconvert.moments.composed import composed_moments
 from rvconvert.rules.density import moments_under
 
@@ -40,6 +42,7 @@ __all__ = [
     "moments",
     "out_of_place",
     "own_python",
+    "recomputed",
     "same_map",
     "spread",
     "substitute",
@@ -108,6 +111,13 @@ def gradients_with_graph(
     wanted = [x for x in inputs if x is not None and x.requires_grad]
     found = iter(torch.autograd.grad(outputs, wanted, grads, create_graph=True, allow_unused=True))
     return [next(found) if x is not None and x.requires_grad else None for x in inputs]
+
+
+def recomputed(function: Function, *tensors: torch.Tensor | None) -> Any:
+    """``function(*tensors)``, of which gradients keep the tensors alone and run it again."""
+    if is_traced() or not torch.is_grad_enabled():
+        return function(*tensors)
+    return checkpoint(function, *tensors, use_reentrant=False, preserve_rng_state=False)
 
 
 def unique(*values: Any) -> list[RandomVariable]:

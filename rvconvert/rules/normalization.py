@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rvconvert.core.registry import REGISTRY, Exactness, Rule
-from rvconvert.rules.kinds import Composite, add_rule, bind, full_precision, gradients_with_graph, own_python
+from rvconvert.rules.kinds import Composite, add_rule, bind, full_precision, gradients_with_graph, own_python, recomputed
 
 if TYPE_CHECKING:
     from rvconvert.core.random_variable import RandomVariable
@@ -226,16 +226,19 @@ def standardized(mean: Tensor, var: Tensor, axes: tuple[int, ...], eps: float, c
     if not 1 < n <= _FEW:
         return c, v * (1 - 2 * share) + share * v.mean(axes, keepdim=True)
     # s^2 = mean(c^2): Cov(c_i, s^2) = 2 c_i v_i / n and Var(s^2) = mean(4 c^2 v + 2 v^2) / n, to first order.
-    var_total = (4 * c.square() * v + 2 * v.square()).mean(axes, keepdim=True) / n
-    out = c * (1 - v / n + 0.375 * var_total)
+    square = c * c
+    total = (square * v).sum(axes, keepdim=True)
+    var_total = (4 * total + 2 * v.square().sum(axes, keepdim=True)) / n**2
+    out = c * torch.sub(1 + 0.375 * var_total, v, alpha=1 / n)
     # Variance through the Jacobian d_ij - share - c_i c_j / n.
-    ratio = c / n
-    all_j = (
-        share * v.mean(axes, keepdim=True)
-        + 2 * share * ratio * (v * c).sum(axes, keepdim=True)
-        + ratio.square() * (v * c.square()).sum(axes, keepdim=True)
+    spread = torch.addcmul(
+        torch.add(share * v.mean(axes, keepdim=True), v, alpha=1 - 2 * share),
+        square,
+        torch.sub(total / n**2, v, alpha=2 / n),
     )
-    return out, v * (1 - 2 * (share + ratio * c)) + all_j
+    if centred:
+        spread = torch.addcmul(spread, c, (v * c).sum(axes, keepdim=True), value=2 / n**2)
+    return out, spread
 
 
 def _with_gain(mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -248,19 +251,25 @@ def _scaled(x: RandomVariable, mean: Tensor, var: Tensor, weight: Tensor | None,
     return x.with_moments(*_with_gain(mean, var, weight, bias))
 
 
+def _standardized_and_scaled(
+    x: RandomVariable, axes: tuple[int, ...], eps: float, centred: bool, weight: Tensor | None, bias: Tensor | None
+) -> RandomVariable:
+    def function(mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
+        return _with_gain(*standardized(mean, var, axes, eps, centred), weight, bias)
+
+    with full_precision(x):
+        return x.with_moments(*recomputed(function, x.mean, x.var))
+
+
 def _layer_norm(
     input: Any, normalized_shape: Any, weight: Any = None, bias: Any = None, eps: float = 1e-5, cudnn_enable: bool = True
 ) -> Any:
-    with full_precision(input):
-        mean, var = standardized(input.mean, input.var, tuple(range(-len(normalized_shape), 0)), eps)
-        return _scaled(input, mean, var, weight, bias)
+    return _standardized_and_scaled(input, tuple(range(-len(normalized_shape), 0)), eps, True, weight, bias)
 
 
 def _rms_norm(input: Any, normalized_shape: Any, weight: Any = None, eps: float | None = None) -> Any:
     eps = torch.finfo(input.dtype).eps if eps is None else eps
-    with full_precision(input):
-        mean, var = standardized(input.mean, input.var, tuple(range(-len(normalized_shape), 0)), eps, centred=False)
-        return _scaled(input, mean, var, weight, None)
+    return _standardized_and_scaled(input, tuple(range(-len(normalized_shape), 0)), eps, False, weight, None)
 
 
 def _standardized_groups(mean: Tensor, var: Tensor, groups: int, eps: float) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,85 @@
+"""What is made again for the gradients, not kept: the scores of attention, the steps of LayerNorm."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import rvconvert
+from rvconvert.rules import attention
+
+MASKS = {
+    "none": None,
+    "of keys": torch.tensor([True, False, True, True, True]),
+    "of queries": torch.tensor([[True], [False], [True]]),
+    "of all": torch.arange(2 * 3 * 3 * 5).reshape(2, 3, 3, 5) % 7 > 0,
+    "added": torch.linspace(-1, 1, 15).reshape(3, 5),
+}
+
+
+def variable(*shape: int, seed: int) -> rvconvert.RandomVariable:
+    generator = torch.Generator().manual_seed(seed)
+    mean, var = (make(shape, generator=generator, dtype=torch.float64) for make in (torch.randn, torch.rand))
+    return rvconvert.RandomVariable(mean.requires_grad_(), var.requires_grad_())
+
+
+def moments_and_gradients(function: Callable[..., Any], *inputs: rvconvert.RandomVariable) -> list[torch.Tensor]:
+    out = function(*inputs)
+    loss = out.mean.sin().sum() + out.var.square().sum()
+    return [out.mean, out.var, *torch.autograd.grad(loss, [x for each in inputs for x in (each.mean, each.var)])]
+
+
+@pytest.mark.parametrize("scores", [1, 4, 20, 50])
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("batches", [((2, 3), (2, 3), (2, 3)), ((2, 1), (1, 3), (2, 3)), ((), (), ())])
+def test_attention_in_blocks_is_attention(monkeypatch: Any, batches: Any, mask: str, scores: int) -> None:
+    if mask == "of all" and not batches[0]:
+        pytest.skip("the mask has batches, the query none")
+    shapes = (3, 4), (5, 4), (5, 6)
+    inputs = [variable(*batch, *shape, seed=i) for i, (batch, shape) in enumerate(zip(batches, shapes, strict=True))]
+
+    def attend(*inputs: Any) -> Any:
+        return F.scaled_dot_product_attention(*inputs, attn_mask=MASKS[mask])  # type: ignore[arg-type]
+
+    whole = moments_and_gradients(attend, *inputs)
+    monkeypatch.setattr(attention, "_SCORES", scores)
+    for got, expected in zip(moments_and_gradients(attend, *inputs), whole, strict=True):
+        torch.testing.assert_close(got, expected)
+
+
+RECOMPUTED: dict[str, Callable[[Any], Any]] = {
+    "attention": lambda x: F.scaled_dot_product_attention(x, x, x),
+    "layer_norm of few": lambda x: F.layer_norm(x, (8,)),
+    "layer_norm of many": lambda x: F.layer_norm(x, (64, 8)),
+    "rms_norm": lambda x: F.rms_norm(x, (8,)),
+}
+
+
+@pytest.mark.parametrize("name", RECOMPUTED)
+def test_gradients_keep_the_inputs_alone(name: str) -> None:
+    x = variable(4, 64, 8, seed=0)
+    kept: dict[int, int] = {}
+
+    def pack(saved: torch.Tensor) -> torch.Tensor:
+        kept[saved.untyped_storage().data_ptr()] = saved.numel()
+        return saved
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda saved: saved):
+        out = RECOMPUTED[name](x)
+    assert {x.mean.data_ptr(), x.var.data_ptr()} <= set(kept)
+    assert sum(kept.values()) < 2.1 * x.mean.numel()
+    assert all(grad.abs().sum() > 0 for grad in torch.autograd.grad(out.mean.sin().sum() + out.var.sum(), (x.mean, x.var)))
+
+
+@pytest.mark.parametrize("name", RECOMPUTED)
+def test_twice_differentiable(name: str) -> None:
+    x = variable(2, 3, 8, seed=1)
+    function = RECOMPUTED[name] if name != "layer_norm of many" else lambda x: F.layer_norm(x, (3, 8))
+
+    def moments(mean: torch.Tensor, var: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        out = function(rvconvert.RandomVariable(mean, var))
+        return out.mean, out.var
+
+    assert torch.autograd.gradgradcheck(moments, (x.mean, x.var + 0.1), atol=1e-4)
