@@ -19,6 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from rvconvert.moments.buffers import empty
+
 __all__ = ["disable", "enable", "fused", "is_enabled"]
 
 Kernel = Callable[..., "Tensor | tuple[Tensor, ...]"]
@@ -136,7 +138,7 @@ def _by_blocks(kernel: Kernel, flat: list[Tensor], constants: tuple[Any, ...]) -
         single = isinstance(parts, Tensor)
         parts = (parts,) if isinstance(parts, Tensor) else parts
         if not results:
-            results = tuple(torch.empty(n, dtype=x.dtype, device=x.device) for x in parts)
+            results = tuple(empty(n, x) for x in parts)
         for result, part in zip(results, parts, strict=True):
             torch.hardshrink(part, _least(part.dtype), out=result[start : start + size])  # ``flushed``, and in its place
     return results[0] if single else results

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rvconvert.core.registry import REGISTRY, Exactness, Rule
+from rvconvert.moments.buffers import empty_like
 from rvconvert.rules.kinds import Composite, add_rule, bind, full_precision, gradients_with_graph, own_python, recomputed
 
 if TYPE_CHECKING:
@@ -21,6 +22,13 @@ if TYPE_CHECKING:
 def _per_channel(x: Any, ndim: int) -> Any:
     """A vector of channels shaped to broadcast over (N, C, ...)."""
     return x if x is None else x.reshape(1, -1, *(1,) * (ndim - 2))
+
+
+def _affine(x: Tensor, gain: Tensor, shift: Tensor | None = None) -> Tensor:
+    """gain x + shift, each of which has an element for each channel of x."""
+    gain, shift = _per_channel(gain, x.ndim), _per_channel(shift, x.ndim)
+    out = empty_like(x) if x.dtype == gain.dtype else None
+    return torch.mul(x, gain, out=out) if shift is None else torch.addcmul(shift, x, gain, out=out)
 
 
 def update_running(
@@ -72,9 +80,13 @@ class _NormalizedBatch(torch.autograd.Function):
         scale = torch.rsqrt(spread + eps)
         ctx.save_for_backward(mean, var, weight, centre, spread, scale)
         ctx.eps, ctx.has_bias = eps, bias is not None
-        out = torch.native_batch_norm(mean, weight, bias, centre, spread, False, 0.0, eps)[0]
         gain = scale if weight is None else scale * weight
-        return out, var * _per_channel(gain.square(), mean.ndim)
+        if mean.is_cpu:  # what torch's kernel does there
+            shift = torch.addcmul(torch.zeros_like(centre) if bias is None else bias, centre, gain, value=-1)
+            out = _affine(mean, gain, shift)
+        else:
+            out = torch.native_batch_norm(mean, weight, bias, centre, spread, False, 0.0, eps)[0]
+        return out, _affine(var, gain.square())
 
     @staticmethod
     def backward(ctx: Any, grad_mean: Tensor, grad_var: Tensor) -> tuple[Tensor | None, ...]:
@@ -82,20 +94,19 @@ class _NormalizedBatch(torch.autograd.Function):
         if torch.is_grad_enabled():
             return _twice_differentiable(ctx, mean, var, weight, grad_mean, grad_var)
         ndim, n = mean.ndim, mean.numel() // mean.shape[1]
-        by_mean, by_weight, by_bias = torch.ops.aten.native_batch_norm_backward(
-            grad_mean, mean, weight, None, None, centre, scale, True, ctx.eps, [True, True, True]
-        )
-        # Sum of grad_var * var over each channel: a BatchNorm of centre 0 and scale 1 has it as its weight's gradient.
+        sums = torch.ops.aten.native_batch_norm_backward
+        # Over each channel: of grad_mean (x - centre) scale, of grad_mean, and of grad_var var, which a BatchNorm of centre 0 and
+        # scale 1 has as its weight's gradient.
+        _, by_weight, by_bias = sums(grad_mean, mean, weight, None, None, centre, scale, True, ctx.eps, [False, True, True])
         zero, one = torch.zeros_like(centre), torch.ones_like(spread)
-        _, sums, _ = torch.ops.aten.native_batch_norm_backward(
-            grad_var, var, one, zero, one, None, None, False, 0.0, [False, True, False]
-        )
+        _, of_var, _ = sums(grad_var, var, one, zero, one, None, None, False, 0.0, [False, True, False])
         gain = scale if weight is None else scale * weight
-        own = -(gain * scale).square() * sums / n  # the spread's gradient by grad_var, which by_mean does not have yet
-        by_spread = own - 0.5 * by_weight * gain * scale / n
-        by_mean = by_mean.addcmul_(mean - _per_channel(centre, ndim), _per_channel(2 * own, ndim))
-        by_var = torch.addcmul(_per_channel(by_spread, ndim), grad_var, _per_channel(gain.square(), ndim))
-        by_weight = by_weight + 2 * gain * scale * sums if weight is not None else None
+        by_spread = -(gain * scale).square() * of_var / n - 0.5 * by_weight * gain * scale / n
+        # By the mean: gain (grad_mean - by_bias/n) + 2 by_spread (x - centre).
+        shift = torch.addcmul(-gain * by_bias / n, by_spread, centre, value=-2)
+        by_mean = _affine(mean, 2 * by_spread, shift).addcmul_(grad_mean, _per_channel(gain, ndim))
+        by_var = _affine(grad_var, gain.square(), by_spread)
+        by_weight = by_weight + 2 * gain * scale * of_var if weight is not None else None
         return by_mean, by_var, None, None, by_weight, by_bias if ctx.has_bias else None, None, None
 
 
