@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import types
 from collections.abc import Callable, Hashable, Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -14,6 +15,8 @@ from rvconvert.core.registry import NAMESPACES, PLAIN, REGISTRY, FunctionTable, 
 from rvconvert.errors import ConversionError, UnsupportedOperationError
 
 if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
+
     from rvconvert.core.registry import Rule
 
 __all__ = ["Density", "Origin", "RandomVariable", "Settings", "is_in_place", "propagate", "random_variables"]
@@ -57,6 +60,12 @@ class Settings:
 
 
 DEFAULT_SETTINGS = Settings()
+
+Remake = Callable[[], torch.Tensor]
+
+
+def _unpacked(kept: torch.Tensor | Remake) -> torch.Tensor:
+    return kept if isinstance(kept, torch.Tensor) else kept()
 
 
 @dataclass(frozen=True)
@@ -116,6 +125,7 @@ class RandomVariable:
     """
 
     _density: Density | None = None
+    _remake: tuple[Remake, Remake] | None = None
 
     def __init__(self, mean: torch.Tensor, var: torch.Tensor) -> None:
         if not (isinstance(mean, torch.Tensor) and isinstance(var, torch.Tensor)):
@@ -184,6 +194,23 @@ class RandomVariable:
         """This variable, newly made, marked with its law."""
         self._density = density
         return self
+
+    def remade(self, mean: Remake, var: Remake) -> RandomVariable:
+        """This variable, newly made, marked with what makes its moments again from tensors that gradients keep anyway."""
+        self._remake = mean, var
+        return self
+
+    def kept_as_remade(self) -> AbstractContextManager[Any]:
+        """Context in which gradients keep what makes the moments again in the moments' place."""
+        if self._remake is None:
+            return nullcontext()
+        return torch.autograd.graph.saved_tensors_hooks(self._packed, _unpacked)
+
+    def _packed(self, saved: torch.Tensor) -> torch.Tensor | Remake:
+        for moment, remake in zip((self._mean, self._var), self._remake or (), strict=True):
+            if saved is moment:
+                return remake
+        return saved
 
     @property
     def latent(self) -> bool:

@@ -54,7 +54,13 @@ def _activation(
 ) -> None:
     domain = not_everywhere if exactness is Exactness.APPROXIMATE else everywhere
     explodes = name in ("exp", "expm1", "sinh", "cosh")
-    kind = Elementwise(closed_form(function), kinks=kinks and kinks_of(kinks), whole_line=domain, explodes=explodes)
+    kind = Elementwise(
+        closed_form(function),
+        kinks=kinks and kinks_of(kinks),
+        whole_line=domain,
+        explodes=explodes,
+        result_alone=name == "relu",
+    )
     add_rule(name, kind, exactness, assumption, modules=modules)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import types
 from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -531,6 +532,7 @@ class Elementwise:
     One that ``explodes``, as the exponential does, is one function with what bent its input, back to a Gaussian: the
     closed form would give the tail of a Gaussian to what is bounded.
     A draw that is not Gaussian is integrated over its own law, but where the function is ``affine`` in it.
+    Of one with ``result_alone`` torch keeps no more than that for gradients; so here, where its input can be made again.
     """
 
     moments: Callable[..., tuple[torch.Tensor, torch.Tensor]] | None = None
@@ -541,6 +543,7 @@ class Elementwise:
     meeting: bool = False
     affine: Callable[[tuple[Any, ...], dict[str, Any]], bool] = not_everywhere
     explodes: bool = False
+    result_alone: bool = False
 
     def __call__(self, func: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> RandomVariable:
         kwargs = {key: value for key, value in kwargs.items() if key != "inplace"}
@@ -574,7 +577,8 @@ class Elementwise:
                 kinks = self.kinks(args, kwargs)
             key = _spelling(func, args, kwargs, {id(x): key for x, key in zip(inputs, keys, strict=True)})
             if direct and self.moments is not None:
-                mean, var = self.moments(func, args, kwargs)
+                with like.kept_as_remade() if self.result_alone else nullcontext():
+                    mean, var = self.moments(func, args, kwargs)
             elif not whole_line:
                 mean, var = first_order(function, (parent,), {})
             else:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,9 +14,12 @@ from torch import Tensor, nn
 
 from rvconvert.core.registry import REGISTRY, Exactness, Rule
 from rvconvert.moments.buffers import empty_like
+from rvconvert.moments.compilation import is_traced
 from rvconvert.rules.kinds import Composite, add_rule, bind, full_precision, gradients_with_graph, own_python, recomputed
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from rvconvert.core.random_variable import RandomVariable
 
 
@@ -53,6 +57,36 @@ def _mean_and_var(x: Tensor, axes: list[int]) -> tuple[Tensor, Tensor]:
     return mean, var
 
 
+def _normalized_mean(
+    eps: float,
+    mean: Tensor,
+    var: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    centre: Tensor,
+    spread: Tensor,
+    scale: Tensor,
+) -> Tensor:
+    if not mean.is_cpu:
+        return torch.native_batch_norm(mean, weight, bias, centre, spread, False, 0.0, eps)[0]
+    gain = scale if weight is None else scale * weight
+    shift = torch.zeros_like(centre) if bias is None else bias
+    return _affine(mean, gain, torch.addcmul(shift, centre, gain, value=-1))  # as torch's own kernel has it
+
+
+def _normalized_var(
+    eps: float, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, *statistics: Tensor
+) -> Tensor:
+    scale = statistics[-1]
+    return _affine(var, (scale if weight is None else scale * weight).square())
+
+
+@torch.no_grad()
+def _again(moment: Callable[..., Tensor], node: Any) -> Tensor:
+    """A moment of ``_NormalizedBatch`` from what it saved."""
+    return moment(node.eps, *node.saved_tensors)
+
+
 class _NormalizedBatch(torch.autograd.Function):
     """BatchNorm's moments in training by torch's own kernels: one pass for the statistics, one for the result.
 
@@ -78,21 +112,16 @@ class _NormalizedBatch(torch.autograd.Function):
         spread = spread + var.mean(axes)
         update_running(running_mean, running_var, centre, spread, mean.numel() // mean.shape[1], momentum)
         scale = torch.rsqrt(spread + eps)
-        ctx.save_for_backward(mean, var, weight, centre, spread, scale)
-        ctx.eps, ctx.has_bias = eps, bias is not None
-        gain = scale if weight is None else scale * weight
-        if mean.is_cpu:  # what torch's kernel does there
-            shift = torch.addcmul(torch.zeros_like(centre) if bias is None else bias, centre, gain, value=-1)
-            out = _affine(mean, gain, shift)
-        else:
-            out = torch.native_batch_norm(mean, weight, bias, centre, spread, False, 0.0, eps)[0]
-        return out, _affine(var, gain.square())
+        saved = mean, var, weight, bias, centre, spread, scale
+        ctx.save_for_backward(*saved)
+        ctx.eps = eps
+        return _normalized_mean(eps, *saved), _normalized_var(eps, *saved)
 
     @staticmethod
     def backward(ctx: Any, grad_mean: Tensor, grad_var: Tensor) -> tuple[Tensor | None, ...]:
-        mean, var, weight, centre, spread, scale = ctx.saved_tensors
+        mean, var, weight, bias, centre, spread, scale = ctx.saved_tensors
         if torch.is_grad_enabled():
-            return _twice_differentiable(ctx, mean, var, weight, grad_mean, grad_var)
+            return _twice_differentiable(ctx.eps, mean, var, weight, bias, grad_mean, grad_var)
         ndim, n = mean.ndim, mean.numel() // mean.shape[1]
         sums = torch.ops.aten.native_batch_norm_backward
         # Over each channel: of grad_mean (x - centre) scale, of grad_mean, and of grad_var var, which a BatchNorm of centre 0 and
@@ -107,21 +136,21 @@ class _NormalizedBatch(torch.autograd.Function):
         by_mean = _affine(mean, 2 * by_spread, shift).addcmul_(grad_mean, _per_channel(gain, ndim))
         by_var = _affine(grad_var, gain.square(), by_spread)
         by_weight = by_weight + 2 * gain * scale * of_var if weight is not None else None
-        return by_mean, by_var, None, None, by_weight, by_bias if ctx.has_bias else None, None, None
+        return by_mean, by_var, None, None, by_weight, None if bias is None else by_bias, None, None
 
 
 def _twice_differentiable(
-    ctx: Any, mean: Tensor, var: Tensor, weight: Tensor | None, *grads: Tensor
+    eps: float, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, *grads: Tensor
 ) -> tuple[Tensor | None, ...]:
     """The same gradients by composed operations, for a graph of the backward pass (``create_graph=True``)."""
     axes = [0, *range(2, mean.ndim)]
     centre = mean.mean(axes, keepdim=True)
     spread = (mean - centre).square().mean(axes, keepdim=True) + var.mean(axes, keepdim=True)
-    scale = torch.rsqrt(spread + ctx.eps)
+    scale = torch.rsqrt(spread + eps)
     gain = scale if weight is None else scale * _per_channel(weight, mean.ndim)
     outputs = ((mean - centre) * gain, var * gain.square())
     by_mean, by_var, by_weight = gradients_with_graph(outputs, (mean, var, weight), grads)
-    by_bias = grads[0].sum(axes) if ctx.has_bias else None
+    by_bias = None if bias is None else grads[0].sum(axes)
     return by_mean, by_var, None, None, by_weight, by_bias, None, None
 
 
@@ -137,7 +166,11 @@ class BatchNormalization:
                 out = F.batch_norm(x.mean, mean, var, weight, bias, False, momentum, eps)
                 return x.with_moments(out, x.var * _per_channel(scale.square(), x.ndim))
             if not torch.compiler.is_compiling():
-                return x.with_moments(*_NormalizedBatch.apply(x.mean, x.var, mean, var, weight, bias, momentum, eps))
+                out, out_var = _NormalizedBatch.apply(x.mean, x.var, mean, var, weight, bias, momentum, eps)
+                made = x.with_moments(out, out_var)
+                if out.requires_grad and not is_traced():
+                    made.remade(*(partial(_again, moment, out.grad_fn) for moment in (_normalized_mean, _normalized_var)))
+                return made
             axes = [0, *range(2, x.ndim)]
             centre = x.mean.mean(axes, keepdim=True)
             spread = (x.mean - centre).square().mean(axes, keepdim=True) + x.var.mean(axes, keepdim=True)
