@@ -7,9 +7,13 @@ first use: as long as five elementwise operations on it take.
 from __future__ import annotations
 
 import weakref
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 LARGE = 1 << 20  # bytes; smaller pieces the C library keeps
 FORGOTTEN = 1 << 10  # results made since a size was last asked for, after which its memory is given up
@@ -41,6 +45,11 @@ def empty_like(x: Tensor) -> Tensor:
     if type(x) not in _PLAIN:
         return torch.empty_like(x)
     return empty(x.numel(), x).as_strided(x.shape, torch.empty_like(x, device="meta").stride())
+
+
+def into_buffer(function: Callable[..., Tensor], x: Tensor, *others: Tensor) -> Tensor:
+    """An elementwise ``function(x, *others)`` in the shape, dtype and memory order of ``x``, which has no graph."""
+    return function(x, *others, out=empty_like(x) if all(y.dtype == x.dtype for y in others) else None)
 
 
 def _hand_back(size: int, buffer: Tensor) -> None:

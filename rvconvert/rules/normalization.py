@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rvconvert.core.registry import REGISTRY, Exactness, Rule
-from rvconvert.moments.buffers import empty_like
+from rvconvert.moments.buffers import into_buffer
 from rvconvert.moments.compilation import is_traced
 from rvconvert.rules.kinds import Composite, add_rule, bind, full_precision, gradients_with_graph, own_python, recomputed
 
@@ -31,8 +31,9 @@ def _per_channel(x: Any, ndim: int) -> Any:
 def _affine(x: Tensor, gain: Tensor, shift: Tensor | None = None) -> Tensor:
     """gain x + shift, each of which has an element for each channel of x."""
     gain, shift = _per_channel(gain, x.ndim), _per_channel(shift, x.ndim)
-    out = empty_like(x) if x.dtype == gain.dtype else None
-    return torch.mul(x, gain, out=out) if shift is None else torch.addcmul(shift, x, gain, out=out)
+    if shift is None:
+        return into_buffer(torch.mul, x, gain)
+    return into_buffer(lambda x, gain, out: torch.addcmul(shift, x, gain, out=out), x, gain)
 
 
 def update_running(
@@ -332,9 +333,9 @@ class _NormalizedGroups(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         over = _Groups(mean, groups)
         centre, level = over.mean(over.sums(mean)), over.mean(over.sums(var)) / over.n
-        centred = mean - over.spread(centre)
+        centred = into_buffer(torch.sub, mean, over.spread(centre))
         # Of each c, v (1 - 2/n) + level; their mean is (1 - 1/n) mean(v).
-        scale = torch.rsqrt(over.mean(over.sums(centred * centred)) + level * (over.n - 1) + eps)
+        scale = torch.rsqrt(over.mean(over.products(centred, centred)) + level * (over.n - 1) + eps)
         gain = over.each(scale) if weight is None else over.each(scale) * weight
         gain2 = gain * gain
         ctx.save_for_backward(mean, var, weight, bias, centre, level, scale)
@@ -342,7 +343,8 @@ class _NormalizedGroups(torch.autograd.Function):
         out = centred.mul_(over.broadcast(gain))
         if bias is not None:
             out += over.broadcast(bias)
-        return out, (var * over.broadcast(gain2 * (1 - 2 / over.n))).add_(over.broadcast(gain2 * over.each(level)))
+        out_var = into_buffer(torch.mul, var, over.broadcast(gain2 * (1 - 2 / over.n)))
+        return out, out_var.add_(over.broadcast(gain2 * over.each(level)))
 
     @staticmethod
     def backward(ctx: Any, grad_mean: Tensor, grad_var: Tensor) -> tuple[Tensor | None, ...]:
@@ -353,16 +355,16 @@ class _NormalizedGroups(torch.autograd.Function):
             out = _with_gain(*_standardized_groups(mean, var, over.groups, ctx.eps), *shaped)
             return *gradients_with_graph(out, (mean, var, weight, bias), (grad_mean, grad_var)), None, None
         n, one = over.n, scale.new_ones(()) if weight is None else weight
-        centred = mean - over.spread(centre)
+        centred = into_buffer(torch.sub, mean, over.spread(centre))
         # Sums over the positions of each channel: the gradients, and these times what they are gradients of.
-        of_mean, of_centred, of_var = over.sums(grad_mean), over.sums(grad_mean * centred), over.sums(grad_var)
-        of_own = over.sums(grad_var * var) * (1 - 2 / n) + of_var * over.each(level)
+        of_mean, of_centred, of_var = over.sums(grad_mean), over.products(grad_mean, centred), over.sums(grad_var)
+        of_own = over.products(grad_var, var) * (1 - 2 / n) + of_var * over.each(level)
         scale2 = scale * scale
         by_spread = -scale2 * (0.5 * scale * over.total(of_centred * one) + scale2 * over.total(of_own * one * one))
         gain = over.each(scale) * one
         by_mean = centred.mul_(over.spread(by_spread * (2 / n))).addcmul_(grad_mean, over.broadcast(gain))
         by_mean -= over.spread(scale * over.total(of_mean * one) / n)
-        by_var = grad_var * over.broadcast(gain * gain * (1 - 2 / n))
+        by_var = into_buffer(torch.mul, grad_var, over.broadcast(gain * gain * (1 - 2 / n)))
         total = scale2 * over.total(of_var * one * one) + by_spread
         by_var += over.spread(by_spread * ((1 - 2 / n) / n) + total / n**2)
         by_weight = None if weight is None else (over.each(scale) * (of_centred + 2 * gain * of_own)).sum(0)
@@ -380,6 +382,10 @@ class _Groups:
     def sums(self, x: Tensor) -> Tensor:
         """(N, C) over positions."""
         return x.sum(tuple(range(2, self.ndim))) if self.ndim > 2 else x
+
+    def products(self, x: Tensor, y: Tensor) -> Tensor:
+        """(N, C) of products over positions."""
+        return self.sums(into_buffer(torch.mul, x, y))
 
     def total(self, x: Tensor) -> Tensor:
         """(N, groups) of (N, C)."""
