@@ -1,6 +1,7 @@
-"""What is made again for the gradients, not kept: the scores of attention, the steps of LayerNorm."""
+"""What is made again for the gradients, not kept: scores of attention, steps of LayerNorm, an activation's input."""
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -19,9 +20,9 @@ MASKS = {
 }
 
 
-def variable(*shape: int, seed: int) -> rvconvert.RandomVariable:
+def variable(*shape: int, seed: int, dtype: torch.dtype = torch.float64) -> rvconvert.RandomVariable:
     generator = torch.Generator().manual_seed(seed)
-    mean, var = (make(shape, generator=generator, dtype=torch.float64) for make in (torch.randn, torch.rand))
+    mean, var = (make(shape, generator=generator, dtype=dtype) for make in (torch.randn, torch.rand))
     return rvconvert.RandomVariable(mean.requires_grad_(), var.requires_grad_())
 
 
@@ -83,3 +84,58 @@ def test_twice_differentiable(name: str) -> None:
         return out.mean, out.var
 
     assert torch.autograd.gradgradcheck(moments, (x.mean, x.var + 0.1), atol=1e-4)
+
+
+AFTER_BATCH_NORM: dict[str, Callable[[Any], Any]] = {
+    "relu": F.relu,
+    "relu in place": lambda x: F.relu(x, inplace=True),
+    "tanh": torch.tanh,
+    "sigmoid": torch.sigmoid,
+}
+
+
+def kept_elements(function: Callable[[Any], Any], x: rvconvert.RandomVariable) -> int:
+    kept: dict[int, int] = {}
+
+    def pack(saved: torch.Tensor) -> torch.Tensor:
+        kept[saved.untyped_storage().data_ptr()] = saved.untyped_storage().nbytes() // saved.element_size()
+        return saved
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda saved: saved):
+        out = function(x)
+        (out.mean * out.mean.detach() + out.var * out.var.detach()).sum()  # the next layer keeps the result
+    return sum(kept.values())
+
+
+@pytest.mark.parametrize("weight", [None, torch.linspace(-1, 2, 4)])
+@pytest.mark.parametrize("order", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("name", AFTER_BATCH_NORM)
+def test_after_batch_norm_the_result_is_kept_alone(
+    monkeypatch: Any, name: str, order: torch.memory_format, weight: torch.Tensor | None
+) -> None:
+    x = variable(8, 4, 40, 40, seed=2, dtype=torch.float32)
+    x = rvconvert.RandomVariable(*(each.detach().contiguous(memory_format=order).requires_grad_() for each in (x.mean, x.var)))
+
+    def layers(x: Any) -> Any:
+        bias = None if weight is None else weight.flip(0)
+        return AFTER_BATCH_NORM[name](F.batch_norm(x, None, None, weight, bias, training=True))
+
+    assert kept_elements(layers, x) < 4.1 * x.mean.numel()
+    found = moments_and_gradients(layers, x)
+    monkeypatch.setattr(rvconvert.RandomVariable, "kept_as_remade", lambda self: nullcontext())
+    assert kept_elements(layers, x) > 5.9 * x.mean.numel()
+    for got, expected in zip(found, moments_and_gradients(layers, x), strict=True):
+        torch.testing.assert_close(got, expected)
+
+
+def test_batch_norm_and_relu_twice_differentiable() -> None:
+    x = variable(5, 2, 2, seed=3)
+
+    def moments(mean: torch.Tensor, var: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        out = F.relu(F.batch_norm(rvconvert.RandomVariable(mean, var), None, None, training=True))  # type: ignore[arg-type]
+        return out.mean, out.var
+
+    assert torch.autograd.gradgradcheck(moments, (x.mean, x.var + 0.1), atol=1e-4)
+    total = moments(x.mean, x.var)[0].square().sum()
+    grads = [torch.autograd.grad(total, (x.mean, x.var), retain_graph=True) for _ in range(2)]
+    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))

@@ -59,7 +59,7 @@ def _activation(
         kinks=kinks and kinks_of(kinks),
         whole_line=domain,
         explodes=explodes,
-        result_alone=name == "relu",
+        result_alone=name in ("relu", "tanh", "sigmoid"),
     )
     add_rule(name, kind, exactness, assumption, modules=modules)
 
