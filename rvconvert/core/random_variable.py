@@ -202,7 +202,7 @@ class RandomVariable:
 
     def kept_as_remade(self) -> AbstractContextManager[Any]:
         """Context in which gradients keep what makes the moments again in the moments' place."""
-        if self._remake is None:
+        if self._remake is None or torch.compiler.is_compiling():
             return nullcontext()
         return torch.autograd.graph.saved_tensors_hooks(self._packed, _unpacked)
 
