@@ -126,6 +126,23 @@ def test_numpys_names_of_arguments_are_torchs(name):
     assert torch.equal(found.mean, expected.mean) and torch.equal(found.var, expected.var)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("parameters", ["none", "half", "float32"])
+def test_batch_norm_of_half_precision_is_that_of_float32(parameters, dtype):
+    torch.manual_seed(0)
+    mean, var = torch.randn(4, 3, 6, 5).to(dtype).requires_grad_(), torch.rand(4, 3, 6, 5).to(dtype).requires_grad_()
+    rest = [None, None] if parameters == "none" else [torch.rand(3).to(dtype if parameters == "half" else torch.float32)] * 2
+
+    def moments(mean, var, weight, bias):
+        out = F.batch_norm(RandomVariable(mean, var), None, None, weight, bias, training=True)
+        return (out.mean, out.var, *torch.autograd.grad(out.mean.float().sin().sum() + out.var.float().sum(), (mean, var)))
+
+    wide = moments(mean.float(), var.float(), *(x if x is None else x.float() for x in rest))
+    for found, expected in zip(moments(mean, var, *rest), wide, strict=True):
+        assert found.dtype == dtype
+        torch.testing.assert_close(found.float(), expected, rtol=2e-2, atol=2e-2)
+
+
 @pytest.mark.parametrize("order", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("normalized", ["group_norm", "instance_norm", "batch_norm"])
 def test_normalization_of_many_elements_has_the_gradients_of_its_formula(normalized, order):

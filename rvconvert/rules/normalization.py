@@ -167,9 +167,13 @@ class BatchNormalization:
                 out = F.batch_norm(x.mean, mean, var, weight, bias, False, momentum, eps)
                 return x.with_moments(out, x.var * _per_channel(scale.square(), x.ndim))
             if not torch.compiler.is_compiling():
-                out, out_var = _NormalizedBatch.apply(x.mean, x.var, mean, var, weight, bias, momentum, eps)
-                made = x.with_moments(out, out_var)
-                if out.requires_grad and not is_traced():
+                half = x.dtype in (torch.float16, torch.bfloat16)  # statistics of these are taken in float32
+                x_mean, x_var, weight, bias = (
+                    each.float() if half and each is not None else each for each in (x.mean, x.var, weight, bias)
+                )
+                out, out_var = _NormalizedBatch.apply(x_mean, x_var, mean, var, weight, bias, momentum, eps)
+                made = x.with_moments(out.to(x.dtype), out_var.to(x.dtype))
+                if out.requires_grad and not half and not is_traced():
                     made.remade(*(partial(_again, moment, out.grad_fn) for moment in (_normalized_mean, _normalized_var)))
                 return made
             axes = [0, *range(2, x.ndim)]
