@@ -51,9 +51,10 @@ class Grid(NamedTuple):
             x: (images, elements), p over ``end``, in [-1, 1]; a processor gives each image to one core.
             y: of its shape, -1 at q = 0, 1 at q = 1, and between as the corners lie.
         """
-        # Interleaved by way of complex numbers, a processor takes a sixth of the time.
-        at = torch.view_as_real(torch.complex(x, y)) if x.is_cpu else torch.stack((x, y), -1)
-        found = torch.grid_sampler_2d(table.expand(len(x), -1, -1, -1), at[:, None], _BILINEAR, _BORDER, True)
+        # Interleaved by way of complex numbers, which Inductor does not know, a processor takes a sixth of the time.
+        by_complex = x.is_cpu and not torch.compiler.is_compiling()
+        at = torch.view_as_real(torch.complex(x, y)) if by_complex else torch.stack((x, y), -1)
+        found = torch.grid_sampler_2d(table.expand(x.shape[0], -1, -1, -1), at[:, None], _BILINEAR, _BORDER, True)
         return found[:, :, 0].unbind(1)
 
     def moments(self, table: Tensor, x: Tensor, y: Tensor) -> Sequence[Tensor]:
@@ -234,11 +235,14 @@ class Kernels(NamedTuple):
 def in_images(*arguments: Any) -> tuple[Tensor, ...]:
     """A kernel of tensors in the shape that ``Grid.read`` takes; the last two arguments are the kernel and its constants."""
     *tensors, kernel, constants = arguments
-    shape, n = tensors[0].shape, tensors[0].numel()
-    # A compiled or exported graph is for any number of elements, which is not asked for then.
-    shared = not torch.compiler.is_compiling() and tensors[0].is_cpu and n >= _LEAST and n % _IMAGES == 0
-    images = _IMAGES if shared else 1
-    results = kernel(*(x.reshape(images, n // images) for x in tensors), *constants)
+    shape = tensors[0].shape
+    if torch.compiler.is_compiling():  # for any number of elements, which is not asked for
+        rows = [x.flatten(1) if x.ndim > 1 else x.reshape(1, -1) for x in tensors]
+    else:
+        n = tensors[0].numel()
+        shared = tensors[0].is_cpu and n >= _LEAST and n % _IMAGES == 0
+        rows = [x.reshape(_IMAGES if shared else 1, -1) for x in tensors]
+    results = kernel(*rows, *constants)
     return tuple(x.reshape(shape) for x in results)
 
 
