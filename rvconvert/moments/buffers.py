@@ -18,16 +18,20 @@ if TYPE_CHECKING:
 LARGE = 1 << 20  # bytes; smaller pieces the C library keeps
 FORGOTTEN = 1 << 10  # results made since a size was last asked for, after which its memory is given up
 
-_PLAIN = (Tensor, torch.nn.Parameter)
 _idle: dict[int, list[Tensor]] = {}  # by size in bytes
 _asked: dict[int, int] = {}  # the number of the last result of each size
 _made = 0
 
 
+def is_plain(x: Tensor) -> bool:
+    """True for a tensor with memory of its own: no subclass, no sparse layout, no meta device."""
+    return type(x) in (Tensor, torch.nn.Parameter) and x.layout == torch.strided and x.device.type != "meta"
+
+
 def empty(n: int, like: Tensor) -> Tensor:
     """``n`` uninitialized elements of the dtype and on the device of ``like``."""
     size = n * like.element_size()
-    if not like.is_cpu or size < LARGE or type(like) not in _PLAIN:
+    if not like.is_cpu or size < LARGE:
         return torch.empty(n, dtype=like.dtype, device=like.device)
     _count(size)
     try:
@@ -42,7 +46,7 @@ def empty(n: int, like: Tensor) -> Tensor:
 
 def empty_like(x: Tensor) -> Tensor:
     """An uninitialized tensor of the shape, dtype, device and, if ``x`` is dense, memory order of ``x``."""
-    if type(x) not in _PLAIN:
+    if not is_plain(x):
         return torch.empty_like(x)
     return empty(x.numel(), x).as_strided(x.shape, torch.empty_like(x, device="meta").stride())
 

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rvconvert.moments.buffers import empty
+from rvconvert.moments.buffers import empty, is_plain
 
 __all__ = ["disable", "enable", "fused", "is_enabled"]
 
@@ -87,7 +87,7 @@ def fused(kernel: Kernel, *tensors: Tensor, constants: tuple[Any, ...] = ()) -> 
         What the kernel returns, ``flushed``. Differentiable calls, tensor subclasses and traced calls run the kernel as it is.
     """
     first = tensors[0]
-    if torch.compiler.is_compiling() or torch.is_grad_enabled() or not all(map(_is_plain, tensors)):
+    if torch.compiler.is_compiling() or torch.is_grad_enabled() or not all(map(is_plain, tensors)):
         return _flushed(kernel, *tensors, *constants)
     n = first.numel()
     if n <= SMALL or torch._C._len_torch_dispatch_stack():
@@ -110,10 +110,6 @@ def fused(kernel: Kernel, *tensors: Tensor, constants: tuple[Any, ...] = ()) -> 
 def _flushed(kernel: Kernel, *arguments: Any) -> Any:
     results = kernel(*arguments)
     return flushed(results) if isinstance(results, Tensor) else tuple(map(flushed, results))
-
-
-def _is_plain(x: Tensor) -> bool:
-    return type(x) in (Tensor, torch.nn.Parameter) and x.layout == torch.strided and x.device.type != "meta"
 
 
 def _is_dense(x: Tensor) -> bool:

@@ -23,18 +23,18 @@ def softmax(mean: Tensor, var: Tensor, dim: int) -> tuple[Tensor, Tensor]:
 
     The mean is written softmax(m + v (1 - 2p)/2), which is the same to that order and stays a distribution.
     """
-    p, square, part, total = _softmax_in_parts(mean, var, dim)
-    # J_ij = p_i (d_ij - p_j).
-    return p, torch.addcmul(torch.addcmul(part, part, p, value=-2), square, total)
+    return _softmax_in_parts(mean, var, dim)[:2]
 
 
 def _softmax_in_parts(mean: Tensor, var: Tensor, dim: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """p, p^2, p^2 v and the sum of the last."""
+    """Mean p and variance, then p^2 v and its sum."""
     p = torch.softmax(mean, dim)
     p = torch.softmax(torch.addcmul(mean, var, torch.rsub(p, 0.5)), dim)
     square = p * p
     part = square * var
-    return p, square, part, part.sum(dim, keepdim=True)
+    total = part.sum(dim, keepdim=True)
+    # J_ij = p_i (d_ij - p_j).
+    return p, torch.addcmul(torch.addcmul(part, part, p, value=-2), square, total), part, total
 
 
 def _dim(input: Any, dim: int | None) -> int:
@@ -81,15 +81,14 @@ def attend(scores: Any, value: Any, dropout: float, masked: bool) -> RandomVaria
     if masked:
         closed = torch.isneginf(s).all(-1, keepdim=True)  # a query with every key masked attends to nothing, as in torch
         s = s.masked_fill(closed, 0.0)
-        if s_var is not None:
-            s_var = s_var.masked_fill(closed, 0.0)
+        s_var = None if s_var is None else s_var.masked_fill(closed, 0.0)
     if s_var is None:
-        p = torch.softmax(s, -1)
-        second = p * p
+        p, p_var = torch.softmax(s, -1), None
     else:
-        p, second, part, total = _softmax_in_parts(s, s_var, -1)
+        p, p_var, part, total = _softmax_in_parts(s, s_var, -1)
     if masked:
-        p, second = p.masked_fill(closed, 0.0), second.masked_fill(closed, 0.0)
+        p = p.masked_fill(closed, 0.0)
+    second = p * p if p_var is None else torch.addcmul(p_var, p, p)
     mean = torch.matmul(p, x)
     var = torch.zeros_like(mean)
     if s_var is not None:
@@ -99,7 +98,6 @@ def attend(scores: Any, value: Any, dropout: float, masked: bool) -> RandomVaria
         near, far = x - centre, mean - centre
         spread = torch.matmul(part, near.square()) - 2 * far * torch.matmul(part, near) + far.square() * total
         var = spread.clamp(min=0)
-        second = torch.addcmul(torch.addcmul(part, part, p, value=-2), second, total + 1)  # E[p^2]
     if x_var is not None:
         var = var + torch.matmul(second, x_var)
     if dropout > 0:

@@ -5,16 +5,18 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.distributed
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import BackwardCFunction
 
 from rvconvert.core.registry import REGISTRY, Exactness, Rule
 from rvconvert.moments.buffers import into_buffer
 from rvconvert.moments.compilation import is_traced
+from rvconvert.moments.normal import at_least_float32
 from rvconvert.rules.kinds import Composite, add_rule, bind, full_precision, gradients_with_graph, own_python, recomputed
 
 if TYPE_CHECKING:
@@ -58,34 +60,35 @@ def _mean_and_var(x: Tensor, axes: list[int]) -> tuple[Tensor, Tensor]:
     return mean, var
 
 
-def _normalized_mean(
-    eps: float,
-    mean: Tensor,
-    var: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    centre: Tensor,
-    spread: Tensor,
-    scale: Tensor,
-) -> Tensor:
-    if not mean.is_cpu:
-        return torch.native_batch_norm(mean, weight, bias, centre, spread, False, 0.0, eps)[0]
-    gain = scale if weight is None else scale * weight
-    shift = torch.zeros_like(centre) if bias is None else bias
-    return _affine(mean, gain, torch.addcmul(shift, centre, gain, value=-1))  # as torch's own kernel has it
+class _Batch(NamedTuple):
+    """What ``_NormalizedBatch`` keeps: the mixture, and of each channel its statistics, scale = 1/sqrt(spread + eps)."""
 
+    mean: Tensor
+    var: Tensor
+    weight: Tensor | None
+    bias: Tensor | None
+    centre: Tensor
+    spread: Tensor
+    scale: Tensor
 
-def _normalized_var(
-    eps: float, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, *statistics: Tensor
-) -> Tensor:
-    scale = statistics[-1]
-    return _affine(var, (scale if weight is None else scale * weight).square())
+    @property
+    def gain(self) -> Tensor:
+        return self.scale if self.weight is None else self.scale * self.weight
+
+    def normalized_mean(self, eps: float) -> Tensor:
+        if not self.mean.is_cpu:
+            return torch.native_batch_norm(self.mean, self.weight, self.bias, self.centre, self.spread, False, 0.0, eps)[0]
+        shift = torch.zeros_like(self.centre) if self.bias is None else self.bias
+        return _affine(self.mean, self.gain, torch.addcmul(shift, self.centre, self.gain, value=-1))  # as torch's kernel has it
+
+    def normalized_var(self, eps: float) -> Tensor:
+        return _affine(self.var, self.gain.square())
 
 
 @torch.no_grad()
-def _again(moment: Callable[..., Tensor], node: Any) -> Tensor:
+def _again(moment: Callable[[_Batch, float], Tensor], node: Any) -> Tensor:
     """A moment of ``_NormalizedBatch`` from what it saved."""
-    return moment(node.eps, *node.saved_tensors)
+    return moment(_Batch(*node.saved_tensors), node.eps)
 
 
 class _NormalizedBatch(torch.autograd.Function):
@@ -113,14 +116,15 @@ class _NormalizedBatch(torch.autograd.Function):
         spread = spread + var.mean(axes)
         update_running(running_mean, running_var, centre, spread, mean.numel() // mean.shape[1], momentum)
         scale = torch.rsqrt(spread + eps)
-        saved = mean, var, weight, bias, centre, spread, scale
-        ctx.save_for_backward(*saved)
+        batch = _Batch(mean, var, weight, bias, centre, spread, scale)
+        ctx.save_for_backward(*batch)
         ctx.eps = eps
-        return _normalized_mean(eps, *saved), _normalized_var(eps, *saved)
+        return batch.normalized_mean(eps), batch.normalized_var(eps)
 
     @staticmethod
     def backward(ctx: Any, grad_mean: Tensor, grad_var: Tensor) -> tuple[Tensor | None, ...]:
-        mean, var, weight, bias, centre, spread, scale = ctx.saved_tensors
+        batch = _Batch(*ctx.saved_tensors)
+        mean, var, weight, bias, centre, spread, scale = batch
         if torch.is_grad_enabled():
             return _twice_differentiable(ctx.eps, mean, var, weight, bias, grad_mean, grad_var)
         ndim, n = mean.ndim, mean.numel() // mean.shape[1]
@@ -130,7 +134,7 @@ class _NormalizedBatch(torch.autograd.Function):
         _, by_weight, by_bias = sums(grad_mean, mean, weight, None, None, centre, scale, True, ctx.eps, [False, True, True])
         zero, one = torch.zeros_like(centre), torch.ones_like(spread)
         _, of_var, _ = sums(grad_var, var, one, zero, one, None, None, False, 0.0, [False, True, False])
-        gain = scale if weight is None else scale * weight
+        gain = batch.gain
         by_spread = -(gain * scale).square() * of_var / n - 0.5 * by_weight * gain * scale / n
         # By the mean: gain (grad_mean - by_bias/n) + 2 by_spread (x - centre).
         shift = torch.addcmul(-gain * by_bias / n, by_spread, centre, value=-2)
@@ -155,6 +159,14 @@ def _twice_differentiable(
     return by_mean, by_var, None, None, by_weight, by_bias, None, None
 
 
+@at_least_float32
+def _normalized_batch(mean: Tensor, var: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    """``_NormalizedBatch`` with weight and bias in the moments' dtype."""
+    running_mean, running_var, weight, bias, momentum, eps = rest
+    weight, bias = (x if x is None else x.to(mean.dtype) for x in (weight, bias))
+    return _NormalizedBatch.apply(mean, var, running_mean, running_var, weight, bias, momentum, eps)  # type: ignore[no-any-return]
+
+
 @dataclass(frozen=True)
 class BatchNormalization:
     """BatchNorm. Training: the batch is a mixture, mean = mean(m), var = mean((m - mean)^2) + mean(v)."""
@@ -167,14 +179,12 @@ class BatchNormalization:
                 out = F.batch_norm(x.mean, mean, var, weight, bias, False, momentum, eps)
                 return x.with_moments(out, x.var * _per_channel(scale.square(), x.ndim))
             if not torch.compiler.is_compiling():
-                half = x.dtype in (torch.float16, torch.bfloat16)  # statistics of these are taken in float32
-                x_mean, x_var, weight, bias = (
-                    each.float() if half and each is not None else each for each in (x.mean, x.var, weight, bias)
-                )
-                out, out_var = _NormalizedBatch.apply(x_mean, x_var, mean, var, weight, bias, momentum, eps)
-                made = x.with_moments(out.to(x.dtype), out_var.to(x.dtype))
-                if out.requires_grad and not half and not is_traced():
-                    made.remade(*(partial(_again, moment, out.grad_fn) for moment in (_normalized_mean, _normalized_var)))
+                out, out_var = _normalized_batch(x.mean, x.var, mean, var, weight, bias, momentum, eps)
+                made = x.with_moments(out, out_var)
+                if isinstance(out.grad_fn, BackwardCFunction) and not is_traced():  # not so where half precision was rounded back
+                    made.remade(
+                        *(partial(_again, moment, out.grad_fn) for moment in (_Batch.normalized_mean, _Batch.normalized_var))
+                    )
                 return made
             axes = [0, *range(2, x.ndim)]
             centre = x.mean.mean(axes, keepdim=True)
