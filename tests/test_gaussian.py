@@ -38,6 +38,19 @@ def test_accuracy(case, dtype):
     assert not negative
 
 
+@named("deviation", [100.0, 1e3, 1e4, 1e6])
+@named(
+    ("name", "height", "missing"),
+    # Half of the difference of the two ends, and the integral of 1 - ((f - middle)/height)².
+    [("tanh", 1.0, 2.0), ("sigmoid", 0.5, 4.0), ("hardtanh", 1.0, 4 / 3), ("hardsigmoid", 0.5, 4.0), ("relu6", 3.0, 4.0)],
+)
+def test_a_bounded_function_of_a_wide_variable_has_the_variance_of_a_coin(name, height, missing, deviation):
+    mean, var = torch.tensor([3.0 if name == "relu6" else 0.0]), torch.tensor([deviation**2])
+    _, out_var = getattr(gaussian, name)(mean, var)
+    expected = height**2 * (1 - missing / (deviation * np.sqrt(2 * np.pi)))
+    assert abs(out_var.item() / expected - 1) < 1e-4
+
+
 def test_softplus_with_a_steep_beta():
     mean_error, var_error, *_ = accuracy.errors(BY_NAME["softplus (beta 3)"], torch.float32, GRID)
     assert mean_error <= 1e-5

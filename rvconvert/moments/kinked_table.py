@@ -2,12 +2,14 @@
 
 f(t) is smooth on either side of t = 0, with f(0) = 0; X ~ N(m, v), s = sqrt(v). The half-plane of (m, v) is covered by
 p = m/s in [-8, 8], beyond which a Gaussian sees one side only, and q = s/(s + c), c the scale on which f leaves its tangents.
-In these coordinates the kink is smooth, however small s is. The table holds
+In these coordinates the kink is smooth, however small s is. The table holds (E[f(X)] - f₀(m))/s, f₀ the two tangents, and
 
-    g = E[f'(X)],    L = log2 of K = (Var f(X) - v g²)/v over what it vanishes with at either end of q,
+    L = log2(Var f(X)/v),
 
-and (E[f(X)] - f₀(m))/s, f₀ the two tangents. So Var = v (g² + K).
-A second kink, the mirror image of the first, is met by folding m to the near side of the middle.
+over c²/(s + c)² where f is bounded. A second kink, the mirror image of the first, is met by folding m to the near side of the
+middle; for the variance on the far side, f that becomes x + f is held with
+
+    g = E[f'(X)],    L = log2((Var f(X) - v g²)/v).
 """
 
 from __future__ import annotations
@@ -36,7 +38,7 @@ from rvconvert.moments.table import (
 if TYPE_CHECKING:
     from torch import Tensor
 
-_GRID = Grid(end=8, in_p=1024, in_q=192, spacing=16)
+_GRID = Grid(end=8, in_p=1024, in_q=192, spacing=16, curved_in_q=True)
 _LEAST = 1e-30  # of a variance: s is no smaller than its root, and m no nearer to the kink than eight of these
 
 
@@ -46,8 +48,7 @@ class Shape(NamedTuple):
     Attributes:
         left, right: its slopes at 0.
         width: c.
-        smooth: f' does not jump at 0, so K vanishes as s².
-        level: f is constant at both ends, so K vanishes as 1/s².
+        level: f is constant at both ends, so Var/v vanishes as 1/s².
         fold: None; "odd" for f(2k - t) = 2f(k) - f(t) about the middle k; "even" for f(k + u) = u + f(k - u).
         beyond: what f is beyond the table where it is no line there: "exponential", left (e^t - 1) on the left of it;
             "parabola", t (t - 3)/6 on the right, as hardswish is.
@@ -56,7 +57,6 @@ class Shape(NamedTuple):
     left: float
     right: float
     width: float
-    smooth: bool = False
     level: bool = False
     fold: str | None = None
     beyond: str | None = None
@@ -84,23 +84,25 @@ class Kinked(Curve):
         bends = sorted([0.0, 2 * self.middle if math.isfinite(self.middle) else -8 * shape.width])
         found = integrals(self.function, torch.tensor(mean.ravel()), torch.tensor(var.ravel()), bends)
         expected, gain, rest = (each.numpy().reshape(mean.shape) for each in found)
-        scale = (q**2 if shape.smooth else 1.0) * ((1 - q) ** 2 if shape.level else 1.0)
-        rows = np.eye(len(q))
-        values = expected / root, gain, np.log2(rest / scale + 1e-300)
-        moments = moments_at_corners(_GRID, rows, *values, curved_in_q=True)
-        partials = partials_at_corners(_GRID, rows, gain, rest + gain**2, np.full(len(q), 0.5), (q * (1 - q))[:, 0] / 2)
+        rows, ratio = np.eye(len(q)), rest + gain**2
+        scale = (1 - q) ** 2 if shape.level else np.ones_like(q)
+        values = (gain, np.log2(rest)) if shape.fold == "even" else (np.log2(ratio / scale),)
+        moments = moments_at_corners(_GRID, rows, expected / root, *values)
+        partials = partials_at_corners(_GRID, rows, gain, ratio, np.full(len(q), 0.5), (q * (1 - q))[:, 0] / 2)
         partials = partials[: 5 if shape.fold == "even" else 4]
-        for value in (*moments, *partials):  # the first row lies a little beside q = 0, where there is nothing to integrate
-            value[0] -= (value[1] - value[0]) * (q[0] / (q[1] - q[0]))
         p = _GRID.corners()[0]
         moments[0] -= np.where(p > 0, shape.right, shape.left) * p
-        moments[[0, 3, 6]] /= _GRID.end  # in units of x
-        if shape.beyond != "exponential":
+        moments[:: 1 + len(values)] /= _GRID.end  # in units of x
+        if shape.fold == "even":
             moments[1, :, 0] = 0.0
+        else:
+            moments[1, :, -1] = np.log2(shape.right**2 / scale[:, 0])
+        if shape.beyond != "exponential":
             partials[..., 0] = 0.0
         if shape.beyond != "parabola":
-            moments[1, :, -1] = shape.right
             partials[..., -1] = np.array([shape.right, 0.0, 0.0, shape.right**2, 0.0])[: len(partials), None]
+        for value in (*moments, *partials):  # the first row lies a little beside q = 0, where there is nothing to integrate
+            value[0] -= (value[1] - value[0]) * (q[0] / (q[1] - q[0]))
         return as_table(moments), as_table(partials)
 
 
@@ -168,29 +170,26 @@ def _closed(at: _Place, var: Tensor, shape: Shape) -> _Closed:
 
 def _kernel(mean: Tensor, var: Tensor, table: Tensor, ends: tuple[float, float], shape: Shape) -> tuple[Tensor, Tensor]:
     at = _place(mean, var, ends, shape)
-    out, gain, logarithm = _GRID.moments(table, at.x, at.y)
-    out, spread = out / at.inverse, torch.exp2(logarithm)
-    if shape.smooth or shape.level:
-        q = torch.rsub(at.inverse, 1, alpha=-_GRID.end * shape.width).reciprocal_()  # s/(s + c)
-        if shape.smooth:
-            spread = spread * q * q
-        if shape.level:
-            q = 1 - q  # c/(s + c)
-            spread = spread * q * q
-    ratio = torch.addcmul(spread, gain, gain)
+    out, *gain, logarithm = _GRID.moments(table, at.x, at.y)
+    out, ratio = out / at.inverse, torch.exp2(logarithm)
+    if gain:  # the logarithm is of what the line leaves
+        ratio = torch.addcmul(ratio, gain[0], gain[0])
     if shape.fold != "odd":  # else f₀ is what the clamp adds below
         out = torch.add(out, at.t.clamp(min=0.0), alpha=shape.right) if shape.right else out
         out = torch.add(out, at.t.clamp(max=0.0), alpha=shape.left) if shape.left else out
     if at.beyond is not None:
         closed = _closed(at, var, shape)
-        pairs = ((out, closed.out), (gain, closed.gain), (ratio, closed.ratio))
-        out, gain, ratio = (torch.lerp(*each, at.beyond) for each in pairs)
+        out, ratio = torch.lerp(out, closed.out, at.beyond), torch.lerp(ratio, closed.ratio, at.beyond)
+        gain = [torch.lerp(each, closed.gain, at.beyond) for each in gain]
     if at.far is not None:
         if shape.fold == "odd":
             out = torch.addcmul(out, out, at.far, value=-2) + mean.clamp(*ends)
         else:  # f(k + u) = u + f(k - u): 1 - g in the place of g
             out = out + (mean - 0.5 * (ends[0] + ends[1])).clamp(min=0.0)
-            ratio = torch.addcmul(ratio, at.far, torch.rsub(gain, 1, alpha=2))
+            ratio = torch.addcmul(ratio, at.far, torch.rsub(gain[0], 1, alpha=2))
+    if shape.level:
+        size = torch.rsub(at.inverse, 1 / shape.width, alpha=-_GRID.end).reciprocal_()  # s c/(s + c)
+        return out, ratio * size * size
     return out, ratio * var
 
 

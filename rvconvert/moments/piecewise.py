@@ -137,7 +137,7 @@ _ELU: dict[float, int] = {}
 def _elu_curve(slope: float) -> int:
     """The number of the curve that is x above 0, slope (e^x - 1) below."""
     if slope not in _ELU:
-        shape = Shape(left=slope, right=1.0, width=2.0, smooth=slope == 1.0, beyond="exponential")
+        shape = Shape(left=slope, right=1.0, width=2.0, beyond="exponential")
         _ELU[slope] = Kinked(lambda x: _elu(x, slope, 1.0), shape).number
     return _ELU[slope]
 

@@ -5,12 +5,18 @@ which a Gaussian sees f's asymptotes only, and q = 1 - c/S in [0, 1]. The mean i
 
     share (c, stretched) times D,    share = v/S²,
 
-so that it is f(m) as v goes to 0; where f has one slope at both ends it is sheared, not stretched. Beside D are held
+so that it is f(m) as v goes to 0; where f has one slope at both ends it is sheared, not stretched. Of a function that rises
+everywhere there is held beside D
 
-    g = E[f'(X)],    L = log2((K + MIX g²) N),    K = (Var f(X) - v g²) S²/v²,
+    L = log2(N Var f(X)/v),
 
-N = S²/c² where f has one slope at both ends (K falls as 1/S² then), else 1. So Var = v (g² + K v/S²): the linear part of f and
-the rest, neither negative, without a difference of large numbers. Its gradients: dE/dm = g and dE/dv = E[f'']/2 (Stein).
+N = S² where f has the slope 0 at both ends (Var/v falls as 1/S² then), else 1. Where f turns, Var/v comes down to 0; there are
+held
+
+    g = E[f'(X)],    L = log2(K + MIX g²),    K = (Var f(X) - v g²) S²/v²,
+
+and Var = v (g² + K v/S²): the linear part of f and the rest, neither negative, without a difference of large numbers.
+Gradients: dE/dm = g and dE/dv = E[f'']/2 (Stein).
 """
 
 from __future__ import annotations
@@ -69,11 +75,12 @@ class Smooth(Curve):
     Args:
         function: as of ``Curve``.
         width: the scale on which it bends: 1 for tanh, 2 for the sigmoid.
+        rises: its slope is above 0 everywhere, which makes its table cheaper.
     """
 
-    def __init__(self, function: Function, width: float) -> None:
+    def __init__(self, function: Function, width: float, rises: bool = False) -> None:
         super().__init__(function)
-        self.width = width
+        self.width, self.rises = width, rises
 
     @functools.cached_property
     def slopes(self) -> tuple[float, float]:
@@ -85,7 +92,9 @@ class Smooth(Curve):
     def level(self) -> float | None:
         """The slope if both are the same."""
         left, right = self.slopes
-        return left if abs(left - right) < 1e-6 else None
+        if abs(left - right) >= 1e-6:
+            return None
+        return left if abs(left) >= 1e-6 else 0.0
 
     def fill(self) -> tuple[Tensor, ...]:
         """Some 13,000 quadratures in float64, then interpolation onto the corners; a tenth of a second."""
@@ -99,10 +108,14 @@ class Smooth(Curve):
             first = (expected / root - plain / width) / share
         else:
             first = (expected - plain - self.level * (mean - width * p)) / share
-        spread = rest * root**2 / var + _MIX * gain**2
-        logarithm = np.log2((spread if self.level is None else spread * (root / width) ** 2) + 1e-300)
-        moments = moments_at_corners(_GRID, _in_q(), first, gain, logarithm, curved_in_q=False)
-        moments[1][:, [0, -1]] = self.slopes
+        if self.rises:
+            spread = (rest + gain**2) * ((_GRID.end * root) ** 2 if self.level == 0 else 1.0)
+            moments = moments_at_corners(_GRID, _in_q(), first, np.log2(spread))
+        else:
+            spread = rest * root**2 / var + _MIX * gain**2
+            logarithm = np.log2((spread if self.level is None else spread * (root / width) ** 2) + 1e-300)
+            moments = moments_at_corners(_GRID, _in_q(), first, gain, logarithm)
+            moments[1][:, [0, -1]] = self.slopes
         far = 1 - _GRID.corners()[1]  # c/S
         partials = partials_at_corners(_GRID, _in_q(), gain, rest + gain**2, (1 - far**2) / 2, (1 - far**2) * far / 2)[:4]
         partials[..., [0, -1]] = 0.0
@@ -119,7 +132,7 @@ class Smooth(Curve):
 
 
 def _place(mean: Tensor, var: Tensor, width: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """end² S², 1/(end S), and x and y of ``Grid.read``."""
+    """(end S)², 1/(end S), and x and y of ``Grid.read``."""
     square = torch.rsub(var, (_GRID.end * width) ** 2, alpha=-(_GRID.end**2))
     inverse = torch.rsqrt(square)
     # y = 2 (1 + DENSER) q / (1 + DENSER q) - 1, q = 1 - c/S
@@ -133,16 +146,17 @@ def _kernel(
     square, inverse, x, y = _place(mean, var, width)
     ratio, share = inverse * (_GRID.end * width), var / square
     at = mean * ratio
-    change, gain, logarithm = _GRID.moments(table, x.clamp_(-1, 1), y)
+    change, *gain, logarithm = _GRID.moments(table, x.clamp_(-1, 1), y)
     spread = torch.exp2(logarithm)
     if level is None:
         out = torch.addcmul(function(at), change, share, value=_GRID.end**2 * width) / ratio
     else:
-        out, spread = torch.addcmul(function(at), change, share, value=_GRID.end**2), spread * ratio * ratio
-        if level:
-            out = torch.add(out, mean - at, alpha=level)
-    gain2 = gain * gain
-    rest = torch.sub(spread, gain2, alpha=_MIX)
+        out = torch.addcmul(function(at), change, share, value=_GRID.end**2)
+        out = torch.add(out, mean - at, alpha=level) if level else out
+    if not gain:  # of a function that rises
+        return out, spread * (share if level == 0 else var)
+    gain2 = gain[0] * gain[0]
+    rest = torch.sub(spread if level is None else spread * ratio * ratio, gain2, alpha=_MIX)
     return out, torch.addcmul(gain2, share, rest, value=_GRID.end**2) * var
 
 

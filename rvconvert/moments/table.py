@@ -1,8 +1,9 @@
 """Tables of two moments: what quadrature finds at the corners of a plane (p, q), read bilinearly by kernels.
 
-Three numbers lead to the moments: one to the mean, g = E[f'], and a logarithm to the base of 2; beside each stands its second
-difference along p, which takes bilinear interpolation to third order there. Along q there are second differences too, or corners
-lie as densely as bilinear interpolation asks. Gradients need less: partial derivatives are bilinear between the same corners.
+Two or three numbers lead to the moments: one to the mean, and the logarithm to the base of 2 of Var/v, or, of a function that
+turns, g = E[f'] and the logarithm of what its line leaves. Beside each stands its second difference along p, which takes bilinear
+interpolation to third order there. Along q there are second differences too, or corners lie as densely as bilinear interpolation
+asks. Gradients need less: partial derivatives are bilinear between the same corners.
 """
 
 from __future__ import annotations
@@ -27,12 +28,19 @@ _LEGENDRE, _AT_ONCE = 40, 1024  # nodes of a panel; integrals whose nodes stay i
 
 
 class Grid(NamedTuple):
-    """Cells along p in [-end, end] and along q in [0, 1], and nodes for one unit of p where quadrature is done."""
+    """Cells along p in [-end, end] and along q in [0, 1].
+
+    Attributes:
+        end, in_p, in_q: of p, and how many cells.
+        spacing: nodes for one unit of p where quadrature is done.
+        curved_in_q: second differences along q follow those along p.
+    """
 
     end: int
     in_p: int
     in_q: int
     spacing: int
+    curved_in_q: bool = False
 
     def nodes(self) -> np.ndarray:
         """Where quadrature is done, along p."""
@@ -58,10 +66,11 @@ class Grid(NamedTuple):
         return found[:, :, 0].unbind(1)
 
     def moments(self, table: Tensor, x: Tensor, y: Tensor) -> Sequence[Tensor]:
-        """What leads to the mean, the gain and the logarithm, as ``read``; of NaN, NaN."""
+        """The two or three numbers that lead to the moments, as ``read``; of NaN, NaN."""
         found = self.read(table, x, y)
-        values = _curved(found[:3], x * (self.in_p // 2), found[3:6])
-        return values if len(found) == 6 else _curved(values, y * (self.in_q // 2), found[6:])
+        n = len(found) // (2 + self.curved_in_q)
+        values = _curved(found[:n], x * (self.in_p // 2), found[n : 2 * n])
+        return _curved(values, y * (self.in_q // 2), found[2 * n :]) if self.curved_in_q else values
 
     def partials(self, table: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
         """The partial derivatives, as ``read``; of NaN, NaN."""
@@ -125,18 +134,17 @@ def _second_difference(values: np.ndarray) -> np.ndarray:
     return made
 
 
-def moments_at_corners(grid: Grid, in_q: np.ndarray, *values: np.ndarray, curved_in_q: bool) -> np.ndarray:
-    """(6 or 9, q, p): what leads to the mean, the gain and the logarithm, then their second differences.
+def moments_at_corners(grid: Grid, in_q: np.ndarray, *values: np.ndarray) -> np.ndarray:
+    """(values and their second differences, q, p).
 
     Args:
         grid: of the table.
         in_q: (q, rows) interpolation.
         values: (rows, nodes) each.
-        curved_in_q: second differences along q follow those along p.
     """
     in_p = _in_p(grid)
     made = [in_q @ (each @ in_p) for each in values]
-    along_q = [_second_difference(each.T).T for each in made if curved_in_q]
+    along_q = [_second_difference(each.T).T for each in made if grid.curved_in_q]
     return np.stack(made + [_second_difference(each) for each in made] + along_q)
 
 
