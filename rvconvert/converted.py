@@ -130,7 +130,12 @@ class Conversion:
         if random_variables(leaves):
             leaves = list(all_entering(leaves, self.settings))
             args, kwargs = structure.build(iter(leaves))
-        program = self.find(name, model, leaves, structure) or self.prepare(name, model, args, kwargs, to_run=True)
+        program = self.find(name, model, leaves, structure)
+        if program is None and torch.compiler.is_dynamo_compiling():
+            uncompiled = torch.compiler.disable(self.prepare)  # for fullgraph=True: convert(vae, example_inputs=(x,))
+            program = uncompiled(name, model, args, kwargs, to_run=True)
+        elif program is None:
+            program = self.prepare(name, model, args, kwargs, to_run=True)
         self._penalty = None
         if not torch.compiler.is_compiling():
             self.count_call(model)

@@ -79,6 +79,26 @@ def test_training_compiles_whole_and_once():
     torch.testing.assert_close(copied(x), eager(x))
 
 
+@pytest.mark.parametrize("covariance", ["independent", "calibrated"])
+def test_a_model_that_was_never_called_compiles_after_its_first_call(covariance):
+    model, x = model_and_data(covariance=covariance)
+    eager = copy.deepcopy(model)
+    unseen = rvconvert.convert(VAE(), covariance=covariance)
+    unseen.load_state_dict(model.state_dict())
+    compiled = torch.compile(unseen, backend="aot_eager")
+    for _ in range(3):
+        results, expected = train_step(compiled, unseen, x), train_step(eager, eager, x)
+        if covariance == "independent":
+            torch.testing.assert_close(results, expected)
+        assert unseen.last_penalty > 0
+    assert graphs() == 2
+    unseen.eval()
+    compiled(x)
+    torch._dynamo.reset()
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="example_inputs"):
+        torch.compile(rvconvert.convert(VAE()), fullgraph=True, backend="eager")(x)
+
+
 @pytest.mark.parametrize(
     "function",
     [

@@ -91,10 +91,10 @@ def refuse_inside_transforms(name: str) -> None:
     """A recording is made of real tensors.
 
     Raises:
-        TracingError: torch.func or torch.compile is at work around the call.
+        TracingError: torch.func or torch.export is at work around the call.
     """
     if torch.compiler.is_compiling():
-        where = "under torch.compile"
+        where = "under torch.export"
     elif torch._C._functorch.peek_interpreter_stack() is not None:
         where = "inside a transform of torch.func"
     else:
