@@ -6,8 +6,9 @@
     python -m benchmarks.speed --table [--all]          # the README's, or every column, of the figures that these wrote
     python -m benchmarks.speed --models "ReLU 32" --batch 8 --gate 4    # exit code 1 above this ratio; writes nothing
 
-Each model runs in a process of its own. Each variant runs in turn with the plain model; a figure is the ratio of the medians
-of their times. Nothing is compiled but in the rows that say so. "Lost" is what the first ten steps of the process took beyond
+The converted and the plain model run in turn, each in a process of its own, as a person trains one of them. "In one process" they
+run in turn too, where each finds the heap as the other left it; so do the other variants, each with the plain model. A figure is
+the ratio of the medians of times. Nothing is compiled but in the rows that say so. "Lost" is what the first ten steps took beyond
 ten of the later ones, conversion included. The FLOPs of a step, over the plain one's, are what an ideal program would take.
 """
 
@@ -22,6 +23,7 @@ import os
 import statistics
 import time
 from collections.abc import Callable
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import torch
@@ -37,6 +39,7 @@ from benchmarks.naive import NaiveDecoder
 
 Run = Callable[[], Tensor]
 RESULTS = Path(__file__).resolve().parent / "results" / "speed.json"
+WARM = 5  # steps before any is timed
 KEPT = {"MALLOC_MMAP_THRESHOLD_": str(2**32), "MALLOC_TRIM_THRESHOLD_": str(2**34)}
 
 
@@ -150,14 +153,61 @@ def flops(run: Run) -> float:
     return float(counter.get_total_flops())
 
 
-def measure(name: str, args: argparse.Namespace) -> dict[str, object]:
-    """All figures of one model, in a process that has done nothing else."""
+def prepared(name: str, args: argparse.Namespace) -> tuple[nn.Module, Tensor]:
+    """The plain model and its input; settings of this process as asked."""
     torch.set_num_threads(args.threads)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.dtype != "fp32"
     torch.manual_seed(0)
     build, shape, batch = MODELS[name]
-    plain = build().to(args.device)
-    x = torch.rand(args.batch or batch, *shape, device=args.device)
+    return build().to(args.device), torch.rand(args.batch or batch, *shape, device=args.device)
+
+
+def alone(pipe: Connection, name: str, args: argparse.Namespace, converted: bool) -> None:
+    """Time a training step ("step") or a forward pass in eval mode ("forward") of one model whenever one is asked for."""
+    model, x = prepared(name, args)
+    model = rvconvert.convert(model) if converted else model
+    meter, run = Meter(args, list(model.parameters())), step_of(model, x)
+    while what := pipe.recv():
+        model.train(what == "step")
+        pipe.send(meter.once(run, train=what == "step"))
+
+
+def in_turns(name: str, args: argparse.Namespace) -> dict[str, float]:
+    """Converted over plain, each in a process of its own, one step of either at a time."""
+    context = multiprocessing.get_context("spawn")
+    processes, pipes = [], []
+    for converted in (False, True):
+        pipe, other = context.Pipe()
+        processes.append(context.Process(target=alone, args=(other, name, args, converted)))
+        processes[-1].start()
+        other.close()
+        pipes.append(pipe)
+
+    def once(what: str) -> list[float]:
+        seconds = []
+        for pipe in pipes:
+            pipe.send(what)
+            try:
+                seconds.append(pipe.recv())
+            except EOFError:
+                raise SystemExit(f"{name}: a process that measured it ended") from None
+        return seconds
+
+    found: dict[str, float] = {}
+    for what in ("step", "forward"):
+        for _ in range(WARM):
+            once(what)
+        base, own = (statistics.median(each) for each in zip(*[once(what) for _ in range(args.rounds)], strict=True))
+        found |= {what: own / base} | ({"plain_seconds": base} if what == "step" else {})
+    for pipe, process in zip(pipes, processes, strict=True):
+        pipe.send("")
+        process.join()
+    return found
+
+
+def measure(name: str, args: argparse.Namespace) -> dict[str, object]:
+    """All other figures of one model, in a process that has done nothing else."""
+    plain, x = prepared(name, args)
     meter = Meter(args, list(plain.parameters()))
     base = step_of(plain, x)
     for _ in range(2):
@@ -169,7 +219,7 @@ def measure(name: str, args: argparse.Namespace) -> dict[str, object]:
         meter.once(run)
     first_ten = time.perf_counter() - start
     ratio, seconds = meter.ratio(base, run)
-    row: dict[str, object] = {"step": ratio, "lost": max(0.0, first_ten - 10 * ratio * seconds)}
+    row: dict[str, object] = {"together": ratio, "lost": max(0.0, first_ten - 10 * ratio * seconds)}
     if args.clock == "process":
         del row["lost"]
     row["flops"], row["memory"] = flops(run) / flops(base), meter.memory(run) / meter.memory(base)
@@ -179,11 +229,9 @@ def measure(name: str, args: argparse.Namespace) -> dict[str, object]:
             others[variant] = meter.ratio(base, other)[0]
         except Exception as error:
             others[variant] = f"{type(error).__name__}: {error}".splitlines()[0][:90]
-    plain.eval()
-    row["forward"] = meter.ratio(step_of(plain, x), step_of(rvconvert.convert(plain), x), train=False)[0]
     conditions = {"device": args.device, "dtype": args.dtype, "threads": args.threads, "rounds": args.rounds}
     conditions["memory_kept"] = args.keep_memory
-    return {"model": name, "batch": len(x), "plain_seconds": seconds, **row, "others": others, **conditions}
+    return {"model": name, "batch": len(x), **row, "others": others, **conditions}
 
 
 def _measure_into(queue: multiprocessing.Queue, name: str, args: argparse.Namespace) -> None:
@@ -202,10 +250,17 @@ def in_a_process(name: str, args: argparse.Namespace) -> dict[str, object]:
         if not process.is_alive():
             raise SystemExit(f"{name}: the process that measured it ended with {process.exitcode}")
     process.join()
-    return found
+    return found | in_turns(name, args)
 
 
-COLUMNS = {"step": "converted", "flops": "FLOPs", "memory": "memory", "forward": "forward", "lost": "s lost"}
+COLUMNS = {
+    "step": "converted",
+    "together": "in one process",
+    "flops": "FLOPs",
+    "memory": "memory",
+    "forward": "forward",
+    "lost": "s lost",
+}
 PEERS = {"2 samples": "2 samples", "naive": "naive", "fastbnns": "fastbnns"}
 
 
@@ -228,7 +283,7 @@ def table(rows: list[dict[str, object]]) -> Table:
 def markdown(rows: list[dict[str, object]], *, every: bool) -> str:
     """The README's table: the systems, then the best and worst decoders; with ``every``, all rows and columns."""
     rows = [row for row in rows if every or not row["memory_kept"]]
-    columns = COLUMNS if every else {k: COLUMNS[k] for k in ("step", "flops", "memory", "lost")}
+    columns = COLUMNS if every else {k: COLUMNS[k] for k in ("step", "together", "flops", "memory", "lost")}
     peers = PEERS if every else {k: PEERS[k] for k in ("2 samples", "naive")}
     by_size: dict[str, list[dict[str, object]]] = {}
     for row in rows:
@@ -262,7 +317,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, help="the models' own unless given")
     parser.add_argument("--samples", type=int, nargs="*", default=(2,), help="of Monte Carlo")
     parser.add_argument("--peers", action="store_true", help="the other variants for every model, not for the systems alone")
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--rounds", type=int, default=11)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--keep-memory", action="store_true", help="let malloc (glibc) keep what a step frees for the next one")
     parser.add_argument("--clock", default="wall", choices=("wall", "process"), help="process: for a shared machine")
