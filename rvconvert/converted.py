@@ -115,6 +115,24 @@ class Conversion:
             return (self.take_mean(value), *means) if means else self.take_mean(value)
         return attach_penalty(value.contiguous(), options.penalty, options.penalty_kind, self.penalty_scale, beside=means)
 
+    def take_latent(self, value: Any) -> Any:
+        """The mean of a latent that leaves; a warning once a loss is made of it."""
+        mean = self.take_mean(value)
+        if isinstance(value, RandomVariable) and mean.requires_grad and not torch.compiler.is_compiling():
+            mean = mean.clone()  # which has the gradient of what is made of it outside, and no other
+            mean.register_hook(self.warn_of_latent)
+        return mean
+
+    def warn_of_latent(self, grad: torch.Tensor) -> None:
+        """Say once that a loss is made of a latent's mean."""
+        if "latent" not in self.warned and bool(grad.any()):
+            self.warn(
+                "latent",
+                f"{self.plain_class.__name__} returns a latent, here its mean, and the loss is made of it: log q(z|x) - log p(z) "
+                "of a mean is no KL, and falls without bound as the posterior widens. Use the closed form, "
+                "torch.distributions.kl_divergence(q, p), or a draw made for the loss, z = mu + std * torch.randn_like(std)",
+            )
+
     def take_mean(self, value: Any) -> Any:
         """The mean of a random variable that is not a reconstruction: a latent, a loss."""
         return value.mean.contiguous() if isinstance(value, RandomVariable) else value
@@ -478,6 +496,8 @@ class Conversion:
         if drawn:
             places = ", ".join(dict.fromkeys(drawn))
             reason = f"the draw at {places} is no latent: no decoder's value depends on it, or no input places it"
+        elif any(why.startswith("Python draws") for why in recording.once):
+            reason += ", but Python or numpy draws in it, whose numbers no graph holds: draw by torch.randn_like(mu)"
         elif discrete := [short_place(str(n.meta["where"])) for n in recording.graph.nodes if _chooses(n)]:
             reason += f"; it picks by argmin or argmax, as vector quantization does, at {discrete[0]}"
         own = {} if self.plain_class.__module__.startswith("torch.") else vars(self.plain_class)
@@ -491,6 +511,8 @@ class Conversion:
                 argument = _first_argument(module)
                 advice.append(f"    rvconvert.convert(model.{path}, random_inputs=({argument!r},))  # a bare decoder")
                 break
+        if noise := self.noise_among(recording, name):
+            advice.insert(0, f"    rvconvert.convert(model, random_inputs=({noise!r},))  # where it is noise")
         if not advice:
             advice = [f"    rvconvert.convert(model, random_inputs=({_first_argument(model)!r},))  # if it is a decoder"]
         return NoReparameterizationError(
@@ -501,6 +523,16 @@ class Conversion:
                 ]
             )
         )
+
+    def noise_among(self, recording: Recording, name: str) -> str | None:
+        """The argument that scales or is scaled by something made of another one, as noise that a caller draws is."""
+        placeholders = [n for n in recording.graph.nodes if n.op == "placeholder"]
+        names = [*self.signature(name).parameters][1:]
+        for node, argument in zip(placeholders[1:], names[1:], strict=False):
+            products = [u for u in node.users if (rule := u.meta.get("rule")) is not None and rule.name in ("mul", "addcmul")]
+            if any(other.op not in ("placeholder", "get_attr") for u in products for other in u.all_input_nodes):
+                return argument
+        return None
 
 
 def _itself(x: Any) -> Any:

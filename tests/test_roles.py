@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -167,6 +168,32 @@ def test_a_decoder_without_parameters_has_a_reconstruction() -> None:
         assert rv.last_penalty > 0 and isinstance(y, rvconvert.RandomVariable)
 
 
+@pytest.mark.parametrize("named", [False, True])
+def test_inner_products_of_the_edges_of_a_graph_are_a_reconstruction(named: bool) -> None:
+    class Graph(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.encoder = nn.Linear(12, 8)
+
+        def forward(self, x: Tensor, edges: Tensor) -> Any:
+            mu, logvar = self.encoder(x).chunk(2, -1)
+            z = mu + torch.randn_like(mu) * (0.5 * logvar).exp()
+            return (z[edges[0]] * z[edges[1]]).sum(1), mu
+
+    edges = torch.tensor([[0, 1, 2, 5], [1, 2, 3, 0]])
+    x, vae = torch.rand(6, 12), Graph()
+    places = [row.where for row in rvconvert.plan(vae, example_inputs=(x, edges)) if row.role == "latent"]
+    options = {"latent": tuple(places)} if named else {}
+    rv = rvconvert.convert(vae, example_inputs=(x, edges), **options)
+    y, _ = rvconvert.convert(vae, output="distribution")(x, edges)
+    rv(x, edges)
+    with torch.no_grad():
+        truth = torch.stack([vae(x, edges)[0] for _ in range(4000)])
+    torch.testing.assert_close(y.var, truth.var(0), rtol=0.1, atol=0)
+    torch.testing.assert_close(rv.last_penalty, rvconvert.variance_penalty(y))
+
+
 NUISANCE: dict[str, Callable[[Tensor], Tensor]] = {
     "pixel mask": lambda x: x * (torch.rand_like(x) > 0.1),
     "DropPath": lambda x: x * x.new_empty(len(x), 1).bernoulli_(0.9) / 0.9,
@@ -280,6 +307,82 @@ def test_importance_weights_are_those_of_the_mean_log_weights(doubly: bool) -> N
         losses[-1].backward()
         assert all(torch.isfinite(p.grad).all() for p in rv.parameters() if p.grad is not None)
     torch.testing.assert_close(losses[0], losses[1], rtol=1e-4, atol=0)
+
+
+DENSITIES: dict[str, Callable[[Tensor, int], Tensor]] = {
+    "logsumexp": lambda z, k: torch.logsumexp(Normal(torch.zeros(k, 4), 1.0).log_prob(z[:, None]).sum(2) - math.log(k), 1),
+    "by hand": lambda z, k: (Normal(torch.zeros(k, 4), 1.0).log_prob(z[:, None]).sum(2).exp().sum(1) / k).log(),
+}
+
+
+@pytest.mark.parametrize("components", [1, 100])
+@pytest.mark.parametrize("name", DENSITIES)
+def test_a_mixture_prior_is_estimated_from_a_draw(name: str, components: int) -> None:
+    """Of equal components the KL is that to one of them, in value and gradient, however many they are."""
+
+    def result(y: Tensor, x: Tensor, z: Tensor, mu: Tensor, std: Tensor, m: VAE) -> Any:
+        return F.mse_loss(y, x), (Normal(mu, std).log_prob(z).sum(1) - DENSITIES[name](z, components)).mean()
+
+    x = torch.rand(1, 12, generator=torch.Generator().manual_seed(1)).expand(20000, 12)
+    rv = rvconvert.convert(VAE(result, False), example_inputs=x)
+    _, kl = rv(x)
+    kl.backward()
+    mu, logvar = rv.encoder(x[:1]).chunk(2, 1)
+    closed = 0.5 * (mu.square() + logvar.exp() - 1 - logvar).sum()
+    (expected,) = torch.autograd.grad(closed, rv.encoder.bias)
+    assert kl.item() == pytest.approx(closed.item(), abs=0.04)
+    torch.testing.assert_close(rv.encoder.bias.grad, expected, rtol=0, atol=0.04)
+
+
+def test_a_kernel_over_latents_is_estimated_from_a_draw() -> None:
+    """As a Wasserstein autoencoder compares its latents with the prior's."""
+
+    def result(y: Tensor, x: Tensor, z: Tensor, mu: Tensor, std: Tensor, m: VAE) -> Any:
+        return y, torch.exp(-0.5 * (z[:, None] - z[None]).square().sum(2)).mean()
+
+    x = torch.rand(400, 12)
+    vae = VAE(result, False)
+    rv = rvconvert.convert(vae, example_inputs=x)
+    with torch.no_grad():
+        assert rv(x)[1].item() == pytest.approx(vae(x)[1].item(), rel=0.1)
+
+
+def test_a_latent_that_a_loss_outside_is_made_of_warns_once() -> None:
+    rv = rvconvert.convert(VAE(lambda y, x, z, mu, std, m: (y, z, mu, std), False))
+    x = torch.rand(4, 12)
+
+    def backward(of_latent: bool) -> None:
+        y, z, mu, std = rv(x)
+        loss = F.mse_loss(y, x) + 0 * z.mean() + mu.square().mean()
+        (loss + sampled_kl(z, mu, std).mean() if of_latent else loss).backward()
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        backward(of_latent=False)
+    with pytest.warns(UserWarning, match="is no KL"):
+        backward(of_latent=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        backward(of_latent=True)
+
+
+SCALED: dict[str, Result] = {
+    "size of a library": lambda y, x, z, mu, std, m: x.sum(1, keepdim=True) * F.softmax(y, 1),
+    "temperature": lambda y, x, z, mu, std, m: torch.sigmoid(y) / m.scale[:1].exp(),
+    "its own posterior": lambda y, x, z, mu, std, m: torch.exp(z[:, :1]) * F.softplus(y),
+}
+
+
+@pytest.mark.parametrize("name", SCALED)
+def test_a_factor_for_each_example_belongs_to_the_reconstruction(name: str) -> None:
+    x = torch.rand(8, 12, generator=torch.Generator().manual_seed(1))
+    penalties = []
+    for loss in (lambda rate: rate, lambda rate: F.poisson_nll_loss(rate, x, log_input=False), lambda rate: F.mse_loss(rate, x)):
+        rv = rvconvert.convert(VAE(lambda *a, f=loss: f(SCALED[name](*a)), False), example_inputs=x)
+        rv(x)
+        penalties.append(rv.last_penalty)
+    assert penalties[0] > 0
+    torch.testing.assert_close(penalties[1:], [penalties[0]] * 2)
 
 
 def test_a_person_may_name_the_latents() -> None:

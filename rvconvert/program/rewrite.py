@@ -8,9 +8,11 @@ import operator
 from itertools import count
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import fx
 
 from rvconvert.capture.recorder import Recording, apply_function
+from rvconvert.core.random_variable import RandomVariable
 from rvconvert.program.gains import insert_gains
 from rvconvert.rules.noise import nth_source
 
@@ -60,6 +62,7 @@ def to_random_variables(
         copied.op, copied.target = "call_function", node.meta["draw"].random_variable
         copied.kwargs = {**copied.kwargs, "settings": settings}
 
+    replaced = _from_a_draw(graph, nodes, recording, roles) if output == "mean" else set()
     if gains:
         insert_gains(graph, nodes, gains)
     collapsed: dict[fx.Node, fx.Node] = {}
@@ -98,15 +101,46 @@ def to_random_variables(
     for index, leaf in enumerate(given):
         if not isinstance(leaf, fx.Node) or leaf not in roles.random or (output == "distribution" and index < kept_from):
             values.append(nodes[leaf] if isinstance(leaf, fx.Node) else leaf)
-        else:
+        elif leaf in roles.decoded or leaf in roles.losses or index >= kept_from:
             values.append(collapse(leaf))
+        else:
+            with graph.inserting_after(nodes[leaf]):
+                state = graph.get_attr("_rvconvert")
+            with graph.inserting_after(state):
+                values.append(graph.call_function(take_latent, (state, nodes[leaf])))
     nodes[recording.output].args = (tuple(values),)
-    unused = {nodes[n] for n in roles.unused}
+    unused = {nodes[n] for n in roles.unused} | replaced
     _sort(graph)
     for node in reversed(graph.nodes):
         if node in unused and not node.users:
             graph.erase_node(node)
     return graph
+
+
+def _from_a_draw(graph: fx.Graph, nodes: dict[fx.Node, fx.Node], recording: Recording, roles: Roles) -> set[fx.Node]:
+    """Make ``roles.drawn`` of plain tensors, from draws beside the latents; ``nodes`` follows.
+
+    Returns:
+        The nodes of random variables that these take the place of.
+    """
+    needed: set[fx.Node] = set()
+    for node in reversed(recording.graph.nodes):
+        if node in roles.random and (node in roles.drawn or any(user in needed for user in node.users)):
+            needed.add(node)
+    plain: dict[fx.Node, fx.Node] = {}
+    for node in recording.graph.nodes:
+        if node not in needed:
+            continue
+        with graph.inserting_after(nodes[node]):
+            if node.op == "placeholder":
+                plain[node] = graph.call_function(draw_from, (nodes[node],))
+            else:
+                plain[node] = graph.node_copy(node, lambda n: plain.get(n, nodes[n]))
+    replaced = {nodes[n] for n in needed - set(roles.latents) if n.op != "placeholder"}
+    for node in roles.drawn:
+        nodes[node].replace_all_uses_with(plain[node])
+        nodes[node] = plain[node]
+    return replaced
 
 
 def _sort(graph: fx.Graph) -> None:
@@ -138,6 +172,19 @@ def take_together(state: Any, value: Any, *beside: Any) -> Any:
 def take_reconstruction(state: Any, value: Any) -> Any:
     """The mean of the reconstruction, its penalty attached."""
     return state.take_reconstruction(value)
+
+
+def draw_from(value: Any) -> Any:
+    """A draw from a random variable that was given; a tensor as it is."""
+    if not isinstance(value, RandomVariable):
+        return value
+    deviation = value.var.clamp(min=1e-20).sqrt()  # whose gradient is finite
+    return torch.addcmul(value.mean, deviation, torch.randn_like(value.mean))
+
+
+def take_latent(state: Any, value: Any) -> Any:
+    """The mean of a latent that leaves."""
+    return state.take_latent(value)
 
 
 def take_mean(state: Any, value: Any) -> Any:

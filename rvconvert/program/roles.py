@@ -39,6 +39,7 @@ class Roles:
         at_mean: (value, user) pairs: what a loss inside the method takes at its mean.
         losses: outputs that are a loss or a term of one.
         decoded: the random nodes with a decoder behind them.
+        drawn: exponentials in scores of the latents alone, such as the density of a mixture, which a loss takes from a draw.
         unused: random nodes whose value nothing uses, such as a check of a distribution's arguments.
         scores: values of a loss function, errors, and what is made of them: Python may report them, as logs do.
     """
@@ -50,6 +51,7 @@ class Roles:
     at_mean: frozenset[tuple[fx.Node, fx.Node]]
     losses: frozenset[fx.Node]
     decoded: frozenset[fx.Node]
+    drawn: frozenset[fx.Node]
     unused: frozenset[fx.Node]
     scores: frozenset[fx.Node]
 
@@ -61,6 +63,8 @@ class Roles:
             return "reconstruction"
         if "draw" in node.meta:
             return "nuisance"
+        if node in self.drawn:
+            return "drawn"
         return "loss" if node in self.losses else ""
 
 
@@ -98,6 +102,7 @@ class _Graph:
         self.conditioned: set[fx.Node] = set()  # depends on an input
         self.learned: set[fx.Node] = set()  # depends on an input through a learned layer
         self.weights: set[fx.Node] = set()  # made of parameters and buffers alone
+        self.by_products = False  # a sum of products of two latents decodes: where nothing else does
         self.reference = self._modules_applied_to_inputs()
         for node in self.nodes:
             self._describe(node)
@@ -163,7 +168,14 @@ class _Graph:
             return str(node.target) not in self.reference or node.op != "call_module"
         both = self._kind(node, Bilinear) or self._name(node) in _DISTANCES
         given = [n for n in node.args if isinstance(n, fx.Node) and n in random]
-        return both and len(given) > 1
+        return (both and len(given) > 1) or (self.by_products and self._sums_products(node, sources))
+
+    def _sums_products(self, node: fx.Node, sources: list[fx.Node]) -> bool:
+        """``(z[i] * z[j]).sum(1)``, the inner products of a graph's edges."""
+        if not self.reduces(node, sources) or self._name(sources[0]) not in ("mul", "multiply"):
+            return False
+        factors = set(sources[0].all_input_nodes)
+        return len(factors) == 2 and all(n in self.recording.depends and self._kind(n, Shape) for n in factors)
 
     # --- draws -------------------------------------------------------------------------------------
 
@@ -178,6 +190,13 @@ class _Graph:
 
     def latents(self) -> list[fx.Node]:
         """Draws that a decoder's value depends on and whose scale or location the input reaches."""
+        found = self._latents()
+        if not found:
+            self.by_products = True
+            found = self._latents()
+        return found
+
+    def _latents(self) -> list[fx.Node]:
         noise: dict[fx.Node, frozenset[fx.Node]] = {}  # draws that a value is, scaled and shifted by constants
         posterior: dict[fx.Node, frozenset[fx.Node]] = {}  # draws that the input has placed or scaled
         found: set[fx.Node] = set()
@@ -241,6 +260,9 @@ class _Graph:
         self.samples = {n for n in self.recording.draws if n not in latents}
         random = self.forward_of([*latents, *self.given], stop=self.samples_likelihood)
         decoded = self.closure(random, lambda n: self.decodes(n, random))
+        if not decoded:
+            self.by_products = True
+            decoded = self.closure(random, lambda n: self.decodes(n, random))
         if not decoded and self.given:  # a bare decoder of functions alone
             decoded = {n for n in random if n not in self.given}
         loss_like = self.loss_like(random, decoded)
@@ -288,9 +310,22 @@ class _Graph:
             frozenset(at_mean),
             losses,
             frozenset(decoded),
+            frozenset() if paths else self.drawn(inside - decoded, random, {*chosen, *(source for source, _ in edges)}),
             self.unused(random),
             self.scores(random, decoded),
         )
+
+    def drawn(self, scores: set[fx.Node], random: set[fx.Node], ends: set[fx.Node]) -> frozenset[fx.Node]:
+        """Exponentials among ``scores`` that lead to no decoder and to none of ``ends``.
+
+        Densities of one latent under many components are one variable; as so many independent ones their logsumexp grows with
+        the posterior's variance, and a loss falls without bound. The model's own estimate, from a draw, has neither error.
+        """
+        leads: set[fx.Node] = set()
+        for node in reversed(self.nodes):
+            if node in ends or self.decodes(node, random) or any(user in leads for user in node.users):
+                leads.add(node)
+        return frozenset(n for n in scores - leads if self._name(n) in _EXPONENTIALS)
 
     def importance_weights(self, scores: set[fx.Node]) -> set[tuple[fx.Node, fx.Node]]:
         """(score, exponential of it): weights of samples, which the moments of a Gaussian log-weight would let explode."""
@@ -356,10 +391,11 @@ class _Graph:
         return bool(whole) and all(_size(n) < _size(node) for n in node.all_input_nodes if n in losses)
 
     def scores(self, random: set[fx.Node], decoded: set[fx.Node]) -> frozenset[fx.Node]:
-        """A loss function's values and errors, and numbers made of them."""
+        """A loss function's values and errors, numbers made of them, and what is one number."""
         found: set[fx.Node] = set()
         for node in self.nodes:
             scores = self.is_loss(node) or self.is_error(node, random, decoded) or any(n in found for n in node.all_input_nodes)
+            scores = scores or ("shape" in node.meta and _size(node) == 1)
             if scores and node in random and not self.decodes(node, random) and not self._compares(node):
                 found.add(node)
         return frozenset(found)
@@ -481,7 +517,7 @@ class _Graph:
         while True:
             whole = self.rescaling(source, inside, random)
             if whole is None:
-                if user not in inside or user in self.outputs or not self.is_activation(user):
+                if user not in inside or user in self.outputs or not (self.is_activation(user) or self.scales(source, user)):
                     return [(source, user)]
                 if len([n for n in source.users if n in random]) != 1:
                     return [(source, user)]
@@ -516,6 +552,14 @@ class _Graph:
         name = self._name(node)
         plain = self._kind(node, Elementwise, Shape) or name == "softmax"
         return plain and name not in _ERRORS and _size(node) == _size(node.all_input_nodes[0])
+
+    def scales(self, source: fx.Node, node: fx.Node) -> bool:
+        """``source`` times a factor of fewer numbers, such as one for each example: a library's size, a temperature."""
+        factors = [n for n in node.all_input_nodes if n is not source]
+        name = self._name(node)
+        if name not in _PRODUCTS - {"addcmul", "lerp"} or len(factors) != 1 or (name[:3] != "mul" and node.args[0] is not source):
+            return False
+        return _size(factors[0]) < _size(source) == _size(node) and not self.behind(source, factors[0])
 
     def meets_input(self, source: fx.Node, user: fx.Node, inside: set[fx.Node], random: set[fx.Node]) -> bool:
         """On its way to the loss, through no other layer, the value meets an input."""
