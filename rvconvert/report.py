@@ -19,7 +19,8 @@ class Row:
     Attributes:
         operation: the op as torch names it, or the module's class.
         status: ``"noise"``, ``"random"``, ``"deterministic"`` or ``"unsupported"``.
-        role: ``"latent"``, ``"nuisance"`` (a draw left as it is), ``"reconstruction"``, ``"loss"``, or empty.
+        role: ``"latent"``, ``"nuisance"`` (a draw left as it is), ``"reconstruction"``, ``"loss"``, ``"drawn"`` (of a draw
+            of the latent, as in the plain model), or empty.
         module: path of the module in whose forward it stands.
         where: ``file:line``; ``source``: that line as the user wrote it.
         rule, exactness, assumption: of the rule that serves it, empty if none.
