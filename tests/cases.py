@@ -600,6 +600,31 @@ for _mode in ("bilinear", "nearest"):
             )
 case(
     "grid_sample",
+    lambda w, x: F.grid_sample(w(2, 2, 4, 3), x, align_corners=False),
+    (2, 3, 2, 2),
+    batch=None,
+    label="random grid",
+    scales=(0.8,),
+    var=0.01,
+    mean_error=0.05,
+    var_error=0.2,
+    kinked=True,
+)
+case(
+    "grid_sample",
+    lambda w, x, y: F.grid_sample(x, y, align_corners=False),
+    (2, 2, 4, 3),
+    (2, 3, 2, 2),
+    batch=None,
+    label="random image and grid",
+    scales=(0.8,),
+    var=0.01,
+    mean_error=0.05,
+    var_error=0.2,
+    kinked=True,
+)
+case(
+    "grid_sample",
     lambda w, x: F.grid_sample(x, w(2, 2, 3, 2, 3), align_corners=False),
     (2, 1, 3, 4, 3),
     batch=None,
