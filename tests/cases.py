@@ -598,30 +598,22 @@ for _mode in ("bilinear", "nearest"):
                 label=f"{_mode}, {_padding}, {_align}",
                 scales=(0.8,),
             )
+_RAMPS = torch.stack([torch.arange(5.0).expand(5, 5), torch.arange(5.0)[:, None] + 3 * torch.arange(5.0)]).double()
 case(
     "grid_sample",
-    lambda w, x: F.grid_sample(w(2, 2, 4, 3), x, align_corners=False),
+    lambda w, x: F.grid_sample(_RAMPS.to(x.dtype).expand(2, -1, -1, -1), x, align_corners=False),
     (2, 3, 2, 2),
-    batch=None,
-    label="random grid",
-    scales=(0.8,),
-    var=0.01,
-    mean_error=0.05,
-    var_error=0.2,
-    kinked=True,
+    spread=0.2,
+    var=0.003,
+    label="random grid on a plane",
 )
 case(
     "grid_sample",
     lambda w, x, y: F.grid_sample(x, y, align_corners=False),
     (2, 2, 4, 3),
     (2, 3, 2, 2),
-    batch=None,
+    composed=True,
     label="random image and grid",
-    scales=(0.8,),
-    var=0.01,
-    mean_error=0.05,
-    var_error=0.2,
-    kinked=True,
 )
 case(
     "grid_sample",
