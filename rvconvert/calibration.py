@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from rvconvert.capture.recorder import unchanged
+from rvconvert.core.random_variable import random_variables
 from rvconvert.covariance.calibrated import FLOOR, Gain
 from rvconvert.errors import ConversionError
 
@@ -233,6 +234,8 @@ def renew(conversion: Conversion, name: str, model: nn.Module, args: tuple[Any, 
     gains, every = conversion.gains, conversion.options.recalibrate
     if gains.busy or torch.compiler.is_compiling():
         return
+    if conversion.options.random_inputs and not random_variables(args, kwargs):  # a decoder of the prior's samples
+        return
     mode = "training" if model.training else "evaluation"
     gains.use(mode)
     if not every:
@@ -245,10 +248,11 @@ def renew(conversion: Conversion, name: str, model: nn.Module, args: tuple[Any, 
             gains.evaluation = {**gains.evaluation, **gains.fresh}
             gains.stale = False
     elif torch.is_grad_enabled():
-        due = gains.steps % every == 0
+        due = gains.is_due(name, every)
         gains.steps += 1
         gains.stale = True
         if due:
+            gains.renewed[name] = gains.steps
             gains.start(mode)
             measure(conversion, name, model, _first(args, _TRAINING_IMAGES), kwargs, TRAINING_PAIRS, gains.steps)
             fresh = _shared(gains.fresh)

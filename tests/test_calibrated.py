@@ -198,6 +198,47 @@ def test_in_training_gains_follow_the_weights(trained):
         assert 0.75 < model.eval()(IMAGES[128:])[0].var.sum() / true.sum() < 1.35  # measured at the first call
 
 
+def test_a_decoder_that_is_also_given_plain_samples_is_calibrated_in_training():
+    """Its first call of every step, and every fourth, has nothing random in it."""
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Linear(4, 32), nn.Unflatten(1, (4, 8)), nn.ConvTranspose1d(4, 8, 4, 2, 1), nn.Conv1d(8, 2, 3), nn.Tanh()
+    )
+    with torch.no_grad():
+        for p in net.parameters():
+            p.abs_()  # of one sign, so that independence sees a hundredth of the variance
+    decoder = rvconvert.convert(net, random_inputs=("input",), covariance="calibrated", recalibrate=4, output="distribution")
+    z = RandomVariable(torch.randn(256, 4), torch.full((256, 4), 0.01))
+    for _ in range(3):
+        decoder(z.mean)
+        y = decoder(z)
+        decoder(z), decoder(z)
+    with torch.no_grad():
+        true = torch.stack([net(z.mean + 0.1 * torch.randn(256, 4)) for _ in range(500)]).var(0)
+    assert 0.75 < float(y.var.sum() / true.sum()) < 1.35
+
+
+def test_each_method_has_gains_in_training():
+    """However their calls alternate."""
+
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.decoder = nn.Sequential(nn.Linear(4, 8), nn.SiLU(), nn.Linear(8, 6))
+
+        def forward(self, mu):
+            return self.decoder(mu + torch.randn_like(mu))
+
+        def narrow(self, mu):
+            return self.decoder(mu + 0.1 * torch.randn_like(mu))
+
+    model = rvconvert.convert(Two(), methods=("forward", "narrow"), covariance="calibrated", recalibrate=2)
+    for _ in range(4):
+        model(torch.rand(8, 4))
+        model.narrow(torch.rand(8, 4))
+    assert {key.partition("/")[0] for key in model.__dict__["_rvconvert"].gains.training} == {"forward", "narrow"}
+
+
 def test_renewal_leaves_statistics_random_state_and_penalty_alone():
     torch.manual_seed(0)
     plain = VAE(norm=True)
