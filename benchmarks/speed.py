@@ -24,7 +24,9 @@ import statistics
 import time
 from collections.abc import Callable
 from multiprocessing.connection import Connection
+from multiprocessing.context import SpawnProcess
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -162,6 +164,25 @@ def prepared(name: str, args: argparse.Namespace) -> tuple[nn.Module, Tensor]:
     return build().to(args.device), torch.rand(args.batch or batch, *shape, device=args.device)
 
 
+def in_a_process(target: Callable[..., None], *args: object) -> tuple[SpawnProcess, Connection]:
+    """A process of its own that runs ``target(pipe, *args)``, and the other end of the pipe."""
+    context = multiprocessing.get_context("spawn")
+    pipe, other = context.Pipe()
+    process = context.Process(target=target, args=(other, *args))
+    process.start()
+    other.close()
+    return process, pipe
+
+
+def received(process: SpawnProcess, pipe: Connection, name: str) -> Any:
+    """What the process sends; the end of the program if it has ended."""
+    try:
+        return pipe.recv()
+    except EOFError:
+        process.join()
+        raise SystemExit(f"{name}: the process that measured it ended with {process.exitcode}") from None
+
+
 def alone(pipe: Connection, name: str, args: argparse.Namespace, converted: bool) -> None:
     """Time a training step ("step") or a forward pass in eval mode ("forward") of one model whenever one is asked for."""
     model, x = prepared(name, args)
@@ -174,23 +195,13 @@ def alone(pipe: Connection, name: str, args: argparse.Namespace, converted: bool
 
 def in_turns(name: str, args: argparse.Namespace) -> dict[str, float]:
     """Converted over plain, each in a process of its own, one step of either at a time."""
-    context = multiprocessing.get_context("spawn")
-    processes, pipes = [], []
-    for converted in (False, True):
-        pipe, other = context.Pipe()
-        processes.append(context.Process(target=alone, args=(other, name, args, converted)))
-        processes[-1].start()
-        other.close()
-        pipes.append(pipe)
+    started = [in_a_process(alone, name, args, converted) for converted in (False, True)]
 
     def once(what: str) -> list[float]:
         seconds = []
-        for pipe in pipes:
+        for process, pipe in started:
             pipe.send(what)
-            try:
-                seconds.append(pipe.recv())
-            except EOFError:
-                raise SystemExit(f"{name}: a process that measured it ended") from None
+            seconds.append(received(process, pipe, name))
         return seconds
 
     found: dict[str, float] = {}
@@ -199,7 +210,7 @@ def in_turns(name: str, args: argparse.Namespace) -> dict[str, float]:
             once(what)
         base, own = (statistics.median(each) for each in zip(*[once(what) for _ in range(args.rounds)], strict=True))
         found |= {what: own / base} | ({"plain_seconds": base} if what == "step" else {})
-    for pipe, process in zip(pipes, processes, strict=True):
+    for process, pipe in started:
         pipe.send("")
         process.join()
     return found
@@ -234,21 +245,14 @@ def measure(name: str, args: argparse.Namespace) -> dict[str, object]:
     return {"model": name, "batch": len(x), **row, "others": others, **conditions}
 
 
-def _measure_into(queue: multiprocessing.Queue, name: str, args: argparse.Namespace) -> None:
-    queue.put(measure(name, args))
+def _send_measured(pipe: Connection, name: str, args: argparse.Namespace) -> None:
+    pipe.send(measure(name, args))
 
 
-def in_a_process(name: str, args: argparse.Namespace) -> dict[str, object]:
-    context = multiprocessing.get_context("spawn")
-    queue = context.Queue()
-    process = context.Process(target=_measure_into, args=(queue, name, args))
-    process.start()
-    while True:
-        with contextlib.suppress(Exception):
-            found = queue.get(timeout=2)
-            break
-        if not process.is_alive():
-            raise SystemExit(f"{name}: the process that measured it ended with {process.exitcode}")
+def figures(name: str, args: argparse.Namespace) -> dict[str, object]:
+    """All figures of one model."""
+    process, pipe = in_a_process(_send_measured, name, args)
+    found = received(process, pipe, name)
     process.join()
     return found | in_turns(name, args)
 
@@ -337,7 +341,7 @@ def main() -> None:
     measured = []
     for dtype in args.dtypes or (("tf32", "bf16") if args.device == "cuda" else ("fp32",)):
         for name in args.models:
-            measured.append(in_a_process(name, argparse.Namespace(**vars(args) | {"dtype": dtype})))
+            measured.append(figures(name, argparse.Namespace(**vars(args) | {"dtype": dtype})))
             console.print(f"{name}, {dtype}: {measured[-1]['step']:.2f}", style="dim")
             if not args.gate:
                 held = json.loads(args.json.read_text()) if args.json.exists() else []

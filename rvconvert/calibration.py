@@ -249,10 +249,11 @@ def renew(conversion: Conversion, name: str, model: nn.Module, args: tuple[Any, 
             gains.stale = False
     elif torch.is_grad_enabled():
         due = gains.is_due(name, every)
+        if due:
+            gains.renewed[name] = gains.steps
         gains.steps += 1
         gains.stale = True
         if due:
-            gains.renewed[name] = gains.steps
             gains.start(mode)
             measure(conversion, name, model, _first(args, _TRAINING_IMAGES), kwargs, TRAINING_PAIRS, gains.steps)
             fresh = _shared(gains.fresh)

@@ -218,7 +218,7 @@ class Gains:
     Attributes:
         evaluation, training: operation's key -> gain.
         steps: training calls so far. stale: training went on since eval gains were measured (or they never were).
-        renewed: method -> the step after which its training gains were measured last.
+        renewed: method -> the step before which its training gains were measured last.
     """
 
     def __init__(self) -> None:
@@ -265,8 +265,8 @@ class Gains:
         """Whether a method's training gains are to be measured, having none, or none of the last ``every`` steps."""
         if not any(key.startswith(f"{name}/") for key in self.training):
             return True
-        last = self.renewed.get(name, (self.steps - 1) // every * every + 1)  # of a file: at a multiple
-        return self.steps >= last - 1 + every
+        last = self.renewed.get(name, (self.steps - 1) // every * every)  # of a file: at a multiple
+        return self.steps >= last + every
 
     def start(self, mode: str) -> None:
         """Forget earlier measurements; the next ones are of ``mode``, ``"evaluation"`` or ``"training"``."""
