@@ -51,6 +51,20 @@ def test_a_bounded_function_of_a_wide_variable_has_the_variance_of_a_coin(name, 
     assert abs(out_var.item() / expected - 1) < 1e-4
 
 
+@named("name, kink", [("elu", 0.0), ("selu", 0.0), ("hardswish", -3.0), ("hardswish", 3.0), ("hardtanh", 1.0), ("relu6", 0.0)])
+def test_accuracy_of_a_function_that_bends_within_and_beyond_its_table(name, kink):
+    p = torch.tensor([-100.0, -20, -9, -8.01, -7.99, -7, -4, 0, 4, 7, 7.99, 8.01, 9, 20, 100], dtype=torch.float64)
+    p, s = (x.ravel() for x in torch.meshgrid(p, torch.logspace(-5, 1, 61, dtype=torch.float64), indexing="ij"))
+    mean, var = (kink + p * s).float(), s.square().float()
+    function = getattr(gaussian, name)
+    out, out_var = function(mean, var)
+    expected, expected_var = function(mean.double(), var.double())
+    seen = expected_var > 1e-6 * var
+    assert seen.sum() > 400
+    assert ((out - expected).abs() / (expected.square() + expected_var).sqrt())[seen].max() < 1e-5
+    assert ((out_var - expected_var).abs() / expected_var)[seen].max() < 1e-4
+
+
 def test_softplus_with_a_steep_beta():
     mean_error, var_error, *_ = accuracy.errors(BY_NAME["softplus (beta 3)"], torch.float32, GRID)
     assert mean_error <= 1e-5

@@ -10,6 +10,9 @@ over c²/(s + c)² where f is bounded. A second kink, the mirror image of the fi
 middle; for the variance on the far side, f that becomes x + f is held with
 
     g = E[f'(X)],    L = log2((Var f(X) - v g²)/v).
+
+An f that is curved beyond the table goes on from its edge by a law of its own: over a step u, an exponential's moments and
+gradients grow by e^u and e^2u, a parabola's mean by a parabola and its gain by a line.
 """
 
 from __future__ import annotations
@@ -30,6 +33,7 @@ from rvconvert.moments.table import (
     Partials,
     as_table,
     integrals,
+    local,
     moments_at_corners,
     partials_at_corners,
     tabulated,
@@ -38,7 +42,8 @@ from rvconvert.moments.table import (
 if TYPE_CHECKING:
     from torch import Tensor
 
-_GRID = Grid(end=8, in_p=1024, in_q=192, spacing=16, curved_in_q=True)
+_GRID = Grid(end=8, in_p=1024, in_q=1152, spacing=16)
+_ROWS = 64  # of q where quadrature is done
 _LEAST = 1e-30  # of a variance: s is no smaller than its root, and m no nearer to the kink than eight of these
 
 
@@ -76,33 +81,37 @@ class Kinked(Curve):
         self.shape, self.middle = shape, middle
 
     def fill(self) -> tuple[Tensor, ...]:
-        """Some 50,000 quadratures in float64, then interpolation onto the corners."""
+        """Some 17,000 quadratures in float64, then interpolation onto the corners."""
         shape = self.shape
-        q = _GRID.corners()[1][:, None].clip(1e-5, 1 - 1e-5)
+        q = _GRID._replace(in_q=_ROWS).corners()[1][:, None].clip(1e-5, 1 - 1e-5)
         root = shape.width * q / (1 - q)
         mean, var = np.broadcast_arrays(_GRID.nodes() * root, root**2)
         bends = sorted([0.0, 2 * self.middle if math.isfinite(self.middle) else -8 * shape.width])
         found = integrals(self.function, torch.tensor(mean.ravel()), torch.tensor(var.ravel()), bends)
         expected, gain, rest = (each.numpy().reshape(mean.shape) for each in found)
-        rows, ratio = np.eye(len(q)), rest + gain**2
-        scale = (1 - q) ** 2 if shape.level else np.ones_like(q)
-        values = (gain, np.log2(rest)) if shape.fold == "even" else (np.log2(ratio / scale),)
-        moments = moments_at_corners(_GRID, rows, expected / root, *values)
-        partials = partials_at_corners(_GRID, rows, gain, ratio, np.full(len(q), 0.5), (q * (1 - q))[:, 0] / 2)
-        partials = partials[: 5 if shape.fold == "even" else 4]
-        p = _GRID.corners()[0]
+        ratio = rest + gain**2
+        logarithm = np.log2(rest if shape.fold == "even" else ratio / (1 - q) ** 2 if shape.level else ratio)
+        first = expected / root
+        for value in (first, logarithm, gain, ratio):  # the first row lies a little beside q = 0, where nothing can be integrated
+            value[0] -= (value[1] - value[0]) * (q[0] / (q[1] - q[0]))
+        values = (gain, logarithm) if shape.fold == "even" else (logarithm,)
+        moments = moments_at_corners(_GRID, local(len(q), _GRID.in_q).T, first, *values)
+        p, at = _GRID.corners()
         moments[0] -= np.where(p > 0, shape.right, shape.left) * p
         moments[:: 1 + len(values)] /= _GRID.end  # in units of x
         if shape.fold == "even":
             moments[1, :, 0] = 0.0
         else:
-            moments[1, :, -1] = np.log2(shape.right**2 / scale[:, 0])
+            moments[1, :, -1] = math.log2(shape.right**2) - (2 * np.log2((1 - at).clip(1e-5)) if shape.level else 0.0)
+        grid = _GRID._replace(in_q=_GRID.in_q // 6)
+        at = grid.corners()[1]
+        by_var = np.full(len(at), 0.5), at * (1 - at) / 2
+        partials = partials_at_corners(grid, local(len(q), grid.in_q).T, gain, ratio, *by_var, _GRID.end)
+        partials = partials[: 5 if shape.fold == "even" else 4]
         if shape.beyond != "exponential":
             partials[..., 0] = 0.0
         if shape.beyond != "parabola":
             partials[..., -1] = np.array([shape.right, 0.0, 0.0, shape.right**2, 0.0])[: len(partials), None]
-        for value in (*moments, *partials):  # the first row lies a little beside q = 0, where there is nothing to integrate
-            value[0] -= (value[1] - value[0]) * (q[0] / (q[1] - q[0]))
         return as_table(moments), as_table(partials)
 
 
@@ -116,7 +125,7 @@ class _Place(NamedTuple):
     inverse: Tensor  # 1/(end s)
     x: Tensor  # of ``Grid.read``
     y: Tensor
-    beyond: Tensor | None  # 1 beyond the table, else 0
+    u: Tensor | None  # from the table's edge, where f goes on beyond it; 0 inside
     far: Tensor | None  # 1 on the far side of the fold, else 0
 
 
@@ -127,90 +136,73 @@ def _place(mean: Tensor, var: Tensor, ends: tuple[float, float], shape: Shape) -
         other = ends[1] - mean
         far = step(t - other)
         t = torch.minimum(t, other)
-    inverse = torch.rsqrt(torch.rsub(var, _GRID.end**2 * _LEAST, alpha=-(_GRID.end**2)))
-    x = (t + 8.5 * math.sqrt(_LEAST)) * inverse
-    beyond = None if shape.beyond is None else step((x if shape.beyond == "parabola" else -x) - 1)
+    inverse = torch.rsub(var, _GRID.end**2 * _LEAST, alpha=-(_GRID.end**2)).rsqrt_()
+    x = (t + 8.5 * math.sqrt(_LEAST)).mul_(inverse)
+    u = None
+    if shape.beyond:
+        u = (x - 1).clamp_(min=0.0) if shape.beyond == "parabola" else (x + 1).clamp_(max=0.0)
+        u = u.div_(inverse)
     # y = 2 (1 + DENSER) q / (1 + DENSER q) - 1, q = 1/(1 + c/s)
     y = torch.rsub(inverse, 1 + DENSER, alpha=-_GRID.end * shape.width).reciprocal_()
-    return _Place(t, inverse, x.clamp_(-1, 1), torch.rsub(y, -1, alpha=-2 * (1 + DENSER)), beyond, far)
-
-
-class _Closed(NamedTuple):
-    """Beyond the table: E[f], E[f'], E[f'']/2, Var/v, its derivative by m, and that of the variance by v."""
-
-    out: Tensor
-    gain: Tensor
-    curvature: Tensor
-    ratio: Tensor
-    by_mean: Tensor
-    by_var: Tensor
-
-
-def _closed(at: _Place, var: Tensor, shape: Shape) -> _Closed:
-    if shape.beyond == "parabola":
-        gain = (at.t - 1.5) / 3
-        gain2 = gain * gain
-        return _Closed(
-            torch.addcmul(var, at.t, at.t - 3) / 6,
-            gain,
-            torch.full_like(gain, 1 / 6),
-            torch.add(gain2, var, alpha=1 / 18),
-            gain * (2 / 3),
-            torch.add(gain2, var, alpha=1 / 9),
-        )
-    # Where the mask is 1, v < t²/64; elsewhere numbers need be finite only.
-    t = at.t.clamp(max=0.0)
-    v = torch.minimum(var, t.square() * (1 / _GRID.end**2)).clamp(max=float(_GRID.end**2))
-    gain = torch.exp(torch.add(t, v, alpha=0.5)) * shape.left
-    gain2 = gain * gain
-    inner = torch.expm1(v)
-    ratio = gain2 * (inner / v.clamp(min=_LEAST)).clamp(min=1.0)
-    return _Closed(gain - shape.left, gain, gain / 2, ratio, 2 * ratio, torch.addcmul(gain2, gain2, inner, value=2))
+    return _Place(t, inverse, x.clamp_(-1, 1), torch.rsub(y, -1, alpha=-2 * (1 + DENSER)), u, far)
 
 
 def _kernel(mean: Tensor, var: Tensor, table: Tensor, ends: tuple[float, float], shape: Shape) -> tuple[Tensor, Tensor]:
     at = _place(mean, var, ends, shape)
     out, *gain, logarithm = _GRID.moments(table, at.x, at.y)
-    out, ratio = out / at.inverse, torch.exp2(logarithm)
+    out = out.div_(at.inverse)
+    t = at.t - at.u if at.u is not None and shape.beyond == "parabola" else at.t  # of which f₀ is the tangent
+    if shape.left == shape.right:
+        out = out.add_(t, alpha=shape.left)
+    elif shape.fold != "odd":  # else f₀ is what the clamp adds below
+        out = out.add_(t.clamp(min=0.0), alpha=shape.right) if shape.right else out
+        out = out.add_(t.clamp(max=0.0), alpha=shape.left) if shape.left else out
+    if at.u is None:
+        ratio = logarithm.exp2_()
+    elif shape.beyond == "exponential":
+        ratio = logarithm.add_(at.u, alpha=2 / math.log(2)).exp2_()
+        out = out.sub_(at.u, alpha=shape.left)  # as at the edge
+        out = torch.addcmul(out, out + shape.left, at.u.expm1_())
+    else:
+        out = out.addcmul_(at.u, (at.t - 3).add_(t), value=1 / 6)
+        gain = [gain[0].add_(at.u, alpha=1 / 3)]
+        ratio = logarithm.exp2_().lerp_(var / 18, at.u.sign_())
     if gain:  # the logarithm is of what the line leaves
-        ratio = torch.addcmul(ratio, gain[0], gain[0])
-    if shape.fold != "odd":  # else f₀ is what the clamp adds below
-        out = torch.add(out, at.t.clamp(min=0.0), alpha=shape.right) if shape.right else out
-        out = torch.add(out, at.t.clamp(max=0.0), alpha=shape.left) if shape.left else out
-    if at.beyond is not None:
-        closed = _closed(at, var, shape)
-        out, ratio = torch.lerp(out, closed.out, at.beyond), torch.lerp(ratio, closed.ratio, at.beyond)
-        gain = [torch.lerp(each, closed.gain, at.beyond) for each in gain]
+        ratio = ratio.addcmul_(gain[0], gain[0])
     if at.far is not None:
         if shape.fold == "odd":
-            out = torch.addcmul(out, out, at.far, value=-2) + mean.clamp(*ends)
+            out = out.addcmul_(out, at.far, value=-2) + mean.clamp(*ends)
         else:  # f(k + u) = u + f(k - u): 1 - g in the place of g
             out = out + (mean - 0.5 * (ends[0] + ends[1])).clamp(min=0.0)
-            ratio = torch.addcmul(ratio, at.far, torch.rsub(gain[0], 1, alpha=2))
+            ratio = ratio.addcmul_(at.far, torch.rsub(gain[0], 1, alpha=2))
     if shape.level:
         size = torch.rsub(at.inverse, 1 / shape.width, alpha=-_GRID.end).reciprocal_()  # s c/(s + c)
-        return out, ratio * size * size
+        return out, (ratio * size).mul_(size)
     return out, ratio * var
 
 
 def _partials(mean: Tensor, var: Tensor, table: Tensor, ends: tuple[float, float], shape: Shape) -> Partials:
     at = _place(mean, var, ends, shape)
     gain, curvature, by_mean, by_var, *gain_by_var = _GRID.partials(table, at.x, at.y)
-    curvature, by_mean = curvature * at.inverse, by_mean * at.inverse
-    if at.beyond is not None:
-        closed = _closed(at, var, shape)
-        pairs = ((gain, closed.gain), (curvature, closed.curvature), (by_mean, closed.by_mean), (by_var, closed.by_var))
-        gain, curvature, by_mean, by_var = (torch.lerp(*each, at.beyond) for each in pairs)
+    curvature, by_mean = curvature.mul_(at.inverse), by_mean.mul_(at.inverse)
+    if at.u is not None and shape.beyond == "exponential":
+        growth = torch.exp(at.u)
+        gain, curvature = gain.mul_(growth), curvature.mul_(growth)
+        growth = growth * growth
+        by_mean, by_var = by_mean.mul_(growth), by_var.mul_(growth)
+    elif at.u is not None:
+        gain, by_mean = gain.add_(at.u, alpha=1 / 3), by_mean.add_(at.u, alpha=2 / 9)
+        by_var = by_var.lerp_(torch.addcmul(var / 9, gain, gain), at.u.sign())
     if at.far is not None:
         sign = torch.rsub(at.far, 1, alpha=2)
         if shape.fold == "odd":
-            curvature, by_mean = curvature * sign, by_mean * sign
+            curvature, by_mean = curvature.mul_(sign), by_mean.mul_(sign)
         else:  # Var/v is 1 - 2g more, g becomes 1 - g
             rest = torch.rsub(gain, 1, alpha=2)
-            by_mean = torch.addcmul(by_mean * sign, at.far, curvature, value=4)
-            by_var = torch.addcmul(by_var, at.far, torch.sub(rest, gain_by_var[0], alpha=2))
+            by_mean = by_mean.mul_(sign).addcmul_(at.far, curvature, value=4)
+            by_var = by_var.addcmul_(at.far, torch.sub(rest, gain_by_var[0], alpha=2))
             gain = torch.addcmul(gain, at.far, rest)
-    return Partials(gain, curvature, by_mean * var, by_var)
+    return Partials(gain, curvature, by_mean.mul_(var), by_var)
 
 
 _KERNELS = Kernels(_kernel, _partials)

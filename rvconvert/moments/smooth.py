@@ -21,7 +21,7 @@ _GELU_RATE, _GELU_CUBIC = 2 * math.sqrt(2 / math.pi), 0.044715
 
 # torch's own GELU cancels far below 0; these are the same functions without that.
 def _gelu(x: Tensor) -> Tensor:
-    return 0.5 * x * torch.special.erfc(-math.sqrt(0.5) * x)
+    return torch.special.erfc(-math.sqrt(0.5) * x).mul_(x).mul_(0.5)
 
 
 def _gelu_tanh(x: Tensor) -> Tensor:

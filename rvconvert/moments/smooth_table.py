@@ -109,7 +109,7 @@ class Smooth(Curve):
         else:
             first = (expected - plain - self.level * (mean - width * p)) / share
         if self.rises:
-            spread = (rest + gain**2) * ((_GRID.end * root) ** 2 if self.level == 0 else 1.0)
+            spread = (rest + gain**2) * ((root / width) ** 2 if self.level == 0 else 1.0)
             moments = moments_at_corners(_GRID, _in_q(), first, np.log2(spread))
         else:
             spread = rest * root**2 / var + _MIX * gain**2
@@ -117,7 +117,8 @@ class Smooth(Curve):
             moments = moments_at_corners(_GRID, _in_q(), first, gain, logarithm)
             moments[1][:, [0, -1]] = self.slopes
         far = 1 - _GRID.corners()[1]  # c/S
-        partials = partials_at_corners(_GRID, _in_q(), gain, rest + gain**2, (1 - far**2) / 2, (1 - far**2) * far / 2)[:4]
+        falls, grows = (1 - far**2) / 2, (1 - far**2) * far / 2
+        partials = partials_at_corners(_GRID, _in_q(), gain, rest + gain**2, falls, grows, 1 / width)[:4]
         partials[..., [0, -1]] = 0.0
         partials[0][:, [0, -1]] = self.slopes
         partials[3][:, [0, -1]] = np.square(self.slopes)
@@ -132,38 +133,38 @@ class Smooth(Curve):
 
 
 def _place(mean: Tensor, var: Tensor, width: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(end S)², 1/(end S), and x and y of ``Grid.read``."""
-    square = torch.rsub(var, (_GRID.end * width) ** 2, alpha=-(_GRID.end**2))
-    inverse = torch.rsqrt(square)
+    """c/S, c p, and x and y of ``Grid.read``."""
+    ratio = torch.rsub(var, 1, alpha=-1 / width**2).rsqrt_()
+    at = mean * ratio
     # y = 2 (1 + DENSER) q / (1 + DENSER q) - 1, q = 1 - c/S
-    y = torch.rsub(inverse, 1 + DENSER, alpha=DENSER * _GRID.end * width).reciprocal_()
-    return square, inverse, mean * inverse, torch.rsub(y, 1 + 2 / DENSER, alpha=2 + 2 / DENSER)
+    y = torch.rsub(ratio, 1 + DENSER, alpha=DENSER).reciprocal_()
+    y = torch.rsub(y, 1 + 2 / DENSER, alpha=2 + 2 / DENSER)
+    return ratio, at, (at * (1 / (_GRID.end * width))).clamp_(-1, 1), y
 
 
 def _kernel(
     mean: Tensor, var: Tensor, table: Tensor, function: Function, width: float, level: float | None
 ) -> tuple[Tensor, Tensor]:
-    square, inverse, x, y = _place(mean, var, width)
-    ratio, share = inverse * (_GRID.end * width), var / square
-    at = mean * ratio
-    change, *gain, logarithm = _GRID.moments(table, x.clamp_(-1, 1), y)
-    spread = torch.exp2(logarithm)
+    ratio, at, x, y = _place(mean, var, width)
+    change, *gain, logarithm = _GRID.moments(table, x, y)
+    share = (var * ratio).mul_(ratio)  # c² times that of the text above
+    spread = logarithm.exp2_()
     if level is None:
-        out = torch.addcmul(function(at), change, share, value=_GRID.end**2 * width) / ratio
+        out = torch.addcmul(function(at), change, share, value=1 / width).div_(ratio)
     else:
-        out = torch.addcmul(function(at), change, share, value=_GRID.end**2)
-        out = torch.add(out, mean - at, alpha=level) if level else out
+        out = torch.addcmul(function(at), change, share, value=1 / width**2)
+        out = out.add_(mean - at, alpha=level) if level else out
     if not gain:  # of a function that rises
         return out, spread * (share if level == 0 else var)
-    gain2 = gain[0] * gain[0]
-    rest = torch.sub(spread if level is None else spread * ratio * ratio, gain2, alpha=_MIX)
-    return out, torch.addcmul(gain2, share, rest, value=_GRID.end**2) * var
+    gain2 = gain[0].mul_(gain[0])
+    rest = (spread if level is None else spread.mul_(ratio).mul_(ratio)).sub_(gain2, alpha=_MIX)
+    return out, gain2.addcmul_(share, rest, value=1 / width**2) * var
 
 
 def _partials(mean: Tensor, var: Tensor, table: Tensor, function: Function, width: float, level: float | None) -> Partials:
-    _, inverse, x, y = _place(mean, var, width)
-    gain, curvature, by_mean, by_var = _GRID.partials(table, x.clamp_(-1, 1), y)
-    return Partials(gain, curvature * inverse, by_mean * inverse * var, by_var)
+    ratio, _, x, y = _place(mean, var, width)
+    gain, curvature, by_mean, by_var = _GRID.partials(table, x, y)
+    return Partials(gain, curvature.mul_(ratio), by_mean.mul_(ratio).mul_(var), by_var)
 
 
 _KERNELS = Kernels(_kernel, _partials)

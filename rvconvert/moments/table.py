@@ -2,8 +2,8 @@
 
 Two or three numbers lead to the moments: one to the mean, and the logarithm to the base of 2 of Var/v, or, of a function that
 turns, g = E[f'] and the logarithm of what its line leaves. Beside each stands its second difference along p, which takes bilinear
-interpolation to third order there. Along q there are second differences too, or corners lie as densely as bilinear interpolation
-asks. Gradients need less: partial derivatives are bilinear between the same corners.
+interpolation to third order there; along q corners lie as densely as bilinear interpolation asks. Gradients need less: partial
+derivatives are bilinear between fewer corners.
 """
 
 from __future__ import annotations
@@ -33,14 +33,12 @@ class Grid(NamedTuple):
     Attributes:
         end, in_p, in_q: of p, and how many cells.
         spacing: nodes for one unit of p where quadrature is done.
-        curved_in_q: second differences along q follow those along p.
     """
 
     end: int
     in_p: int
     in_q: int
     spacing: int
-    curved_in_q: bool = False
 
     def nodes(self) -> np.ndarray:
         """Where quadrature is done, along p."""
@@ -52,7 +50,7 @@ class Grid(NamedTuple):
         return np.linspace(-self.end, self.end, self.in_p + 1), at / (1 + DENSER - DENSER * at)
 
     def read(self, table: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
-        """The n numbers at a place, bilinear between corners.
+        """The n numbers at a place, bilinear between corners; may be changed in place.
 
         Args:
             table: (1, n, corners in q, corners in p).
@@ -63,26 +61,22 @@ class Grid(NamedTuple):
         by_complex = x.is_cpu and not torch.compiler.is_compiling()
         at = torch.view_as_real(torch.complex(x, y)) if by_complex else torch.stack((x, y), -1)
         found = torch.grid_sampler_2d(table.expand(x.shape[0], -1, -1, -1), at[:, None], _BILINEAR, _BORDER, True)
-        return found[:, :, 0].unbind(1)
+        each = found[:, :, 0].unbind(1)
+        # Parts of a tensor change in place under neither a compiler nor a graph.
+        return tuple(x.clone() for x in each) if torch.compiler.is_compiling() or torch.is_grad_enabled() else each
 
     def moments(self, table: Tensor, x: Tensor, y: Tensor) -> Sequence[Tensor]:
-        """The two or three numbers that lead to the moments, as ``read``; of NaN, NaN."""
+        """The two or three numbers that lead to the moments, as ``read``, which leaves nothing of x and y; of NaN, NaN."""
         found = self.read(table, x, y)
-        n = len(found) // (2 + self.curved_in_q)
-        values = _curved(found[:n], x * (self.in_p // 2), found[n : 2 * n])
-        return _curved(values, y * (self.in_q // 2), found[2 * n :]) if self.curved_in_q else values
+        n = len(found) // 2
+        t = x.mul_(self.in_p // 2).frac_().abs_()  # from a corner, in cells
+        share = t.addcmul_(t, t, value=-1)
+        return [a.addcmul_(share, b) for a, b in zip(found[:n], found[n:], strict=True)]
 
     def partials(self, table: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
         """The partial derivatives, as ``read``; of NaN, NaN."""
         first, *rest = self.read(table, x, y)
         return torch.add(first, x, alpha=0), *rest
-
-
-def _curved(values: Sequence[Tensor], at: Tensor, second: Sequence[Tensor]) -> list[Tensor]:
-    """Linear interpolations at ``at``, in cells from the middle, made quadratic by their second differences."""
-    t = at.frac_().abs_()
-    share = torch.addcmul(t, t, t, value=-1)
-    return [torch.addcmul(a, share, b) for a, b in zip(values, second, strict=True)]
 
 
 # ---- filling -----------------------------------------------------------------------------------------------------
@@ -115,10 +109,9 @@ def _integrals(f: Function, mean: Tensor, var: Tensor, bends: Sequence[float]) -
     return at_mean + shift[:, 0], gain[:, 0] / s, rest / var
 
 
-def _in_p(grid: Grid, by: float = 0.0) -> np.ndarray:
+def local(nodes: int, cells: int, by: float = 0.0) -> np.ndarray:
     """(nodes, corners): interpolation ``by`` cells beside the corners, by the polynomial through the eight nearest nodes."""
-    nodes = len(grid.nodes())
-    at = (np.arange(grid.in_p + 1) + by) * ((nodes - 1) / grid.in_p)
+    at = (np.arange(cells + 1) + by) * ((nodes - 1) / cells)
     first = np.clip(np.floor(at).astype(int) - 3, 0, nodes - 8)
     matrix = np.zeros((nodes, len(at)))
     for j in range(8):
@@ -142,16 +135,15 @@ def moments_at_corners(grid: Grid, in_q: np.ndarray, *values: np.ndarray) -> np.
         in_q: (q, rows) interpolation.
         values: (rows, nodes) each.
     """
-    in_p = _in_p(grid)
+    in_p = local(len(grid.nodes()), grid.in_p)
     made = [in_q @ (each @ in_p) for each in values]
-    along_q = [_second_difference(each.T).T for each in made if grid.curved_in_q]
-    return np.stack(made + [_second_difference(each) for each in made] + along_q)
+    return np.stack(made + [_second_difference(each) for each in made])
 
 
 def partials_at_corners(
-    grid: Grid, in_q: np.ndarray, gain: np.ndarray, ratio: np.ndarray, falls: np.ndarray, grows: np.ndarray
+    grid: Grid, in_q: np.ndarray, gain: np.ndarray, ratio: np.ndarray, falls: np.ndarray, grows: np.ndarray, unit: float
 ) -> np.ndarray:
-    """(5, q, p), U ``end`` units of p: E[f'], U/2 E[f''], U/v dVar/dm, dVar/dv and v times E[f'] by v.
+    """(5, q, p), U ``unit`` units of p: E[f'], U/2 E[f''], U/v dVar/dm, dVar/dv and v times E[f'] by v.
 
     Of the mean's, dE/dm = E[f'] and dE/dv = E[f'']/2 (Stein).
 
@@ -160,9 +152,10 @@ def partials_at_corners(
         in_q: (q, rows) interpolation.
         gain, ratio: (rows, nodes) E[f'] and Var/v.
         falls, grows: (q,) -v/p dp/dv and v dq/dv.
+        unit: of U.
     """
     step = 0.01
-    here, ahead, behind = (_in_p(grid, by) for by in (0.0, step, -step))
+    here, ahead, behind = (local(len(grid.nodes()), grid.in_p, by) for by in (0.0, step, -step))
     slope = (ahead - behind) * (grid.in_p / (4 * grid.end * step))
     p, q = grid.corners()
     gains, ratios, curvatures, slopes = (in_q @ (x @ y) for y in (here, slope) for x in (gain, ratio))
@@ -171,7 +164,6 @@ def partials_at_corners(
         return grows[:, None] * np.gradient(values, q, axis=0, edge_order=2) - falls[:, None] * p * by_p
 
     by_var = ratios + by_logarithm_of_var(ratios, slopes)
-    unit = float(grid.end)
     return np.stack([gains, unit / 2 * curvatures, unit * slopes, by_var, by_logarithm_of_var(gains, curvatures)])
 
 
@@ -225,8 +217,8 @@ class Partials(NamedTuple):
     def gradients(self, grad_mean: Tensor, grad_var: Tensor) -> tuple[Tensor, Tensor]:
         """Of the mean and of the variance of X."""
         return (
-            torch.addcmul(grad_mean * self.mean_by_mean, grad_var, self.var_by_mean),
-            torch.addcmul(grad_var * self.var_by_var, grad_mean, self.mean_by_var),
+            (grad_mean * self.mean_by_mean).addcmul_(grad_var, self.var_by_mean),
+            (grad_var * self.var_by_var).addcmul_(grad_mean, self.mean_by_var),
         )
 
 

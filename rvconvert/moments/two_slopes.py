@@ -51,26 +51,26 @@ def _upper(mean: Tensor, var: Tensor, up: Tensor, up_var: Tensor) -> tuple[Tenso
 
     E² + Var = (m² + v) P + m s phi and E = m P + s phi: so v P = Var + E (E - m). Beyond ten deviations P is 0 or 1.
     """
-    inverse = 1.0 / var.clamp(min=1e-37)
-    far = step(torch.addcmul(-100.0 * var, mean, mean))
-    above = torch.lerp(torch.addcmul(up_var, up, up - mean) * inverse, step(mean), far)
-    slope = torch.addcmul(up, mean, above, value=-1) * inverse
+    inverse = var.clamp(min=1e-37).reciprocal_()
+    far = step((-100.0 * var).addcmul_(mean, mean))
+    above = torch.addcmul(up_var, up, up - mean).mul_(inverse).lerp_(step(mean), far)
+    slope = torch.addcmul(up, mean, above, value=-1).mul_(inverse)
     return above, torch.addcmul(slope, slope, far, value=-1)
 
 
 def _relu_kernel(mean, var, table):
     if table is None:
         return _closed(mean, var)[1:]
-    inverse = torch.rsqrt(var + 1e-37)
+    inverse = (var + 1e-37).rsqrt_()
     x = (mean * inverse).mul_(1 / _GRID.end)
     ratio, small = (each.exp2() for each in _GRID.partials(table, x, torch.zeros_like(x)))
-    return torch.addcmul(mean.clamp(min=0.0), var * inverse, small), var * ratio
+    return mean.clamp(min=0.0).addcmul_(inverse.mul_(var), small), ratio.mul_(var)
 
 
 def _relu_backward(mean, var, out, out_var, grad_mean, grad_var):
     above, slope = _upper(mean, var, out, out_var)
-    by_mean = torch.addcmul(grad_mean * above, grad_var, torch.addcmul(out, out, above, value=-1), value=2)
-    by_var = torch.addcmul(grad_var * torch.addcmul(above, out, slope, value=-1), grad_mean, slope, value=0.5)
+    by_mean = (grad_mean * above).addcmul_(grad_var, torch.addcmul(out, out, above, value=-1), value=2)
+    by_var = torch.addcmul(above, out, slope, value=-1).mul_(grad_var).addcmul_(grad_mean, slope, value=0.5)
     return by_mean, by_var
 
 
@@ -110,17 +110,16 @@ def _two_slopes_backward(mean, var, c, grad_mean, grad_var, table):
 
 def _one_slope_backward(mean, var, out, out_var, grad_mean, grad_var, c):
     # E and Var of relu(X) from those of f = relu(x) - c relu(-x) and of x = relu(x) - relu(-x).
-    up = torch.sub(out, mean, alpha=c) / (1.0 - c)
+    up = torch.sub(out, mean, alpha=c).div_(1.0 - c)
     down = up - mean
-    up_var = torch.addcmul(torch.sub(out_var, var, alpha=c * c), up, down, value=-2 * c * (1.0 - c)) / (1.0 - c * c)
+    up_var = torch.sub(out_var, var, alpha=c * c).addcmul_(up, down, value=-2 * c * (1.0 - c)).div_(1.0 - c * c)
     above, slope = _upper(mean, var, up, up_var)
     under = 1.0 - above
-    by_mean, var_by_mean = torch.add(above, under, alpha=c), torch.addcmul(up * under, down, above, value=c)
-    var_by_var = torch.add(above, under, alpha=c * c)
-    var_by_var = torch.addcmul(var_by_var, torch.sub(up, down, alpha=c), slope, value=c - 1.0)
+    by_mean, var_by_mean = torch.add(above, under, alpha=c), (up * under).addcmul_(down, above, value=c)
+    var_by_var = torch.add(above, under, alpha=c * c).addcmul_(torch.sub(up, down, alpha=c), slope, value=c - 1.0)
     return (
-        torch.addcmul(grad_mean * by_mean, grad_var, var_by_mean, value=2 * (1.0 - c)),
-        torch.addcmul(grad_var * var_by_var, grad_mean, slope, value=0.5 * (1.0 - c)),
+        by_mean.mul_(grad_mean).addcmul_(grad_var, var_by_mean, value=2 * (1.0 - c)),
+        var_by_var.mul_(grad_var).addcmul_(grad_mean, slope, value=0.5 * (1.0 - c)),
     )
 
 
