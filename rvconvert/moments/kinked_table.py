@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from rvconvert.moments.normal import step
 from rvconvert.moments.table import (
@@ -162,7 +163,7 @@ def _kernel(mean: Tensor, var: Tensor, table: Tensor, ends: tuple[float, float],
     elif shape.beyond == "exponential":
         ratio = logarithm.add_(at.u, alpha=2 / math.log(2)).exp2_()
         out = out.sub_(at.u, alpha=shape.left)  # as at the edge
-        out = torch.addcmul(out, out + shape.left, at.u.expm1_())
+        out = torch.addcmul(out, out + shape.left, F.elu(at.u, inplace=True))
     else:
         out = out.addcmul_(at.u, (at.t - 3).add_(t), value=1 / 6)
         gain = [gain[0].add_(at.u, alpha=1 / 3)]

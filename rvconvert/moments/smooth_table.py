@@ -126,7 +126,7 @@ class Smooth(Curve):
 
     def moments(self, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
         """By a table of this call's own, in float32 on the processor: to be held against something."""
-        return _kernel(mean[None], var[None], self.fill()[0], self.function, self.width, self.level)
+        return _kernel(mean[None, None], var[None, None], self.fill()[0], self.function, self.width, self.level)
 
 
 # ---- reading -----------------------------------------------------------------------------------------------------

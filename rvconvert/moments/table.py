@@ -54,14 +54,13 @@ class Grid(NamedTuple):
 
         Args:
             table: (1, n, corners in q, corners in p).
-            x: (images, elements), p over ``end``, in [-1, 1]; a processor gives each image to one core.
+            x: (images, 1, elements), p over ``end``, in [-1, 1]; a processor gives each image to one core.
             y: of its shape, -1 at q = 0, 1 at q = 1, and between as the corners lie.
         """
         # Interleaved by way of complex numbers, which Inductor does not know, a processor takes a sixth of the time.
         by_complex = x.is_cpu and not torch.compiler.is_compiling()
         at = torch.view_as_real(torch.complex(x, y)) if by_complex else torch.stack((x, y), -1)
-        found = torch.grid_sampler_2d(table.expand(x.shape[0], -1, -1, -1), at[:, None], _BILINEAR, _BORDER, True)
-        each = found[:, :, 0].unbind(1)
+        each = torch.grid_sampler_2d(table.expand(x.shape[0], -1, -1, -1), at, _BILINEAR, _BORDER, True).unbind(1)
         # Parts of a tensor change in place under neither a compiler nor a graph.
         return tuple(x.clone() for x in each) if torch.compiler.is_compiling() or torch.is_grad_enabled() else each
 
@@ -237,11 +236,11 @@ def in_images(*arguments: Any) -> tuple[Tensor, ...]:
     *tensors, kernel, constants = arguments
     shape = tensors[0].shape
     if torch.compiler.is_compiling():  # for any number of elements, which is not asked for
-        rows = [x.flatten(1) if x.ndim > 1 else x.reshape(1, -1) for x in tensors]
+        rows = [x.flatten(1)[:, None] if x.ndim > 1 else x.reshape(1, 1, -1) for x in tensors]
     else:
         n = tensors[0].numel()
         shared = tensors[0].is_cpu and n >= _LEAST and n % _IMAGES == 0
-        rows = [x.reshape(_IMAGES if shared else 1, -1) for x in tensors]
+        rows = [x.reshape(_IMAGES if shared else 1, 1, -1) for x in tensors]
     results = kernel(*rows, *constants)
     return tuple(x.reshape(shape) for x in results)
 
