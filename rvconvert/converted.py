@@ -430,6 +430,11 @@ class Conversion:
         vars(self.constants).update(recording.constants)
         roles = assign(recording, self.options.latent, paths=not self.settings.needs_rules)
         refusal = self.refusal(recording, roles, name, model)
+        reported = [place for node, place, _ in recording.reads if node in roles.random]
+        if refusal is None and reported:
+            again_by = [self.recorded_beside(recording, factor, model, method, args, kwargs) for factor in (1.0, 0.01, 100.0)]
+            if again_by[0] and not all(again_by):  # what was reported came back into the graph
+                refusal = _read_refusal(f"{self.plain_class.__name__}.{name}", reported[0])
         if refusal is None:
             again += [f"Python decides by the value of a tensor: {place}" for _, place, _ in recording.reads]
             if not recording.once and not again:
@@ -439,6 +444,18 @@ class Conversion:
         if refusal is not None:
             report = dataclasses.replace(report, refusal=str(refusal))
         return Examined(recording, roles, report, refusal, bool(again))
+
+    def recorded_beside(
+        self, recording: Recording, reported: float, model: nn.Module, method: Any, args: Any, kwargs: Any
+    ) -> bool:
+        """The recording is the same where Python hears ``reported`` times the values that it asks for."""
+        told = torch.is_grad_enabled()
+        with unchanged(model), torch.enable_grad():
+            try:
+                other, _ = record(model, method, args, kwargs, self.settings.registry, told=told, reported=reported)
+            except Exception:  # noqa: BLE001 (the model's own code may fail in any way)
+                return False
+        return other.equals(recording)
 
     def build(self, name: str, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Call the plain method, which makes layers at its first call; what the model had stays as it was."""

@@ -355,6 +355,23 @@ def test_a_decision_by_a_loss_is_refused(decision: Callable[[Tensor], Any]) -> N
         rvconvert.convert(VAE(SAMPLERS["randn_like"], result), example_inputs=torch.rand(5, 6))
 
 
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda loss: loss / float(loss),
+        lambda loss: loss * (1 + loss.detach().numpy()).item(),
+        lambda loss: loss + torch.tensor(loss.tolist()),
+        lambda loss: 2 * loss if float(loss) > 0.5 else loss,
+    ],
+)
+def test_a_reported_value_that_comes_back_is_refused(use: Callable[[Tensor], Any]) -> None:
+    def result(y: Tensor, x: Tensor, mu: Tensor, z: Tensor) -> Any:
+        return y, use(F.mse_loss(y, x))
+
+    with pytest.raises(ConversionError, match="value of a random variable"):
+        rvconvert.convert(VAE(SAMPLERS["randn_like"], result), example_inputs=torch.rand(5, 6))
+
+
 class OnlyInTraining(VAE):
     def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
         mu, logvar = self.encoder(x).chunk(2, -1)

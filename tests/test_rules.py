@@ -163,3 +163,37 @@ def test_normalization_of_many_elements_has_the_gradients_of_its_formula(normali
 
     assert torch.autograd.gradcheck(moments, (*inputs, weight, bias), fast_mode=True)
     assert torch.autograd.gradgradcheck(moments, (*inputs, weight, bias), fast_mode=True)
+
+
+SELF_PRODUCTS = {
+    "matmul": lambda z: z @ z.mT,
+    "transpose on the left": lambda z: torch.matmul(z.transpose(-1, -2), z),
+    "bmm": lambda z: torch.bmm(z, z.permute(0, 2, 1)),
+    "einsum": lambda z: torch.einsum("bik,bjk->bij", z, z),
+    "einsum over rows": lambda z: torch.einsum("bki,bkj->bji", z, z),
+    "dot": lambda z: (lambda y: torch.dot(y, y))(z.flatten()),
+    "vector": lambda z: (lambda y: y @ y)(z[0, 0]),
+}
+
+
+@pytest.mark.parametrize("name", SELF_PRODUCTS)
+def test_a_product_of_a_matrix_and_its_own_transpose_has_squares_on_the_diagonal(name):
+    function = SELF_PRODUCTS[name]
+    generator = torch.Generator().manual_seed(0)
+    mean, var = torch.randn(2, 4, 3, generator=generator), torch.rand(2, 4, 3, generator=generator)
+    draws = mean + var.sqrt() * torch.randn(50_000, 2, 4, 3, generator=generator)
+    found, sampled = function(RandomVariable(mean, var)), torch.func.vmap(function)(draws)
+    error = (found.mean - sampled.mean(0)).abs() / (sampled.std(0) / len(draws) ** 0.5)
+    assert error.max() < 4.5
+    assert (found.var / sampled.var(0) - 1).abs().max() < 0.06
+
+
+def test_a_product_with_another_matrix_or_a_changed_one_has_none():
+    mean, var = torch.randn(4, 3), torch.rand(4, 3)
+    z, other = RandomVariable(mean, var), RandomVariable(mean, var)
+    torch.testing.assert_close((z @ other.t()).mean, mean @ mean.t())
+    y = z.t()
+    z += 1.0  # the variable written over is another one than the one transposed
+    torch.testing.assert_close((other @ y).mean, mean @ mean.t())
+    square = RandomVariable(mean[:3], var[:3])
+    torch.testing.assert_close((square @ square).mean, mean[:3] @ mean[:3])  # not its transpose

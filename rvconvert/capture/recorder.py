@@ -105,6 +105,12 @@ class Recording:
     places: dict[Place, None] = field(default_factory=dict)
     builds: bool = False
 
+    def equals(self, other: Recording) -> bool:
+        """Both have the same graph, of the same constants."""
+        mine, others = self.constants, other.constants
+        alike = str(self.graph) == str(other.graph) and mine.keys() == others.keys()
+        return alike and all(_equal(each, others[name]) for name, each in mine.items())
+
     @property
     def output(self) -> fx.Node:
         """The node of the outputs."""
@@ -150,9 +156,10 @@ def where(frame: types.FrameType | None) -> tuple[str, str]:
 class _Recorder(TorchFunctionMode, Handler):
     """Writes every torch function that runs into the recording, with tensors and sizes as its edges."""
 
-    def __init__(self, root: nn.Module, recording: Recording, registry: Registry, told: bool | None) -> None:
+    def __init__(self, root: nn.Module, recording: Recording, registry: Registry, told: bool | None, reported: float) -> None:
         super().__init__()
         self.told = told  # what a model that asks for the gradient mode hears; None: what is so
+        self.reported = reported
         self.recording = recording
         self.graph = recording.graph
         self.registry = registry
@@ -346,6 +353,8 @@ class _Recorder(TorchFunctionMode, Handler):
     def read(self, func: Any, rule: Rule, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The value of a tensor goes to Python, or into the shape of a result."""
         value = func(*_plain(args), **_plain(kwargs))
+        if self.reported != 1 and getattr(func, "__name__", "") in _REPORTS:
+            return _times(value, self.reported)
         tensors = _tensors(args, kwargs)
         if _tensors(value):
             node = self.node_for(func, self.argument(args), self.argument(kwargs), False)
@@ -598,6 +607,15 @@ class _Recorder(TorchFunctionMode, Handler):
 
 
 _REPORTS = frozenset("__float__ __array__ numpy tolist".split())  # as a log takes a loss
+
+
+def _times(value: Any, factor: float) -> Any:
+    """The numbers in a value, each multiplied."""
+    if isinstance(value, list):
+        return [_times(each, factor) for each in value]
+    return value * factor if isinstance(value, (float, np.ndarray)) else value
+
+
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.DataParallel)
 _IMMEDIATE = (bool, int, float, complex, str, torch.dtype, torch.device, torch.memory_format, torch.layout)
 
@@ -821,16 +839,18 @@ def record(
     registry: Registry,
     *,
     told: bool | None = None,
+    reported: float = 1.0,
 ) -> tuple[Recording, Any]:
     """Run ``method(*args, **kwargs)`` once and record it; returns the recording and the method's result.
 
     A ``RandomVariable`` among the arguments stands in as its mean and marks that input as random. What the method keeps
-    on modules stays as the run left it: see ``unchanged``. A model that asks whether gradients are on hears ``told``.
+    on modules stays as the run left it: see ``unchanged``. A model that asks whether gradients are on hears ``told``;
+    one that asks for values, as a log does, hears ``reported`` times them.
     """
     leaves, structure = flatten((args, kwargs))
     recording = Recording(fx.Graph())
     before = _Kept(root)
-    recorder = _Recorder(root, recording, registry, told)
+    recorder = _Recorder(root, recording, registry, told, reported)
     values = []
     for index, leaf in enumerate(own_copies(leaves)):
         node = recording.graph.placeholder(f"input_{index}")
@@ -928,6 +948,6 @@ class _Kept:
 
 def _equal(a: Any, b: Any) -> bool:
     try:
-        return bool(a == b)
+        return torch.equal(a, b) if isinstance(a, torch.Tensor) else bool(a == b)
     except (RuntimeError, ValueError, TypeError):
         return False

@@ -126,6 +126,7 @@ class RandomVariable:
 
     _density: Density | None = None
     _remake: tuple[Remake, Remake] | None = None
+    _transposed: RandomVariable | None = None
 
     def __init__(self, mean: torch.Tensor, var: torch.Tensor) -> None:
         if not (isinstance(mean, torch.Tensor) and isinstance(var, torch.Tensor)):
@@ -193,6 +194,16 @@ class RandomVariable:
     def distributed(self, density: Density | None) -> RandomVariable:
         """This variable, newly made, marked with its law."""
         self._density = density
+        return self
+
+    @property
+    def transposed(self) -> RandomVariable | None:
+        """The variable that this one is with its last two dimensions exchanged, if it is known to be one."""
+        return self._transposed
+
+    def transposes(self, of: RandomVariable) -> RandomVariable:
+        """This variable, newly made, marked as ``of`` with its last two dimensions exchanged."""
+        self._transposed = of
         return self
 
     def remade(self, mean: Remake, var: Remake) -> RandomVariable:

@@ -131,6 +131,20 @@ def is_same(a: Any, b: RandomVariable) -> bool:
     return isinstance(a, RandomVariable) and a.identity is b.identity
 
 
+def copied(x: RandomVariable) -> Iterator[RandomVariable]:
+    """The variable, and those that it is a copy of, nearest first."""
+    yield x
+    while x.origin is not None and x.origin.line == (1.0, 0.0):
+        x = x.origin.parent
+        yield x
+
+
+def transposes(a: RandomVariable, b: RandomVariable) -> bool:
+    """True where the matrices ``a`` are known to be the transposes of ``b``."""
+    turned = [x.transposed for x in copied(a) if x.transposed is not None]
+    return any(is_same(x, y) for each in turned for x in copied(each) for y in copied(b))
+
+
 def at_means(func: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """``func`` with every random variable at its mean."""
     return func(*substitute(args, lambda x: x.mean), **substitute(kwargs, lambda x: x.mean))
@@ -195,6 +209,9 @@ class Collapse:
         return at_means(func, args, kwargs)
 
 
+_TRANSPOSE = frozenset("t transpose swapaxes swapdims permute adjoint movedim moveaxis".split())
+
+
 @dataclass(frozen=True)
 class Shape:
     """Selects, moves or joins elements without changing them: mean and variance go the same way.
@@ -232,6 +249,10 @@ class Shape:
         if self.same and isinstance(made, RandomVariable):
             same = _of_no_gradient if getattr(func, "__name__", "") == "detach" else lambda x: func(x, *rest, **options)
             made.derived(origin=Origin(like.snapshot(), same, line=(1.0, 0.0), affine=True))
+        if isinstance(made, RandomVariable) and getattr(func, "__name__", "") in _TRANSPOSE and made.ndim > 1:
+            exchanged = like.mean.mT
+            if (mean.shape, mean.stride()) == (exchanged.shape, exchanged.stride()):
+                made.transposes(like.snapshot())
         return made
 
     def call(self, func: Function, values: dict[str, Any], rest: tuple[Any, ...], options: dict[str, Any]) -> Any:
@@ -355,6 +376,35 @@ class Bilinear:
         if dtype is None:
             return widened(product, var, weight.square())
         return product(var.to(dtype), weight.square().to(dtype)).to(var.dtype)
+
+
+@dataclass(frozen=True)
+class MatrixProduct(Bilinear):
+    """Rows times columns. Of a matrix and its own transpose the diagonal is of squares: more v, and twice the variance."""
+
+    names: tuple[str, ...] = ("input", "other")
+
+    def __call__(self, func: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> RandomVariable:
+        made = super().__call__(func, args, kwargs)
+        (a, b), *_ = bind(self.names, args, kwargs)
+        if not (isinstance(a, RandomVariable) and isinstance(b, RandomVariable)):
+            return made
+        if a.ndim == 1 and is_same(a, b):
+            return made.with_moments(made.mean + a.var.sum(), 2 * made.var)
+        if transposes(a, b) or transposes(b, a):
+            return of_itself(made, a.var.sum(-1))
+        return made
+
+
+def of_itself(made: RandomVariable, var: torch.Tensor) -> RandomVariable:
+    """A matrix of products of rows, each row with itself on the diagonal: Σ z² of N(m, v) has the mean Σ m² + v and 4m²v + 2v².
+
+    Args:
+        made: (..., n, n) as of rows that are independent of each other.
+        var: (..., n) sums of the variances of a row.
+    """
+    diagonal = made.var.diagonal(dim1=-2, dim2=-1)
+    return made.with_moments(made.mean + torch.diag_embed(var), made.var + torch.diag_embed(diagonal))
 
 
 def widened(product: Function, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:

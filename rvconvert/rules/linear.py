@@ -12,7 +12,7 @@ from torch import nn
 
 from rvconvert.core.random_variable import RandomVariable
 from rvconvert.core.registry import Exactness
-from rvconvert.rules.kinds import Bilinear, Composite, FixedLinear, add_rule, moments, same_map
+from rvconvert.rules.kinds import Bilinear, Composite, FixedLinear, MatrixProduct, add_rule, is_same, moments, of_itself, same_map
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -45,18 +45,17 @@ for _dims, _conv, _transposed in (
     add_rule(f"conv{_dims}d", Convolution(), Exactness.EXACT_IF_INDEPENDENT, _INDEPENDENT, modules=(_conv,))
     add_rule(f"conv_transpose{_dims}d", Convolution(), Exactness.EXACT_IF_INDEPENDENT, _INDEPENDENT, modules=(_transposed,))
 for _name, _operands in (
-    *((name, ("input", "other")) for name in ("matmul", "inner", "kron")),
-    ("mm", ("input", "mat2")),
-    ("bmm", ("input", "mat2")),
+    ("inner", ("input", "other")),
+    ("kron", ("input", "other")),
     ("mv", ("input", "vec")),
-    ("dot", ("input", "tensor")),
-    ("vdot", ("input", "other")),
     ("outer", ("input", "vec2")),
     ("ger", ("input", "vec2")),
     ("vecdot", ("x", "y")),
     ("tensordot", ("a", "b")),
 ):
     add_rule(_name, Bilinear(_operands), Exactness.EXACT_IF_INDEPENDENT, _INDEPENDENT)
+for _name, _other in (("matmul", "other"), ("mm", "mat2"), ("bmm", "mat2"), ("dot", "tensor"), ("vdot", "other")):
+    add_rule(_name, MatrixProduct(("input", _other)), Exactness.EXACT_IF_INDEPENDENT, _INDEPENDENT)
 
 
 def _rmatmul(x: Any, other: Any) -> Any:
@@ -146,8 +145,17 @@ def _contract(terms: list[str], output: str, operands: list[Any]) -> Any:
     equation = ",".join(terms) + "->" + output
     if not any(isinstance(x, RandomVariable) for x in operands):
         return torch.einsum(equation, *operands)
-    kind = _ONE if len(operands) == 1 else _TWO
-    return kind(lambda *tensors: torch.einsum(equation, *tensors), tuple(operands), {})
+    if len(operands) == 1:
+        return _ONE(lambda tensor: torch.einsum(equation, tensor), tuple(operands), {})
+    made = _TWO(lambda *tensors: torch.einsum(equation, *tensors), tuple(operands), {})
+    (first, second), (a, b) = terms, operands
+    apart = [(x, y) for x, y in zip(first, second, strict=False) if x != y]
+    # Rows of one variable with all of its rows, as in "ik,jk->ij"
+    if isinstance(a, RandomVariable) and is_same(b, a) and len(first) == len(second) and len(apart) == 1:
+        ((x, y),) = apart
+        if output.endswith((x + y, y + x)) and output.count(x) == output.count(y) == 1:
+            return of_itself(made, torch.einsum(f"{first}->{output[:-2]}{x}", a.var))
+    return made
 
 
 def _letters(term: str, wanted: str) -> str:

@@ -647,11 +647,17 @@ class Builder:
             options: dict[str, Any] = {"q": q, "k": k, "v": v, "scale": shape[-1] ** -0.5}
             self.add(f"{out} = {text}", out, (Part(out, text, (q, k, v), Law("attention", options=options)),))
             return
+        if k != q and self.values[k].memory == self.values[q].memory:
+            return  # perhaps the same variable by another name
         turned, s, w = f"{out}_k", f"{out}_s", f"{out}_w"
         weights = f"torch.softmax({s}, -1)"
-        parts = (
+        apart = (
             Part(turned, f"{k}.transpose(-2, -1)", (k,), Law("linear")),
             Part(s, f"{q} @ {turned} * 0.5", (q, turned), Law("bilinear")),
+        )
+        itself = (Part(s, f"{q} @ {q}.transpose(-2, -1) * 0.5", (q,), Law("quadratic")),)
+        parts = (
+            *(itself if k == q else apart),
             Part(w, weights, (s,), Law("softmax", options={"dim": -1})),
             Part(out, f"{w} @ {v}", (w, v), Law("bilinear")),
         )

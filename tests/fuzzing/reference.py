@@ -149,6 +149,19 @@ class Reference:
         shape = function(a[0], b[0]).shape
         return self.rounded(mean.reshape(shape), var.reshape(shape), 32, (size + var.sqrt()).reshape(shape))
 
+    def quadratic(self, part: Part, law: Law, x: Moments) -> Expected:
+        """y_o = x' S_o x of Gaussians, S symmetric: mean m' S m + tr SV, var = 2 tr SVSV + 4 m' SVS m."""
+        function = self.plain(part)
+        mean, var = (each.flatten() for each in x)
+        form = torch.func.vmap(torch.func.hessian(lambda y: function(y.reshape(x[0].shape)).flatten()))(mean[None])[0] / 2
+        spread = form * var
+        out = torch.einsum("oij,i,j->o", form, mean, mean) + torch.einsum("oii->o", spread)
+        out_var = 2 * torch.einsum("oij,oji->o", spread, spread)
+        out_var = out_var + 4 * torch.einsum("i,oij,ojk,k->o", mean, spread, form, mean)
+        size = torch.einsum("oij,i,j->o", form.abs(), mean.abs(), mean.abs()) + torch.einsum("oii->o", spread.abs())
+        shape = function(x[0]).shape
+        return self.rounded(out.reshape(shape), out_var.reshape(shape), 32, (size + out_var.sqrt()).reshape(shape))
+
     # --- elementwise functions ------------------------------------------------------------------
 
     def ancestors(self, name: str) -> list[tuple[str, Function, tuple[Function, ...], bool]]:
