@@ -13,7 +13,7 @@ from torch import nn
 import rvconvert.covariance
 import rvconvert.rules  # noqa: F401 - fills the rule table
 from rvconvert.capture import intercept
-from rvconvert.capture.recorder import unchanged
+from rvconvert.capture.module_state import unchanged
 from rvconvert.capture.replay import each_mode
 from rvconvert.converted import Conversion, conversion_of, convert_copy, detached, is_converted
 from rvconvert.core.random_variable import RandomVariable

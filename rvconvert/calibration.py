@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from rvconvert.capture.recorder import unchanged
+from rvconvert.capture.module_state import unchanged
 from rvconvert.core.random_variable import random_variables
 from rvconvert.covariance.calibrated import FLOOR, Gain
 from rvconvert.errors import ConversionError

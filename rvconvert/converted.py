@@ -18,8 +18,10 @@ from torch.nn.parameter import is_lazy
 
 from rvconvert.calibration import renew
 from rvconvert.capture import intercept
+from rvconvert.capture.graph_calls import autocast_state, set_autocast
+from rvconvert.capture.module_state import unchanged
 from rvconvert.capture.python_state import Place, read_now
-from rvconvert.capture.recorder import Kept, Recording, autocast_state, own_copies, record, set_autocast, unchanged
+from rvconvert.capture.recorder import own_copies, record
 from rvconvert.capture.replay import each_mode, replay_differs
 from rvconvert.core.random_variable import RandomVariable, random_variables
 from rvconvert.core.tree import Structure, flatten
@@ -37,6 +39,7 @@ from rvconvert.rules.noise import all_entering
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from rvconvert.capture.recording import Kept, Recording
     from rvconvert.report import Report
 
 __all__ = ["Conversion", "ConvertedModel", "conversion_of", "convert_copy", "is_converted", "plain_copy"]

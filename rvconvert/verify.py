@@ -17,7 +17,7 @@ from torch import Tensor, fx, nn
 
 from rvconvert.calibration import renew
 from rvconvert.capture import intercept
-from rvconvert.capture.recorder import Recording, unchanged
+from rvconvert.capture.module_state import unchanged
 from rvconvert.converted import Conversion, Examined, conversion_of, convert_copy, plain_copy
 from rvconvert.core.random_variable import RandomVariable, Settings
 from rvconvert.core.tree import flatten
@@ -31,6 +31,7 @@ from rvconvert.rules.noise import all_entering, nth_source
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from rvconvert.capture.recording import Recording
     from rvconvert.options import Options
 
 __all__ = ["OutputVariances", "Verification", "VerifiedNode", "output_variances", "truth_ratio", "verify"]

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
-import copy
 import itertools
 import linecache
 import operator
 import sys
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,19 +13,29 @@ import torch
 from torch import fx, nn
 from torch.overrides import TorchFunctionMode
 
+from rvconvert.capture.graph_calls import (
+    apply_function,
+    assign_mean,
+    autocast_state,
+    call_by_rule,
+    call_hooks,
+    call_pre_hooks,
+    rewritten,
+    set_autocast,
+)
 from rvconvert.capture.intercept import COMMAND_LINE, INTERNAL, Handler, intercepting
+from rvconvert.capture.module_state import Held, is_output
 from rvconvert.capture.python_state import (
     GENERATORS,
     Place,
     globals_of,
-    is_opaque,
     is_watched,
     random_state,
-    restore_random_state,
 )
+from rvconvert.capture.recording import Recording
 from rvconvert.capture.traced_number import TracedFloat, TracedInt, ignored, traced_size, untraced
-from rvconvert.core.random_variable import RandomVariable, Settings, in_settings, propagate, random_variables
-from rvconvert.core.tree import Structure, flatten
+from rvconvert.core.random_variable import RandomVariable
+from rvconvert.core.tree import flatten
 from rvconvert.places import short_place
 from rvconvert.rules.draws import DRAWS
 from rvconvert.rules.kinds import Metadata, Read, out_of_place
@@ -36,11 +43,11 @@ from rvconvert.rules.shape import setitem
 
 if TYPE_CHECKING:
     import types
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
 
     from rvconvert.core.registry import Registry, Rule
 
-__all__ = ["Kept", "Recording", "autocast_state", "record", "set_autocast", "unchanged", "user_frame", "where"]
+__all__ = ["own_copies", "record", "user_frame", "where"]
 
 _TENSOR_METHODS = {
     getattr(torch.Tensor, name): name for name in reversed(dir(torch.Tensor)) if callable(getattr(torch.Tensor, name))
@@ -51,82 +58,6 @@ _TENSOR_PROPERTIES = {
     if hasattr(attribute := getattr(torch.Tensor, name), "__get__") and not callable(attribute)
 }
 _CONSTANT = itertools.count()
-
-
-@dataclass(frozen=True)
-class Kept:
-    """Something that the method keeps on a module: an attribute and the structure of its value, tensors taken out."""
-
-    path: str
-    name: str
-    structure: Structure
-    leaves: int
-    grown: bool = False  # the same list or dict as before, with other contents
-
-
-@dataclass
-class Recording:
-    """A method captured as a graph.
-
-    Attributes:
-        graph: placeholders are the tensor leaves of the inputs, in order; the output is a flat tuple. On each node, ``meta``
-            holds where it comes from, the rule that serves it, its value's shape, and the draw that it is.
-        outputs: structure of the outputs.
-        kept: what the method keeps on modules; the tensors in it follow the outputs.
-        constants: values that no code in the graph makes, by the name it looks them up with on the conversion.
-        random_inputs: the placeholders given as random variables.
-        draws: the nodes that draw.
-        depends: the nodes that depend on a draw or a random input.
-        reads: (node, place, decides) where Python reads the value of a tensor, to decide by it or for a report.
-        stale: (writer, place) where memory is used that was written in place through another tensor.
-        once: why the recording serves the call at hand alone (empty if it can be kept).
-        fixed: why the batch size is part of the graph (empty if it is not).
-        overwritten: parameters that the run wrote to in place, with what they were.
-        asks_grad_mode: the method asks whether gradients are on.
-        sets_autocast: the method turns autocast on or off.
-        places: plain attributes and globals that the method read, whose values are constants of the graph.
-        builds: the method made parameters, which the model had not before.
-    """
-
-    graph: fx.Graph
-    outputs: Structure = field(default_factory=lambda: Structure("constant"))
-    kept: list[Kept] = field(default_factory=list)
-    constants: dict[str, Any] = field(default_factory=dict)
-    random_inputs: list[fx.Node] = field(default_factory=list)
-    draws: list[fx.Node] = field(default_factory=list)
-    depends: set[fx.Node] = field(default_factory=set)
-    reads: list[tuple[fx.Node | None, str, bool]] = field(default_factory=list)
-    stale: list[tuple[fx.Node, str]] = field(default_factory=list)
-    once: list[str] = field(default_factory=list)
-    fixed: list[str] = field(default_factory=list)
-    overwritten: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)
-    asks_grad_mode: bool = False
-    sets_autocast: bool = False
-    places: dict[Place, None] = field(default_factory=dict)
-    builds: bool = False
-
-    def equals(self, other: Recording) -> bool:
-        """Both have the same graph, of the same constants."""
-        mine, others = self.constants, other.constants
-        alike = str(self.graph) == str(other.graph) and mine.keys() == others.keys()
-        return alike and all(_equal(each, others[name]) for name, each in mine.items())
-
-    @property
-    def output(self) -> fx.Node:
-        """The node of the outputs."""
-        return next(iter(reversed(self.graph.nodes)))
-
-    @staticmethod
-    def restore(recording: Recording) -> None:
-        """Put back the parameters that a run wrote to."""
-        with torch.no_grad():
-            for target, value in reversed(recording.overwritten):
-                target.copy_(value)
-
-    @property
-    def kept_leaves(self) -> int:
-        """How many of the outputs are tensors that the method keeps on modules."""
-        return sum(each.leaves for each in self.kept)
 
 
 def user_frame() -> types.FrameType | None:
@@ -630,78 +561,6 @@ def _checks_arguments() -> bool:
     return False
 
 
-# --- what a graph calls beside torch's own functions --------------------------------------------------
-
-
-def call_by_rule(settings: Settings, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    """Call a module that is not opened: by its class's rule where an argument is random, on each path in sampled modes."""
-    found = random_variables(args, kwargs)
-    if not found:
-        return module(*args, **kwargs)
-    rule = settings.registry.find_module(type(module))
-    if settings.needs_rules and rule is not None and rule.body is not None:
-        return in_settings(rule.body(module, *args, **kwargs), settings)
-    return propagate(module.forward, args, kwargs)
-
-
-def apply_function(settings: Settings, function: Any, *args: Any) -> Any:
-    """Apply a ``torch.autograd.Function``: by a rule where an argument is random, on each path in sampled modes."""
-    return propagate(function.apply, args, {}) if random_variables(args) else function.apply(*args)
-
-
-def call_pre_hooks(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """A module's forward pre-hooks, as ``nn.Module.__call__`` runs them."""
-    for key, hook in list(module._forward_pre_hooks.items()):
-        if key in module._forward_pre_hooks_with_kwargs:
-            changed = hook(module, args, kwargs)
-            args, kwargs = (args, kwargs) if changed is None else changed
-        else:
-            changed = hook(module, args)
-            if changed is not None:
-                args = changed if isinstance(changed, tuple) else (changed,)
-    return args, kwargs
-
-
-def call_hooks(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> Any:
-    """A module's forward hooks, as ``nn.Module.__call__`` runs them."""
-    for key, hook in list(module._forward_hooks.items()):
-        given = (args, kwargs) if key in module._forward_hooks_with_kwargs else (args,)
-        changed = hook(module, *given, result)
-        result = result if changed is None else changed
-    return result
-
-
-AutocastState = tuple[tuple[str, bool, torch.dtype], ...]
-
-
-def autocast_state() -> AutocastState:
-    """Whether autocast is on for each kind of device, and to which dtype."""
-    kinds = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
-    return tuple((kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in kinds)
-
-
-def set_autocast(state: AutocastState) -> None:
-    """Turn autocast on or off, as ``torch.autocast`` does; what it has cast so far is forgotten."""
-    for kind, enabled, dtype in state:
-        torch.set_autocast_enabled(kind, enabled)
-        torch.set_autocast_dtype(kind, dtype)
-    torch.clear_autocast_cache()
-
-
-def rewritten(base: Any, written: Any) -> Any:
-    """What ``base`` is once a detached alias of it was written: what was written, with its own gradient."""
-    if isinstance(base, RandomVariable) and isinstance(written, RandomVariable) and not base.precedence:
-        mean, var = base.mean, base.var
-        return base.with_moments(mean + (written.mean - mean).detach(), var + (written.var - var).detach())
-    return base + (written - base).detach()
-
-
-def assign_mean(target: torch.Tensor, value: Any) -> None:
-    """Write the mean of a random variable, or a plain value, into a buffer."""
-    with torch.no_grad():
-        target.copy_(value.mean if isinstance(value, RandomVariable) else value)
-
-
 def _plain(value: Any) -> Any:
     if isinstance(value, (TracedInt, TracedFloat)):
         return untraced(value)
@@ -769,68 +628,6 @@ def _plain_tensor_attributes(root: nn.Module) -> dict[int, str]:
     return found
 
 
-@contextlib.contextmanager
-def unchanged(root: nn.Module) -> Iterator[None]:
-    """Within: runs may update parameters, buffers, attributes and the random state; after, all is as it was.
-
-    Buffers are copies within: a graph of an earlier call, whose backward pass is still to come, may have saved the others.
-    """
-    modules = [m for m in root.modules() if not isinstance(m, torch.jit.ScriptModule)]
-    attributes = {module: dict(vars(module)) for module in modules}
-    containers = {m: {k: copy.copy(v) for k, v in held.items() if _is_record(k, v)} for m, held in attributes.items()}
-    objects = _objects(attributes)
-    tables = {m: (dict(m._buffers), dict(m._parameters)) for m in modules}
-    values = {b: b.detach().clone() for b in root.buffers() if not b.is_meta}
-    data = {p: (p.data, p.data._version) for p in root.parameters()}
-    devices = sorted({p.device.index or 0 for p in root.parameters() if p.device.type == "cuda"})
-    drawn = random_state()
-    copies = {id(b): value.clone() for b, value in values.items()}
-    for module, (buffers, _) in tables.items():
-        module._buffers.update({name: copies[id(b)] for name, b in buffers.items() if id(b) in copies})
-    try:
-        with torch.random.fork_rng(devices=devices):
-            yield
-    finally:
-        restore_random_state(drawn)
-        with torch.no_grad():
-            for buffer, value in values.items():
-                if buffer._version and not torch.equal(buffer, value):
-                    buffer.copy_(value)
-        for parameter, (before, _) in data.items():
-            if parameter.data.data_ptr() != before.data_ptr():
-                parameter.data = before
-        for _, _, value, fields in objects:
-            vars(value).clear()
-            vars(value).update(fields)
-        for module, held in attributes.items():
-            vars(module).clear()
-            vars(module).update(held)
-            for key, value in containers[module].items():
-                container: Any = vars(module)[key]
-                container.clear()
-                (container.extend if isinstance(container, list) else container.update)(value)
-            own: tuple[dict[str, Any], ...] = (module._buffers, module._parameters)
-            saved: tuple[dict[str, Any], ...] = tables[module]
-            for table, entries in zip(own, saved, strict=True):
-                table.clear()
-                table.update(entries)
-
-
-def _objects(attributes: dict[nn.Module, dict[str, Any]]) -> list[tuple[nn.Module, str, Any, dict[str, Any]]]:
-    """Of modules' attributes the meters, counters, configurations: (module, name, object, its fields as they are now)."""
-    return [
-        (module, name, value, dict(vars(value)))
-        for module, held in attributes.items()
-        for name, value in held.items()
-        if isinstance(getattr(value, "__dict__", None), dict) and not name.startswith("_") and not is_opaque(value)
-    ]
-
-
-def _is_record(name: str, value: Any) -> bool:
-    """A list or dict that a model may keep notes in (not a table of torch's own)."""
-    return isinstance(value, (list, dict)) and not name.startswith("_")
-
-
 def record(
     root: nn.Module,
     method: Callable[..., Any],
@@ -849,7 +646,7 @@ def record(
     """
     leaves, structure = flatten((args, kwargs))
     recording = Recording(fx.Graph())
-    before = _Kept(root)
+    before = Held(root)
     recorder = _Recorder(root, recording, registry, told, reported)
     values = []
     for index, leaf in enumerate(own_copies(leaves)):
@@ -868,8 +665,8 @@ def record(
     if random_state() != drawn:
         recording.once.append("Python draws random numbers of its own, by random or numpy.random")
     recording.builds = any(id(p) not in recorder.tensors for p in root.parameters())
-    leaves, recording.outputs = flatten(result, _is_output)
-    leaves += before.changes(recorder)
+    leaves, recording.outputs = flatten(result, is_output)
+    leaves += before.changes(recording, recorder.paths)
     recording.graph.output(tuple(recorder.argument(leaf) for leaf in leaves))
     return recording, result
 
@@ -883,71 +680,3 @@ def own_copies(leaves: list[Any]) -> list[Any]:
         elif type(leaf) is torch.Tensor and not leaf.is_meta:
             made[id(leaf)] = leaf.detach().clone().requires_grad_(leaf.requires_grad)
     return [made.get(id(leaf), leaf) for leaf in leaves]
-
-
-def _is_output(value: Any) -> bool:
-    return isinstance(value, (torch.Tensor, TracedInt, TracedFloat))
-
-
-_TABLES = ("_buffers", "_parameters", "_modules")
-
-
-class _Kept:
-    """What modules held before a run, to tell what the run keeps on them."""
-
-    def __init__(self, root: nn.Module) -> None:
-        self.held = {m: dict(vars(m)) for m in root.modules() if not isinstance(m, torch.jit.ScriptModule)}
-        self.buffers = {m: dict(m._buffers) for m in self.held}
-        self.contents = {
-            (m, k): [id(each) for each in (v.values() if isinstance(v, dict) else v)]
-            for m, held in self.held.items()
-            for k, v in held.items()
-            if _is_record(k, v)
-        }
-
-        self.objects = _objects(self.held)
-
-    def changes(self, recorder: _Recorder) -> list[Any]:
-        """Note what was set on each module; returns the tensors in it.
-
-        A tensor, or a new container or object of tensors, is made anew by a graph. Anything else that changes (a counter, a
-        list that grows) is what Python alone can do, so that the recording serves one call.
-        """
-        leaves: list[Any] = []
-        for module, name, value, before in self.objects:
-            fields = vars(value)
-            fields.update({k: untraced(v) for k, v in fields.items() if isinstance(v, (TracedInt, TracedFloat))})
-            if fields.keys() != before.keys() or any(v is not before[k] and not _equal(v, before[k]) for k, v in fields.items()):
-                recorder.recording.once.append(f"the method changes {type(module).__name__}.{name}")
-        for module, held in self.held.items():
-            path = recorder.paths[id(module)]
-            for name, value in list(vars(module).items()):
-                if name in _TABLES:
-                    continue
-                same = name in held and value is held[name]
-                grown = (
-                    (module, name) in self.contents
-                    and same
-                    and self.contents[module, name]
-                    != [id(each) for each in (value.values() if isinstance(value, dict) else value)]
-                )
-                if not grown and (same or (not _is_output(value) and _equal(value, held.get(name, recorder)))):
-                    continue
-                found, structure = flatten(value, _is_output)
-                recorder.recording.kept.append(Kept(path, name, structure, len(found), bool(grown)))
-                leaves += found
-                new = name not in held and _is_record(name, value)  # the next call may find it, and add to it
-                if grown or not found or new:
-                    recorder.recording.once.append(f"the method changes {type(module).__name__}.{name}")
-            for name, value in module._buffers.items():
-                if value is not self.buffers[module].get(name) and value is not None:
-                    recorder.recording.kept.append(Kept(path, name, Structure("leaf"), 1))
-                    leaves.append(value)
-        return leaves
-
-
-def _equal(a: Any, b: Any) -> bool:
-    try:
-        return torch.equal(a, b) if isinstance(a, torch.Tensor) else bool(a == b)
-    except (RuntimeError, ValueError, TypeError):
-        return False

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from rvconvert.capture.recorder import Recording, unchanged
+from rvconvert.capture.module_state import unchanged
 from rvconvert.core.random_variable import RandomVariable
 from rvconvert.core.tree import Structure, flatten
+
+if TYPE_CHECKING:
+    from rvconvert.capture.recording import Recording
 
 __all__ = ["each_mode", "replay_differs", "state_matters"]
 

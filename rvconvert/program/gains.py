@@ -15,7 +15,7 @@ from rvconvert.rules.kinds import Collapse, Metadata, Shape
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from rvconvert.capture.recorder import Recording
+    from rvconvert.capture.recording import Recording
     from rvconvert.core.random_variable import Settings
     from rvconvert.core.registry import Rule
     from rvconvert.program.roles import Roles

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import fx
 
-from rvconvert.capture.recorder import Recording, apply_function, call_by_rule
+from rvconvert.capture.graph_calls import apply_function, call_by_rule
 from rvconvert.core.registry import PLAIN, Exactness, Rule, operation_name
 from rvconvert.errors import UnsupportedOperationError
 from rvconvert.places import short_place
@@ -18,6 +18,7 @@ from rvconvert.rules.kinds import Metadata
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
+    from rvconvert.capture.recording import Recording
     from rvconvert.core.random_variable import Settings
     from rvconvert.program.roles import Roles
 

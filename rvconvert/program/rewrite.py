@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import fx
 
-from rvconvert.capture.recorder import Recording, apply_function
+from rvconvert.capture.graph_calls import apply_function
 from rvconvert.core.random_variable import RandomVariable
 from rvconvert.program.gains import insert_gains
 from rvconvert.rules.noise import nth_source
@@ -19,6 +19,7 @@ from rvconvert.rules.noise import nth_source
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
+    from rvconvert.capture.recording import Recording
     from rvconvert.program.roles import Roles
 
 __all__ = ["compile_graph", "to_random_variables"]

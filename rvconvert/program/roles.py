@@ -20,7 +20,7 @@ from rvconvert.rules.kinds import Bilinear, Collapse, Elementwise, Metadata, Sha
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
-    from rvconvert.capture.recorder import Recording
+    from rvconvert.capture.recording import Recording
     from rvconvert.core.registry import Rule
 
 __all__ = ["Roles", "assign"]

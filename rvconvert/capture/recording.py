@@ -1,0 +1,101 @@
+"""What a recording is: the graph of a method, and what was seen of it while it ran."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from rvconvert.core.tree import Structure
+
+if TYPE_CHECKING:
+    from torch import fx
+
+    from rvconvert.capture.python_state import Place
+
+__all__ = ["Kept", "Recording", "equal"]
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Something that the method keeps on a module: an attribute and the structure of its value, tensors taken out."""
+
+    path: str
+    name: str
+    structure: Structure
+    leaves: int
+    grown: bool = False  # the same list or dict as before, with other contents
+
+
+@dataclass
+class Recording:
+    """A method captured as a graph.
+
+    Attributes:
+        graph: placeholders are the tensor leaves of the inputs, in order; the output is a flat tuple. On each node, ``meta``
+            holds where it comes from, the rule that serves it, its value's shape, and the draw that it is.
+        outputs: structure of the outputs.
+        kept: what the method keeps on modules; the tensors in it follow the outputs.
+        constants: values that no code in the graph makes, by the name it looks them up with on the conversion.
+        random_inputs: the placeholders given as random variables.
+        draws: the nodes that draw.
+        depends: the nodes that depend on a draw or a random input.
+        reads: (node, place, decides) where Python reads the value of a tensor, to decide by it or for a report.
+        stale: (writer, place) where memory is used that was written in place through another tensor.
+        once: why the recording serves the call at hand alone (empty if it can be kept).
+        fixed: why the batch size is part of the graph (empty if it is not).
+        overwritten: parameters that the run wrote to in place, with what they were.
+        asks_grad_mode: the method asks whether gradients are on.
+        sets_autocast: the method turns autocast on or off.
+        places: plain attributes and globals that the method read, whose values are constants of the graph.
+        builds: the method made parameters, which the model had not before.
+    """
+
+    graph: fx.Graph
+    outputs: Structure = field(default_factory=lambda: Structure("constant"))
+    kept: list[Kept] = field(default_factory=list)
+    constants: dict[str, Any] = field(default_factory=dict)
+    random_inputs: list[fx.Node] = field(default_factory=list)
+    draws: list[fx.Node] = field(default_factory=list)
+    depends: set[fx.Node] = field(default_factory=set)
+    reads: list[tuple[fx.Node | None, str, bool]] = field(default_factory=list)
+    stale: list[tuple[fx.Node, str]] = field(default_factory=list)
+    once: list[str] = field(default_factory=list)
+    fixed: list[str] = field(default_factory=list)
+    overwritten: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)
+    asks_grad_mode: bool = False
+    sets_autocast: bool = False
+    places: dict[Place, None] = field(default_factory=dict)
+    builds: bool = False
+
+    def equals(self, other: Recording) -> bool:
+        """Both have the same graph, of the same constants."""
+        mine, others = self.constants, other.constants
+        alike = str(self.graph) == str(other.graph) and mine.keys() == others.keys()
+        return alike and all(equal(each, others[name]) for name, each in mine.items())
+
+    @property
+    def output(self) -> fx.Node:
+        """The node of the outputs."""
+        return next(iter(reversed(self.graph.nodes)))
+
+    @staticmethod
+    def restore(recording: Recording) -> None:
+        """Put back the parameters that a run wrote to."""
+        with torch.no_grad():
+            for target, value in reversed(recording.overwritten):
+                target.copy_(value)
+
+    @property
+    def kept_leaves(self) -> int:
+        """How many of the outputs are tensors that the method keeps on modules."""
+        return sum(each.leaves for each in self.kept)
+
+
+def equal(a: Any, b: Any) -> bool:
+    """True for tensors of the same numbers, and for other values that are equal; False for what cannot be compared."""
+    try:
+        return torch.equal(a, b) if isinstance(a, torch.Tensor) else bool(a == b)
+    except (RuntimeError, ValueError, TypeError):
+        return False
