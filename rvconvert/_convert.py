@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import inspect
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import nn
@@ -15,13 +15,16 @@ import rvconvert.rules  # noqa: F401 - fills the rule table
 from rvconvert.capture import intercept
 from rvconvert.capture.module_state import unchanged
 from rvconvert.capture.replay import each_mode
-from rvconvert.converted import Conversion, conversion_of, convert_copy, detached, is_converted
+from rvconvert.converted import conversion_of, convert_copy, detached, is_converted
 from rvconvert.core.random_variable import RandomVariable
 from rvconvert.core.tree import flatten
 from rvconvert.errors import ConversionError, UnsupportedOperationError
 from rvconvert.options import Options
 from rvconvert.report import Report, merge
 from rvconvert.rules.noise import all_entering
+
+if TYPE_CHECKING:
+    from rvconvert.conversion import Conversion
 
 __all__ = ["convert", "plan"]
 

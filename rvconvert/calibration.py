@@ -17,7 +17,7 @@ from rvconvert.covariance.calibrated import FLOOR, Gain
 from rvconvert.errors import ConversionError
 
 if TYPE_CHECKING:
-    from rvconvert.converted import Conversion
+    from rvconvert.conversion import Conversion
 
 __all__ = ["CalibratedOperation", "Calibration", "calibrate", "renew"]
 

@@ -18,7 +18,7 @@ from torch import Tensor, fx, nn
 from rvconvert.calibration import renew
 from rvconvert.capture import intercept
 from rvconvert.capture.module_state import unchanged
-from rvconvert.converted import Conversion, Examined, conversion_of, convert_copy, plain_copy
+from rvconvert.converted import conversion_of, convert_copy, plain_copy
 from rvconvert.core.random_variable import RandomVariable, Settings
 from rvconvert.core.tree import flatten
 from rvconvert.covariance.calibrated import calibrated, level_of
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from rvconvert.capture.recording import Recording
+    from rvconvert.conversion import Conversion, Examined
     from rvconvert.options import Options
 
 __all__ = ["OutputVariances", "Verification", "VerifiedNode", "output_variances", "truth_ratio", "verify"]

@@ -345,7 +345,7 @@ def test_bad_calls_say_what_to_type() -> None:
 
 
 def test_training_against_independent_moments_is_told_what_they_see_once(monkeypatch, caplog):
-    monkeypatch.setattr("rvconvert.converted._SAID", set())
+    monkeypatch.setattr("rvconvert.conversion._SAID", set())
     x = torch.rand(2, 3, 16, 16)
     for covariance in ("calibrated", "sampled", "independent", "independent"):
         rvconvert.convert(VanillaVAE(), covariance=covariance)(x)

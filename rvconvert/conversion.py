@@ -1,0 +1,550 @@
+"""The conversion that a model carries: it records the model's methods, keeps their programs and runs them."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import logging
+import types
+import warnings
+import weakref
+from collections import Counter, OrderedDict
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import fx, nn
+from torch.nn.parameter import is_lazy
+
+from rvconvert.calibration import renew
+from rvconvert.capture import intercept
+from rvconvert.capture.graph_calls import autocast_state, set_autocast
+from rvconvert.capture.module_state import unchanged
+from rvconvert.capture.python_state import Place, read_now
+from rvconvert.capture.recorder import own_copies, record
+from rvconvert.capture.replay import each_mode, replay_differs
+from rvconvert.core.random_variable import RandomVariable, random_variables
+from rvconvert.core.tree import Structure, flatten
+from rvconvert.covariance.calibrated import Gains
+from rvconvert.errors import ConversionError, NoReparameterizationError
+from rvconvert.penalty import attach_penalty, variance_penalty
+from rvconvert.program.gains import gain_keys
+from rvconvert.program.plan import refuse_unsupported, report_graph
+from rvconvert.program.refusal import read_refusal, refusal
+from rvconvert.program.rewrite import compile_graph, to_random_variables
+from rvconvert.program.roles import Roles, assign
+from rvconvert.rules.noise import all_entering
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from rvconvert.capture.recording import Kept, Recording
+    from rvconvert.options import Options
+    from rvconvert.report import Report
+
+__all__ = ["Conversion", "Examined", "Program"]
+
+logger = logging.getLogger("rvconvert")
+_SAID: set[str] = set()  # once a process
+_PATIENCE = 50  # calls in training; gradients may be accumulated over some
+MOST_PROGRAMS = 64  # kept for each model; the one used longest ago goes
+
+
+@dataclasses.dataclass
+class Program:
+    """One method for one kind of call: run it with the tensor leaves of the inputs."""
+
+    run: Callable[..., tuple[Any, ...]]
+    outputs: Structure
+    kept: list[Kept]
+    fixed_batch: bool
+    penalised: bool
+    report: Report | None  # None for a recording that is run and forgotten
+
+
+@dataclasses.dataclass(frozen=True)
+class Examined:
+    """A method's recording with its roles and report; why it is refused, if it is; whether the next call is recorded too."""
+
+    recording: Recording
+    roles: Roles
+    report: Any
+    refusal: ConversionError | None = None
+    again: bool = False
+
+
+class Conversion:
+    """Runs the converted methods of one model. Holds no module and no parameter, so it copies freely."""
+
+    def __init__(self, options: Options, plain_class: type[nn.Module], own: dict[str, Callable[..., Any]] | None = None) -> None:
+        self.options = options
+        self.settings = options.settings
+        self.plain_class = plain_class
+        self.own = own or {}  # methods that sat on the instance
+        self.programs: OrderedDict[Any, Program] = OrderedDict()
+        self.once: set[Any] = set()  # kinds of call that are recorded each time
+        self.places: dict[Any, tuple[Place, ...]] = {}  # what Python holds that a kind of call depends on
+        self.recordings: Counter[Any] = Counter()  # of a kind of call
+        self.constants = types.SimpleNamespace()
+        self.latents: set[str] = set()  # places, "file:line", of the draws that became random variables
+        self.checked: dict[tuple[str, str], list[str]] = {}  # graphs that replayed equal to eager
+        self.signatures: dict[str, inspect.Signature] = {}
+        self.last_penalty: torch.Tensor | None = None
+        self._penalty: torch.Tensor | None = None  # of the call under way
+        self._places = ""
+        self.penalty_scale: float = 1.0
+        self.gains = Gains()  # of covariance="calibrated"
+        self.calls = 0
+        self.warned: set[str] = set()
+        self.versions: list[int] = []
+
+    # --- the two ways a random variable leaves --------------------------------------------------
+
+    def take_reconstruction(self, value: Any, *beside: Any) -> Any:
+        """The mean of the reconstruction; L_c (paper eq. 14) is noted, and attached if the options say so.
+
+        With values ``beside`` it, the means of all: L_c joins whichever a loss is made of.
+        """
+        if not isinstance(value, RandomVariable):
+            return (value, *beside) if beside else value
+        options = self.options
+        with torch.no_grad():
+            penalty = variance_penalty(value, options.penalty, options.penalty_kind)
+            self._penalty = penalty if self._penalty is None else self._penalty + penalty
+            self.last_penalty = self._penalty
+        means = [self.take_mean(each) for each in beside]
+        if not options.attach or options.penalty == 0:
+            return (self.take_mean(value), *means) if means else self.take_mean(value)
+        return attach_penalty(value.contiguous(), options.penalty, options.penalty_kind, self.penalty_scale, beside=means)
+
+    def take_latent(self, value: Any) -> Any:
+        """The mean of a latent that leaves; a warning once a loss is made of it."""
+        mean = self.take_mean(value)
+        if isinstance(value, RandomVariable) and mean.requires_grad and not torch.compiler.is_compiling():
+            mean = mean.clone()  # which has the gradient of what is made of it outside, and no other
+            mean.register_hook(self.warn_of_latent)
+        return mean
+
+    def warn_of_latent(self, grad: torch.Tensor) -> None:
+        """Say once that a loss is made of a latent's mean."""
+        if "latent" not in self.warned and bool(grad.any()):
+            self.warn(
+                "latent",
+                f"{self.plain_class.__name__} returns a latent, here its mean, and the loss is made of it: log q(z|x) - log p(z) "
+                "of a mean is no KL, and falls without bound as the posterior widens. Use the closed form, "
+                "torch.distributions.kl_divergence(q, p), or a draw made for the loss, z = mu + std * torch.randn_like(std)",
+            )
+
+    def take_mean(self, value: Any) -> Any:
+        """The mean of a random variable that is not a reconstruction: a latent, a loss."""
+        return value.mean.contiguous() if isinstance(value, RandomVariable) else value
+
+    # --- running --------------------------------------------------------------------------------
+
+    def run(self, name: str, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Call the converted method ``name``."""
+        args, kwargs = self.normalized(name, args, kwargs)
+        leaves, structure = flatten((args, kwargs))
+        if self.settings.covariance == "calibrated":
+            renew(self, name, model, args, kwargs)
+        if random_variables(leaves):
+            leaves = list(all_entering(leaves, self.settings))
+            args, kwargs = structure.build(iter(leaves))
+        program = self.find(name, model, leaves, structure)
+        if program is None and torch.compiler.is_dynamo_compiling():
+            uncompiled = torch.compiler.disable(self.prepare)  # for fullgraph=True: convert(vae, example_inputs=(x,))
+            program = uncompiled(name, model, args, kwargs, to_run=True)
+        elif program is None:
+            program = self.prepare(name, model, args, kwargs, to_run=True)
+        self._penalty = None
+        if not torch.compiler.is_compiling():
+            self.count_call(model)
+        results = program.run(model, *leaves)
+        self.keep(program, model, results)
+        if not program.penalised and model.training and torch.is_grad_enabled():
+            self.warn_without_penalty(name)
+        # Rules may have changed the order in memory; a caller's view() asks for the plain one.
+        leaving = (x.contiguous() if isinstance(x, RandomVariable) else x for x in results)
+        return program.outputs.build(leaving)
+
+    @staticmethod
+    def keep(program: Program, model: nn.Module, results: tuple[Any, ...]) -> None:
+        """Leave on the modules what the method leaves there."""
+        rest = iter(results[len(results) - sum(each.leaves for each in program.kept) :])
+        for each in program.kept:
+            module = model.get_submodule(each.path)
+            value = each.structure.build(rest)
+            if not each.grown:
+                setattr(module, each.name, value)
+            elif isinstance(value, list):
+                getattr(module, each.name)[:] = value
+            else:
+                getattr(module, each.name).update(value)
+
+    @property
+    def attaches(self) -> bool:
+        """True if the options ask for an L_c that joins the loss."""
+        return bool(self.options.attach and self.options.penalty and self.options.output == "mean")
+
+    def warn_without_penalty(self, name: str) -> None:
+        """Say once that a call in training attaches no L_c."""
+        if not self.attaches:
+            return
+        why = (
+            "nothing that it returns, and nothing that meets an input in it, is a random value with a decoder behind it. "
+            "rvconvert.plan(model, example_inputs=x) prints the roles; latent=('file.py:line',) names a draw"
+        )
+        if self.options.random_inputs:
+            names = " and ".join(self.options.random_inputs)
+            why = f"{names} came as a plain tensor. Give the posterior: rvconvert.RandomVariable(mu, logvar.exp())"
+        self.warn("no penalty", f"{self.plain_class.__name__}.{name} attaches no variance penalty L_c: {why}")
+
+    def count_call(self, model: nn.Module) -> None:
+        """Count; say once that gradients arrive and no parameter moves: an optimizer made before ``convert`` moves others."""
+        self.calls += 1
+        if self.calls not in (1, _PATIENCE) or not (model.training and torch.is_grad_enabled()):
+            return
+        if self.options.covariance == "independent" and self.attaches and not _SAID:
+            _SAID.add("independent")
+            logger.warning(
+                "rvconvert: independent moments, the paper's, see about a hundredth of a trained network's variance, so training "
+                "widens the posterior; covariance='calibrated' sees it, and rvconvert.verify says how much yours has"
+            )
+        versions = [p._version for p in model.parameters()]
+        if self.calls == _PATIENCE and versions == self.versions and any(p.grad is not None for p in model.parameters()):
+            self.warn(
+                "optimizer",
+                f"{self.plain_class.__name__} was called {_PATIENCE} times in training, gradients arrive, and no parameter has "
+                "changed. An optimizer made before convert moves the original model: make it from the converted one's "
+                "parameters(), or convert with inplace=True",
+            )
+        self.versions = versions
+
+    def warn(self, key: str, message: str) -> None:
+        """Warn once a model."""
+        if key not in self.warned:
+            self.warned.add(key)
+            warnings.warn(message, stacklevel=4)
+
+    def forget_calls(self) -> None:
+        """A model that was tried out has not been called yet."""
+        self.last_penalty = self._penalty = None
+
+    def method(self, name: str, model: nn.Module) -> Callable[..., Any]:
+        """The model's plain method, bound."""
+        return types.MethodType(self.own.get(name) or getattr(self.plain_class, name), model)
+
+    def signature(self, name: str) -> inspect.Signature:
+        """Of the plain class's own method, ``self`` first."""
+        if name not in self.signatures:
+            self.signatures[name] = inspect.signature(self.own.get(name) or getattr(self.plain_class, name))
+        return self.signatures[name]
+
+    def ready(self, name: str, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Record the method for this kind of call unless it is recorded already; True where it is recorded at each call."""
+        leaves, structure = flatten(self.normalized(name, args, kwargs))
+        if self.find(name, model, leaves, structure) is not None:
+            return False
+        if self.key(name, model, leaves, structure, batch=False) not in self.once:
+            self.prepare(name, model, args, kwargs, to_run=False)
+        return self.key(name, model, leaves, structure, batch=False) in self.once
+
+    def normalized(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The same call spelled one way, positional first, so that equal calls share a program."""
+        try:
+            bound = self.signature(name).bind(None, *args, **kwargs)
+        except (TypeError, ValueError):
+            return args, kwargs  # the model itself says what is wrong with the call
+        return bound.args[1:], bound.kwargs
+
+    def key(self, name: str, model: nn.Module, leaves: list[Any], structure: Structure, *, batch: bool) -> Any:
+        """What a recording depends on: modes, hooks, structure, shapes (the batch size only if it is fixed), dtypes."""
+        return (*self.situation(name, model, structure), *_kinds(leaves, batch=batch))
+
+    def situation(self, name: str, model: nn.Module, structure: Structure) -> tuple[Any, ...]:
+        """The part of ``key`` that has nothing to do with the tensors of the call."""
+        modules = _modules_of(model)
+        training = tuple([m.training for m in modules])
+        hooked = tuple([i for i, m in enumerate(modules) if m._forward_hooks or m._forward_pre_hooks])
+        first = next((p for m in modules for p in m._parameters.values() if p is not None), None)
+        weights = None if first is None else (first.dtype, first.device)
+        return (name, structure.signature(), training, hooked, weights, autocast_state())
+
+    def state(self, situation: Any, model: nn.Module) -> tuple[Any, ...]:
+        """What Python holds now of all that recordings in this situation have read."""
+        places = self.places.get(situation, ())
+        return read_now(places, _modules_of(model)) if places else ()
+
+    def watch(self, situation: Any, model: nn.Module, recording: Recording) -> None:
+        """Compare from now on what this recording has read; say once if it changes with every call."""
+        known = self.places.get(situation, ())
+        before = self.state(situation, model)
+        self.places[situation] = tuple(dict.fromkeys((*known, *recording.places)))
+        self.recordings[situation] += 1
+        if self.recordings[situation] == _PATIENCE and len(known) == len(self.places[situation]):
+            last = next(reversed(self.programs))[-1]
+            changed = [place for place, a, b in zip(known, before, last, strict=False) if a != b]
+            if changed:
+                named = ", ".join(f"{self.owner(place, model)}{place.name}" for place in changed)
+                self.warn(
+                    "attributes",
+                    f"{named} changed between calls {_PATIENCE} times, and each time the model is recorded anew, which takes "
+                    "several steps' time. To be fast, make it a buffer (self.register_buffer) and write to it in place, or an "
+                    "argument that is a tensor",
+                )
+
+    def owner(self, place: Place, model: nn.Module) -> str:
+        """What stands before the name of a place in a message."""
+        if isinstance(place.owner, str):
+            return f"{place.owner}."
+        module = _modules_of(model)[place.owner]
+        return next((f"model.{path}." if path else "model." for path, each in model.named_modules() if each is module), "")
+
+    def find(self, name: str, model: nn.Module, leaves: list[Any], structure: Structure) -> Program | None:
+        """The program that serves this call, if there is one already."""
+        if not self.programs:
+            return None
+        situation = self.situation(name, model, structure)
+        state = self.state(situation, model)
+        for batch in (False, True):
+            key = (*situation, *_kinds(leaves, batch=batch), state)
+            program = self.programs.get(key)
+            if program is not None:
+                if len(self.programs) >= MOST_PROGRAMS:
+                    self.programs.move_to_end(key)
+                return program
+        return None
+
+    # --- preparing ------------------------------------------------------------------------------
+
+    def prepare(self, name: str, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, to_run: bool) -> Program:
+        """Record the method for this kind of call; refuse what cannot be converted.
+
+        Args:
+            name, model, args, kwargs: the call.
+            to_run: the program is run right after, so that a recording which serves one call leaves on the model what that
+                call leaves; else the model is left as it was.
+
+        Raises:
+            UnsupportedOperationError: one or more operations have no rule (all are listed).
+            NoReparameterizationError, NonGaussianError, TracingError: see each.
+        """
+        intercept.refuse_inside_transforms(f"{self.plain_class.__name__}.{name}")
+        # Of what a recording computes nothing is kept for a backward pass, least of all by a checkpoint around the call.
+        aside = torch.autograd.graph.saved_tensors_hooks(_itself, _itself)
+        with intercept.lock, intercept.plainly(), aside:
+            args, kwargs = self.normalized(name, args, kwargs)
+            leaves, structure = flatten((args, kwargs))
+            key = self.key(name, model, leaves, structure, batch=False)
+            if key in self.once and to_run:
+                return self.recorded_once(name, model, args, kwargs)
+            examined = self.examine(name, model, args, kwargs)
+            if examined.refusal is not None and not self.samples_in_other_mode(examined, name, model, args, kwargs):
+                raise examined.refusal
+            refuse_unsupported(examined.report)
+            if examined.recording.once:
+                if examined.again:
+                    self.once.add(key)
+                return self.recorded_once(name, model, args, kwargs) if to_run else self.program(name, examined)
+            program = self.program(name, examined)
+            situation = self.situation(name, model, structure)
+            self.watch(situation, model, examined.recording)
+            kinds = _kinds(leaves, batch=program.fixed_batch)
+            self.programs[(*situation, *kinds, self.state(situation, model))] = program
+            if len(self.programs) > MOST_PROGRAMS:
+                self.programs.popitem(last=False)
+            return program
+
+    def program(self, name: str, examined: Examined) -> Program:
+        """The runnable form of a recording."""
+        recording, roles = examined.recording, examined.roles
+        self.latents |= {node.meta["where"] for node in roles.latents}
+        calibrated = self.options.covariance == "calibrated"
+        gains = gain_keys(recording, roles, name, self.options.settings) if calibrated else None
+        graph = to_random_variables(recording, roles, output=self.options.output, gains=gains)
+        run = _interpreter(graph) if recording.once else compile_graph(graph)
+        if recording.sets_autocast:
+            run = _restoring_autocast(run)
+        fixed = bool(recording.fixed)
+        return Program(run, recording.outputs, recording.kept, fixed, bool(roles.reconstructions), examined.report)
+
+    def recorded_once(self, name: str, model: nn.Module, args: Any, kwargs: Any) -> Program:
+        """Record a call that is then run and forgotten: what Python does beside the graph stays done."""
+        buffers = {b: b.detach().clone() for b in model.buffers() if not b.is_meta}
+        devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
+        with torch.random.fork_rng(devices=devices):  # the run draws again what the recording drew
+            recording, _ = record(model, self.method(name, model), args, kwargs, self.settings.registry)
+        with torch.no_grad():
+            for buffer, value in buffers.items():
+                if buffer._version and not torch.equal(buffer, value):
+                    buffer.copy_(value)  # the run changes it again
+        vars(self.constants).update(recording.constants)
+        recording.once = ["as asked"]
+        roles = assign(recording, self.options.latent, paths=not self.settings.needs_rules)
+        refusal = self.refusal(recording, roles, name, model)
+        if refusal is not None and not isinstance(refusal, NoReparameterizationError):
+            raise refusal
+        program = self.program(name, Examined(recording, roles, None))
+        program.run = _forgetting(program.run, self.constants, tuple(recording.constants))
+        return program
+
+    def samples_in_other_mode(self, examined: Examined, name: str, model: nn.Module, args: Any, kwargs: Any) -> bool:
+        """True where the method draws nothing in this mode but does in the other (``if self.training: ...``)."""
+        if not isinstance(examined.refusal, NoReparameterizationError):
+            return False
+        if any(key[0] == name for key in (*self.programs, *self.once)):
+            return True
+        for other in each_mode(model):
+            if other:
+                try:
+                    return self.examine(name, model, args, kwargs).refusal is None
+                except Exception:  # noqa: BLE001 (the model's own code)
+                    return False
+        return False
+
+    def examine(self, name: str, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Examined:
+        """Record and check the method, the model left as it was; refuses nothing, but says what must be refused."""
+        method = self.method(name, model)
+        grad = torch.is_grad_enabled()
+        registry = self.settings.registry
+        again: list[str] = []
+        if any(map(is_lazy, model.parameters())):
+            self.build(name, model, args, kwargs)
+        with unchanged(model), torch.enable_grad():
+            recording, _ = record(model, method, args, kwargs, registry, told=grad)
+        if recording.builds:
+            self.build(name, model, args, kwargs)
+        with unchanged(model), torch.enable_grad():
+            if recording.builds:
+                recording, _ = record(model, method, args, kwargs, registry, told=grad)
+            if recording.once:  # as the next call would find the model
+                second, _ = record(model, method, args, kwargs, registry, told=grad)
+                again = second.once
+                settled = not second.constants and str(second.graph) == str(recording.graph)
+                recording.once = again or ([] if settled else recording.once)
+                recording.restore(second)
+        recording.restore(recording)
+        if recording.asks_grad_mode:
+            with unchanged(model), torch.enable_grad():
+                other, _ = record(model, method, args, kwargs, registry, told=not grad)
+            if recording.constants or str(other.graph) != str(recording.graph):
+                again.append("Python decides by torch.is_grad_enabled()")
+        vars(self.constants).update(recording.constants)
+        roles = assign(recording, self.options.latent, paths=not self.settings.needs_rules)
+        refusal = self.refusal(recording, roles, name, model)
+        reported = [place for node, place, _ in recording.reads if node in roles.random]
+        if refusal is None and reported:
+            again_by = [self.recorded_beside(recording, factor, model, method, args, kwargs) for factor in (1.0, 0.01, 100.0)]
+            if again_by[0] and not all(again_by):  # what was reported came back into the graph
+                refusal = read_refusal(f"{self.plain_class.__name__}.{name}", reported[0])
+        if refusal is None:
+            again += [f"Python decides by the value of a tensor: {place}" for _, place, _ in recording.reads]
+            if not recording.once and not again:
+                again += self.check(recording, name, model, method, args, kwargs)
+            recording.once += again
+        report = report_graph(recording, roles, self.plain_class.__name__, name, self.settings)
+        if refusal is not None:
+            report = dataclasses.replace(report, refusal=str(refusal))
+        return Examined(recording, roles, report, refusal, bool(again))
+
+    def recorded_beside(
+        self, recording: Recording, reported: float, model: nn.Module, method: Any, args: Any, kwargs: Any
+    ) -> bool:
+        """The recording is the same where Python hears ``reported`` times the values that it asks for."""
+        told = torch.is_grad_enabled()
+        with unchanged(model), torch.enable_grad():
+            try:
+                other, _ = record(model, method, args, kwargs, self.settings.registry, told=told, reported=reported)
+            except Exception:  # noqa: BLE001 (the model's own code may fail in any way)
+                return False
+        return other.equals(recording)
+
+    def refusal(self, recording: Recording, roles: Roles, name: str, model: nn.Module) -> ConversionError | None:
+        """Why the method cannot be converted, whatever rules there are."""
+        return refusal(recording, roles, self.options, self.plain_class, name, self.method(name, model))
+
+    def build(self, name: str, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Call the plain method, which makes layers at its first call; what the model had stays as it was."""
+        leaves, structure = flatten((args, kwargs))
+        given = (x.mean if isinstance(x, RandomVariable) else x for x in own_copies(leaves))
+        args, kwargs = structure.build(given)
+        buffers = {b: b.detach().clone() for b in model.buffers() if not is_lazy(b)}
+        with torch.no_grad():
+            self.method(name, model)(*args, **kwargs)
+            for buffer, value in buffers.items():
+                buffer.copy_(value)
+
+    def check(self, recording: Recording, name: str, model: nn.Module, method: Any, args: Any, kwargs: Any) -> list[str]:
+        """What keeps the recording from standing for other calls."""
+        written = str(recording.graph)
+        if not recording.constants and self.checked.get((name, written)) is not None:
+            recording.fixed += self.checked[name, written]  # as in the other mode, where it was compared
+            return []
+        run = compile_graph(recording.graph)
+        run = _restoring_autocast(run) if recording.sets_autocast else run
+        difference = replay_differs(run, recording, model, method, args, kwargs)
+        if difference is not None:
+            return [difference]
+        if len(self.checked) >= MOST_PROGRAMS:
+            self.checked.pop(next(iter(self.checked)), None)
+        self.checked[name, written] = recording.fixed
+        return []
+
+
+def _itself(x: Any) -> Any:
+    return x
+
+
+def _kinds(leaves: list[Any], *, batch: bool) -> tuple[Any, ...]:
+    """Shapes and dtypes of a call's tensors, the first dimension only if the recording holds for one batch size."""
+    start = 0 if batch else 1
+    return (batch, tuple([(isinstance(x, RandomVariable), tuple(x.shape)[start:], x.ndim, x.dtype, x.device) for x in leaves]))
+
+
+_WALKED: weakref.WeakKeyDictionary[nn.Module, tuple[list[nn.Module], list[list[Any]] | None]] = weakref.WeakKeyDictionary()
+
+
+def _modules_of(model: nn.Module) -> list[nn.Module]:
+    """``list(model.modules())``, walked again only where a module was added, replaced or removed."""
+    if torch.compiler.is_compiling():
+        return list(model.modules())
+    below, children = _WALKED.get(model, ([], None))
+    modules = [model, *below]
+    if [[*m._modules.values()] for m in modules] != children:
+        modules = list(model.modules())
+        _WALKED[model] = (modules[1:], [[*m._modules.values()] for m in modules])
+    return modules
+
+
+def _restoring_autocast(run: Callable[..., tuple[Any, ...]]) -> Callable[..., tuple[Any, ...]]:
+    """``run``, after which autocast is as it was before."""
+
+    def restoring(model: nn.Module, *leaves: Any) -> tuple[Any, ...]:
+        before = autocast_state()
+        try:
+            return run(model, *leaves)
+        finally:
+            set_autocast(before)
+
+    return restoring
+
+
+def _interpreter(graph: fx.Graph) -> Callable[..., tuple[Any, ...]]:
+    """A function that runs a graph node by node, for a graph that is run once."""
+
+    def run(model: nn.Module, *leaves: Any) -> tuple[Any, ...]:
+        return fx.Interpreter(model, graph=graph).run(*leaves, enable_io_processing=False)  # type: ignore[no-any-return]
+
+    return run
+
+
+def _forgetting(run: Callable[..., tuple[Any, ...]], constants: Any, names: tuple[str, ...]) -> Callable[..., tuple[Any, ...]]:
+    """``run``, after which the constants of its graph are dropped."""
+
+    def once(model: nn.Module, *leaves: Any) -> tuple[Any, ...]:
+        try:
+            return run(model, *leaves)
+        finally:
+            for name in names:
+                vars(constants).pop(name, None)
+
+    return once

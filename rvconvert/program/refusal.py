@@ -1,0 +1,115 @@
+"""Why a method cannot be converted, and the next line to type."""
+
+from __future__ import annotations
+
+import inspect
+from typing import TYPE_CHECKING, Any
+
+from rvconvert.errors import ConversionError, NonGaussianError, NoReparameterizationError, TracingError
+from rvconvert.places import short_place
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from torch import fx, nn
+
+    from rvconvert.capture.recording import Recording
+    from rvconvert.options import Options
+    from rvconvert.program.roles import Roles
+
+_SUGGESTED = 4  # methods that a refusal names
+
+
+def refusal(
+    recording: Recording, roles: Roles, options: Options, plain_class: type[nn.Module], name: str, method: Callable[..., Any]
+) -> ConversionError | None:
+    """Why a method cannot be converted, whatever rules there are; None if it can.
+
+    Args:
+        recording, roles: of the method.
+        options: of the conversion.
+        plain_class: of the model, before it was converted.
+        name, method: of the method; the plain one, bound.
+    """
+    label = f"{plain_class.__name__}.{name}"
+    for node, place, decides in recording.reads:
+        if node in roles.random and (decides or node not in roles.scores):
+            return read_refusal(label, place)
+    for writer, place in recording.stale:
+        if writer in roles.random:
+            return TracingError(
+                f"{label}: in-place write through a view, then its base is used: {place}; write out of place "
+                "(y = torch.relu(y) for y.relu_()), or use the view's result alone"
+            )
+    others = [n for n in roles.latents if not n.meta["draw"].can_be_latent]
+    if others:
+        found = [f"  {short_place(n.meta['where'])}: {n.meta['source']}\n    {n.meta['draw'].law.refusal}" for n in others]
+        found = list(dict.fromkeys(found))  # a line of a loop is one
+        return NonGaussianError("\n".join([f"{label}: a latent is drawn from a law that has no random variable:", *found]))
+    given = bool(recording.random_inputs or options.random_inputs)
+    if given or any(n in roles.random for n in recording.output.all_input_nodes):
+        return None
+    return _nothing_to_convert(recording, plain_class, name, method)
+
+
+def _nothing_to_convert(
+    recording: Recording, plain_class: type[nn.Module], name: str, method: Callable[..., Any]
+) -> NoReparameterizationError:
+    """The refusal of a method whose result depends on no latent."""
+    model: nn.Module = method.__self__  # type: ignore[attr-defined]
+    reason = "no draw from a Gaussian was found in it"
+    drawn = [short_place(str(n.meta["where"])) for n in recording.draws]
+    if drawn:
+        places = ", ".join(dict.fromkeys(drawn))
+        reason = f"the draw at {places} is no latent: no decoder's value depends on it, or no input places it"
+    elif any(why.startswith("Python draws") for why in recording.once):
+        reason += ", but Python or numpy draws in it, whose numbers no graph holds: draw by torch.randn_like(mu)"
+    elif discrete := [short_place(str(n.meta["where"])) for n in recording.graph.nodes if _chooses(n)]:
+        reason += f"; it picks by argmin or argmax, as vector quantization does, at {discrete[0]}"
+    own = {} if plain_class.__module__.startswith("torch.") else vars(plain_class)
+    functions = [m for m in own if inspect.isfunction(getattr(plain_class, m))]
+    others = [m for m in functions if m[0] != "_" and m != name]
+    advice = [f"    rvconvert.convert(model, methods=({other!r},))" for other in others[:_SUGGESTED]]
+    if drawn:
+        advice.append(f"    rvconvert.convert(model, latent=({drawn[0].rpartition('/')[2]!r},))")
+    for path, module in model.named_modules():
+        if path and any(part in path.rpartition(".")[2].lower() for part in ("dec", "gen")):
+            argument = _first_argument(module)
+            advice.append(f"    rvconvert.convert(model.{path}, random_inputs=({argument!r},))  # a bare decoder")
+            break
+    if noise := _noise_among(recording, method):
+        advice.insert(0, f"    rvconvert.convert(model, random_inputs=({noise!r},))  # where it is noise")
+    if not advice:
+        advice = [f"    rvconvert.convert(model, random_inputs=({_first_argument(model)!r},))  # if it is a decoder"]
+    what = f"{plain_class.__name__}.{name}: nothing to convert, {reason}"
+    return NoReparameterizationError(
+        "\n".join([f"{what}. What encodes, samples and decodes is converted, or a decoder alone:", *advice])
+    )
+
+
+def _noise_among(recording: Recording, method: Callable[..., Any]) -> str | None:
+    """The argument that scales or is scaled by something made of another one, as noise that a caller draws is."""
+    placeholders = [n for n in recording.graph.nodes if n.op == "placeholder"]
+    names = [*inspect.signature(method).parameters]
+    for node, argument in zip(placeholders[1:], names[1:], strict=False):
+        products = [u for u in node.users if (rule := u.meta.get("rule")) is not None and rule.name in ("mul", "addcmul")]
+        if any(other.op not in ("placeholder", "get_attr") for u in products for other in u.all_input_nodes):
+            return argument
+    return None
+
+
+def read_refusal(label: str, place: str) -> ConversionError:
+    """Of a method in which Python decides by the value of a random variable."""
+    return ConversionError(
+        f"{label}: {place} asks for the value of a random variable, which has none: the result would depend on a draw. "
+        "Take x.mean for its expected value, or leave that part of the model out of the conversion (methods=...)."
+    )
+
+
+def _chooses(node: fx.Node) -> bool:
+    rule = node.meta.get("rule")
+    return rule is not None and rule.name in ("argmin", "argmax")
+
+
+def _first_argument(module: nn.Module) -> str:
+    return [*inspect.signature(type(module).forward).parameters, "input"][1]
