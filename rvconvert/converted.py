@@ -19,7 +19,7 @@ from rvconvert.covariance.calibrated import Gains
 from rvconvert.errors import ConversionError
 from rvconvert.options import Options, described
 
-__all__ = ["ConvertedModel", "conversion_of", "convert_copy", "is_converted", "plain_copy"]
+__all__ = ["ConvertedModel", "conversion_of", "convert_copy", "is_converted", "plain_copy", "reconverted"]
 
 
 class ConvertedModel:
@@ -134,6 +134,13 @@ def plain_copy(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Modul
     made.__dict__.update(copy.deepcopy(state, detached(model, memo)))
     for name, function in conversion.own.items():
         made.__dict__[name] = types.MethodType(function, made)
+    return made
+
+
+def reconverted(model: nn.Module, options: Options) -> nn.Module:
+    """A copy of a converted model under other options, with the gains that it has."""
+    made = convert_copy(plain_copy(model), options)
+    conversion_of(made).gains = Gains.from_tensors(conversion_of(model).gains.to_tensors())
     return made
 
 

@@ -18,7 +18,7 @@ from torch import Tensor, fx, nn
 from rvconvert.calibration import renew
 from rvconvert.capture import intercept
 from rvconvert.capture.module_state import unchanged
-from rvconvert.converted import conversion_of, convert_copy, plain_copy
+from rvconvert.converted import conversion_of, plain_copy, reconverted
 from rvconvert.core.random_variable import RandomVariable, Settings
 from rvconvert.core.tree import flatten
 from rvconvert.covariance.calibrated import calibrated, level_of
@@ -523,7 +523,7 @@ def _local(node: fx.Node, value: RandomVariable, args: Any, kwargs: Any, model: 
 def _in_mode(conversion: Conversion, model: nn.Module, covariance: str) -> nn.Module:
     """A copy of the converted model in another covariance mode, its outputs as distributions."""
     options = conversion.options.in_mode(covariance, output="distribution")
-    return convert_copy(plain_copy(model), options).eval()
+    return reconverted(model, options).eval()
 
 
 def _outputs_only(
@@ -577,7 +577,7 @@ def truth_ratio(rv_model: nn.Module, *inputs: Any, pairs: int = 32, method: str 
         ConversionError: the model was not converted, or has no reconstruction.
     """
     found = output_variances(rv_model, *inputs, pairs=pairs, method=method, **kwargs)
-    ratio = found.true / found.propagated
+    ratio = found.true / found.propagated if found.propagated else math.inf if found.true else 1.0
     if ratio >= 10:
         conversion = conversion_of(rv_model)
         mode = conversion.options.covariance
@@ -626,15 +626,15 @@ def _total(variables: Sequence[RandomVariable]) -> float:
 def _reconstructions(
     conversion: Conversion, model: nn.Module, options: Options, name: str, args: Any, kwargs: Any
 ) -> list[RandomVariable]:
-    copy = convert_copy(plain_copy(model), dataclasses.replace(options, output="mean")).eval()
+    copy = reconverted(model, dataclasses.replace(options, output="mean")).eval()
     own = conversion_of(copy)
     seen: list[RandomVariable] = []
 
-    def take(value: Any) -> Any:
-        if not isinstance(value, RandomVariable):
-            return value
-        seen.append(value)
-        return value.mean
+    def take(value: Any, *beside: Any) -> Any:
+        if isinstance(value, RandomVariable):
+            seen.append(value)
+        means = tuple(own.take_mean(each) for each in (value, *beside))
+        return means if beside else means[0]
 
     own.take_reconstruction = take  # type: ignore[method-assign]
     getattr(copy, name)(*args, **kwargs)

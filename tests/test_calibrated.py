@@ -14,7 +14,9 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import rvconvert
 from rvconvert import RandomVariable
+from rvconvert.converted import conversion_of
 from rvconvert.covariance.calibrated import Gain, Gains
+from rvconvert.verify import output_variances
 from tests.exact import relu_network_moments
 
 IMAGES = torch.rand(192, 12, generator=torch.Generator().manual_seed(1))
@@ -430,3 +432,20 @@ def test_memory_that_is_written_step_by_step_may_hold_anything_before(covariance
     rv(IMAGES[:24]).square().mean().backward()
     assert rv.last_penalty > 0
     assert all(torch.isfinite(p.grad).all() for p in rv.parameters())
+
+
+@torch.no_grad()
+def test_a_copy_that_is_measured_or_exported_has_the_gains_of_its_model(trained, tmp_path):
+    held_out, options = IMAGES[128:], {"covariance": "calibrated", "recalibrate": 0}
+    model = rvconvert.convert(trained, **options).eval()
+    rvconvert.calibrate(model, IMAGES[:128])
+    as_distribution = rvconvert.convert(trained, output="distribution", attach=False, **options).eval()
+    conversion_of(as_distribution).gains = rvconvert.converted.conversion_of(model).gains
+    expected = as_distribution(held_out)[0]
+
+    found = output_variances(model, held_out, pairs=2)
+    assert found.propagated == pytest.approx(float(expected.var.mean()), rel=1e-5)
+
+    path = rvconvert.export(model, tmp_path / "model.pt2", held_out, deviation=True)
+    deviation = torch.export.load(path).module()(held_out)[-1]
+    torch.testing.assert_close(deviation, expected.std, rtol=1e-4, atol=1e-5)

@@ -11,7 +11,7 @@ from torch import nn
 
 import rvconvert
 from rvconvert import ConversionError, RandomVariable
-from rvconvert.verify import truth_ratio, verify
+from rvconvert.verify import output_variances, truth_ratio, verify
 
 
 class VAE(nn.Module):
@@ -177,6 +177,36 @@ def test_truth_ratio_warns_once_and_only_where_most_is_unseen(vae):
         truth_ratio(rv, x)
         assert truth_ratio(rvconvert.convert(vae, covariance="lowrank"), x) == pytest.approx(1, abs=0.2)
         assert truth_ratio(rvconvert.convert(vae, covariance="sampled", pairs=16), x) == pytest.approx(1, abs=0.3)
+
+
+class Logits(nn.Module):
+    """Returns the same reconstruction twice, before its sigmoid and after."""
+
+    def __init__(self):
+        super().__init__()
+        self.encoder, self.decoder = nn.Linear(6, 4), nn.Linear(2, 6)
+
+    def forward(self, x):
+        mu, logvar = self.encoder(x).chunk(2, -1)
+        logits = self.decoder(mu + torch.exp(0.5 * logvar) * torch.randn_like(mu))
+        return torch.sigmoid(logits), logits, mu, logvar
+
+
+def test_a_reconstruction_that_leaves_twice_is_measured_once():
+    torch.manual_seed(0)
+    model, x = Logits(), torch.rand(12, 6)
+    found = output_variances(rvconvert.convert(model), x, pairs=64)
+    rates = rvconvert.convert(model, output="distribution", attach=False).eval()(x)[0]
+    assert found.propagated == pytest.approx(float(rates.var.mean()), rel=1e-5)
+    assert found.true == pytest.approx(found.propagated, rel=0.1)  # every rate is of one linear layer
+
+
+def test_nothing_propagated_is_no_division_by_zero(vae):
+    model = rvconvert.convert(vae)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    assert truth_ratio(model, torch.rand(4, 1, 4, 4)) == 1
 
 
 def test_plain_models_are_refused(vae):

@@ -9,6 +9,7 @@ import difflib
 import importlib
 import inspect
 import json
+import math
 import os
 import re
 import sys
@@ -53,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         data, shown, code = args.command(args)
         if args.json:
-            print(json.dumps(data, indent=2))
+            print(json.dumps(_finite(data), indent=2, allow_nan=False))
         else:
             render.show(*shown)
         sys.stdout.flush()
@@ -307,6 +308,15 @@ def _other_shapes(args: argparse.Namespace, error: Exception) -> str:
 
 def _names(text: str) -> tuple[str, ...]:
     return tuple(name.strip() for name in text.split(",") if name.strip())
+
+
+def _finite(data: Any) -> Any:
+    """JSON has no NaN and no infinity: null in their place."""
+    if isinstance(data, dict):
+        return {key: _finite(value) for key, value in data.items()}
+    if isinstance(data, (list, tuple)):
+        return [_finite(value) for value in data]
+    return None if isinstance(data, float) and not math.isfinite(data) else data
 
 
 def _json_object(text: str) -> dict[str, Any]:

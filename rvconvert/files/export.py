@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from rvconvert._convert import convert
-from rvconvert.converted import conversion_of, convert_copy, is_converted, plain_copy
+from rvconvert.converted import conversion_of, is_converted, plain_copy, reconverted
 from rvconvert.core.random_variable import RandomVariable
 from rvconvert.core.tree import Structure, flatten
 from rvconvert.errors import ConversionError
@@ -91,8 +91,7 @@ def _latents(model: nn.Module, method: str, args: Any, kwargs: Any) -> set[str]:
 def _propagating(model: nn.Module, method: str, args: Any, kwargs: Any, given: dict[str, Any]) -> nn.Module:
     """A converted copy of the model that returns distributions."""
     if is_converted(model):
-        own = conversion_of(model).options
-        made = convert_copy(plain_copy(model), dataclasses.replace(own, output="distribution", attach=False))
+        made = reconverted(model, dataclasses.replace(conversion_of(model).options, output="distribution", attach=False))
     else:
         options: dict[str, Any] = {"methods": (method,), **given, "output": "distribution", "attach": False}
         made = convert(model, example_inputs=args, example_kwargs=kwargs, **options)
