@@ -1,5 +1,6 @@
 """What a method reads from Python and leaves there: annealed attributes, flags, its own random numbers, meters and lists."""
 
+import argparse
 import random
 import types
 import warnings
@@ -14,6 +15,27 @@ import rvconvert
 
 MODES = ("independent", "calibrated", "sampled", "lowrank")
 BETA = 0.0
+ARGUMENTS = argparse.Namespace(beta=0.0)
+WEIGHTS = {"beta": 0.0}
+SCHEDULE = np.zeros(3, dtype=np.float32)
+
+
+class CONFIGURATION:
+    """As people write one."""
+
+    beta = 0.0
+
+
+class Slotted:
+    """An object without a ``__dict__``."""
+
+    __slots__ = ("beta",)
+
+    def __init__(self):
+        self.beta = 0.0
+
+    def __call__(self):
+        return self.beta
 
 
 class VAE(nn.Module):
@@ -45,11 +67,15 @@ class Annealed(VAE):
         self.part = Part()
         self.held = {"beta": 0.0, "names": ["a", "b"]}
         self.config = types.SimpleNamespace(schedule=types.SimpleNamespace(beta=0.0))
+        self.of_numpy, self.array, self.slotted = np.float32(0), np.zeros(2), Slotted()
+        self.long, self.chosen = [0.0] * 100, {0.0}
         self.times = 0
 
     def forward(self, x):
         y = self.reconstruct(x)
         total = self.of_the_class + self.of_the_model + self.held["beta"] + self.config.schedule.beta + BETA
+        total = total + ARGUMENTS.beta + WEIGHTS["beta"] + CONFIGURATION.beta + SCHEDULE[1]
+        total = total + self.of_numpy + self.array[1] + self.slotted() + self.long[80] + sum(self.chosen)
         for _ in range(self.times):
             total = total + 1
         if self.of_the_model > 100:
@@ -81,6 +107,39 @@ def of_global(model, value):
     BETA = value
 
 
+def of_arguments(model, value):
+    ARGUMENTS.beta = value
+
+
+def of_global_dict(model, value):
+    WEIGHTS["beta"] = value
+
+
+def of_global_array(model, value):
+    SCHEDULE[1] = value
+
+
+def of_global_class(model, value):
+    CONFIGURATION.beta = value
+
+
+def of_array(model, value):
+    model.array[1] = value
+
+
+def of_slots(model, value):
+    model.slotted.beta = value
+
+
+def of_a_long_list(model, value):
+    model.long[80] = value
+
+
+def of_a_set(model, value):
+    model.chosen.clear()
+    model.chosen.add(value)
+
+
 def times(model, value):
     model.times = int(value)
 
@@ -93,6 +152,15 @@ WAYS = {
     "submodule": of_part,
     "global": of_global,
     "loop": times,
+    "arguments": of_arguments,
+    "global dict": of_global_dict,
+    "global array": of_global_array,
+    "global class": of_global_class,
+    "numpy": lambda model, value: setattr(model, "of_numpy", np.float32(value)),
+    "array": of_array,
+    "slots": of_slots,
+    "long list": of_a_long_list,
+    "set": of_a_set,
 }
 
 
@@ -203,3 +271,22 @@ def test_what_a_method_notes_in_lists_dicts_and_meters_is_noted_at_every_call(it
     assert float(model.history[-1]) == pytest.approx(float(F.mse_loss(y, x)), rel=1e-4)
     assert float(model.losses["reconstruction"]) == pytest.approx(float(F.mse_loss(y, x)), rel=1e-4)
     assert type(model.meter.total) is (float if item else torch.Tensor)
+
+
+COUNTER = {"calls": 0}
+
+
+class Counting(VAE):
+    def forward(self, x):
+        COUNTER["calls"] += 1
+        return self.reconstruct(x)
+
+
+def test_a_global_that_the_method_itself_changes_is_changed_at_every_call():
+    x = torch.rand(5, 6)
+    model = rvconvert.convert(Counting(), example_inputs=x)
+    model(x)
+    before = COUNTER["calls"]
+    for _ in range(3):
+        model(x)
+    assert COUNTER["calls"] == before + 3

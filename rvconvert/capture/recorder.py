@@ -29,8 +29,10 @@ from rvconvert.capture.python_state import (
     GENERATORS,
     Place,
     globals_of,
+    globals_of_classes,
     is_watched,
     random_state,
+    read_now,
 )
 from rvconvert.capture.recording import Recording
 from rvconvert.capture.traced_number import TracedFloat, TracedInt, ignored, traced_size, untraced
@@ -200,9 +202,11 @@ class _Recorder(TorchFunctionMode, Handler):
         node = self.graph.create_node(op, target, args, kwargs)
         frame = user_frame()
         node.meta["where"], node.meta["source"] = where(frame)
-        if frame is not None and frame.f_code not in self.codes:
+        while frame is not None and frame.f_code is not record.__code__:
+            if frame.f_code not in self.codes and not _is_internal(frame):
+                self.recording.places |= dict.fromkeys(globals_of(frame.f_globals, frame.f_code))
             self.codes.add(frame.f_code)
-            self.recording.places |= dict.fromkeys(globals_of(frame.f_globals, frame.f_code.co_names))
+            frame = frame.f_back
         node.meta["module"] = self.stack[-1] if self.stack else ""
         return node
 
@@ -659,11 +663,15 @@ def record(
         values.append(leaf)
         recorder.track(leaf, node)
     args, kwargs = structure.build(iter(values))
-    drawn = random_state()
+    drawn, read = random_state(), globals_of_classes(root)
+    values_read = read_now(read, ())
     with intercepting(recorder), recorder:
         result = method(*args, **kwargs)
     if random_state() != drawn:
         recording.once.append("Python draws random numbers of its own, by random or numpy.random")
+    for place, was, now in zip(read, values_read, read_now(read, ()), strict=True):
+        if was != now:
+            recording.once.append(f"the method changes {place.owner}.{place.name}")
     recording.builds = any(id(p) not in recorder.tensors for p in root.parameters())
     leaves, recording.outputs = flatten(result, is_output)
     leaves += before.changes(recording, recorder.paths)
