@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import itertools
 import logging
 import types
 import warnings
@@ -175,10 +176,8 @@ class Conversion:
             value = each.structure.build(rest)
             if not each.grown:
                 setattr(module, each.name, value)
-            elif isinstance(value, list):
-                getattr(module, each.name)[:] = value
             else:
-                getattr(module, each.name).update(value)
+                _refill(getattr(module, each.name), value)
 
     @property
     def attaches(self) -> bool:
@@ -488,6 +487,19 @@ class Conversion:
             self.checked.pop(next(iter(self.checked)), None)
         self.checked[name, written] = recording.fixed
         return []
+
+
+def _refill(held: Any, contents: Any) -> Any:
+    """A list or dict with these contents, in place, as are those within it; what is no such is replaced."""
+    if type(held) is not type(contents):
+        return contents
+    if isinstance(held, list):
+        held[:] = [_refill(a, b) for a, b in itertools.zip_longest(held[: len(contents)], contents)]
+    elif isinstance(held, dict):
+        held.update({key: _refill(held.get(key), value) for key, value in contents.items()})
+    else:
+        return contents
+    return held
 
 
 def _itself(x: Any) -> Any:

@@ -1,6 +1,7 @@
 """What a method reads from Python and leaves there: annealed attributes, flags, its own random numbers, meters and lists."""
 
 import argparse
+import collections
 import random
 import types
 import warnings
@@ -258,6 +259,39 @@ class Notes(VAE):
         self.history.append(value)
         self.copied = [*self.copied, value]
         return y
+
+
+class Meters(VAE):
+    """What is written to stands in another container, under a private name, or in an array."""
+
+    def __init__(self):
+        super().__init__()
+        self.nested, self.recent, self.seen, self.calls = {"losses": []}, collections.deque(maxlen=2), set(), np.zeros(1)
+        self._log, self._meter, self.meters = [], Meter(), {"loss": Meter()}
+        self.history = types.SimpleNamespace(losses=[])
+
+    def forward(self, x):
+        y = self.reconstruct(x)
+        value = F.mse_loss(y, x).item()
+        self.seen.add(len(self.seen))
+        self.calls += 1
+        for notes in (self.nested["losses"], self.recent, self._log, self.history.losses):
+            notes.append(value)
+        for meter in (self._meter, self.meters["loss"]):
+            meter.update(value)
+        return y
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_what_a_method_notes_in_containers_within_containers_is_noted_at_every_call(mode):
+    x = torch.rand(5, 6)
+    model = rvconvert.convert(Meters(), covariance=mode, example_inputs=x)
+    nested, meter = model.nested["losses"], model.meters["loss"]
+    for _ in range(4):
+        model(x)
+    assert len(model.nested["losses"]) == len(model._log) == len(model.history.losses) == len(model.seen) == 4
+    assert len(model.recent) == 2 and model.calls == 4 and model._meter.count == model.meters["loss"].count == 4
+    assert nested is model.nested["losses"] and meter is model.meters["loss"]
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
-import copy
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -22,6 +23,9 @@ if TYPE_CHECKING:
 __all__ = ["Held", "is_output", "unchanged"]
 
 _TABLES = ("_buffers", "_parameters", "_modules")
+_OWN = frozenset(vars(nn.Module()))
+_DEPTH, _MOST = 3, 64  # how far down, and of how large containers, what they hold is looked at
+_LARGEST = 1 << 24  # bytes of an array that is copied
 
 
 @contextlib.contextmanager
@@ -32,11 +36,10 @@ def unchanged(root: nn.Module) -> Iterator[None]:
     """
     modules = [m for m in root.modules() if not isinstance(m, torch.jit.ScriptModule)]
     attributes = {module: dict(vars(module)) for module in modules}
-    containers = {m: {k: copy.copy(v) for k, v in held.items() if _is_record(k, v)} for m, held in attributes.items()}
-    objects = _objects(attributes)
+    mutables = _mutables(attributes)
     tables = {m: (dict(m._buffers), dict(m._parameters)) for m in modules}
     values = {b: b.detach().clone() for b in root.buffers() if not b.is_meta}
-    data = {p: (p.data, p.data._version) for p in root.parameters()}
+    data = {p: p.data for p in root.parameters()}
     devices = sorted({p.device.index or 0 for p in root.parameters() if p.device.type == "cuda"})
     drawn = random_state()
     copies = {id(b): value.clone() for b, value in values.items()}
@@ -51,19 +54,15 @@ def unchanged(root: nn.Module) -> Iterator[None]:
             for buffer, value in values.items():
                 if buffer._version and not torch.equal(buffer, value):
                     buffer.copy_(value)
-        for parameter, (before, _) in data.items():
+        for parameter, before in data.items():
             if parameter.data.data_ptr() != before.data_ptr():
                 parameter.data = before
-        for _, _, value, fields in objects:
-            vars(value).clear()
-            vars(value).update(fields)
+        for _, _, value, contents, _ in mutables:
+            if _replaced(value, contents) != []:
+                _put_back(value, contents)
         for module, held in attributes.items():
             vars(module).clear()
             vars(module).update(held)
-            for key, value in containers[module].items():
-                container: Any = vars(module)[key]
-                container.clear()
-                (container.extend if isinstance(container, list) else container.update)(value)
             own: tuple[dict[str, Any], ...] = (module._buffers, module._parameters)
             saved: tuple[dict[str, Any], ...] = tables[module]
             for table, entries in zip(own, saved, strict=True):
@@ -71,19 +70,96 @@ def unchanged(root: nn.Module) -> Iterator[None]:
                 table.update(entries)
 
 
-def _objects(attributes: dict[nn.Module, dict[str, Any]]) -> list[tuple[nn.Module, str, Any, dict[str, Any]]]:
-    """Of modules' attributes the meters, counters, configurations: (module, name, object, its fields as they are now)."""
-    return [
-        (module, name, value, dict(vars(value)))
-        for module, held in attributes.items()
-        for name, value in held.items()
-        if isinstance(getattr(value, "__dict__", None), dict) and not name.startswith("_") and not is_opaque(value)
-    ]
+class _Mutable(NamedTuple):
+    """A container, an array or an object that a module holds, however deep, and what was in it."""
+
+    module: nn.Module
+    name: str  # of the module's attribute that it is, or is in
+    value: Any
+    contents: Any
+    is_record: bool  # a list or dict, in nothing but such, which a graph fills
 
 
-def _is_record(name: str, value: Any) -> bool:
-    """A list or dict that a model may keep notes in (not a table of torch's own)."""
-    return isinstance(value, (list, dict)) and not name.startswith("_")
+def _mutables(attributes: dict[nn.Module, dict[str, Any]]) -> list[_Mutable]:
+    """What a method may write to without an assignment: lists, dicts, meters, counters."""
+    found: list[_Mutable] = []
+    seen: set[int] = set()
+
+    def visit(module: nn.Module, name: str, value: Any, depth: int, in_record: bool = True) -> None:
+        if id(value) in seen or is_opaque(value):
+            return
+        seen.add(id(value))
+        contents = value if isinstance(value, tuple) else _contents(value)
+        if contents is None:
+            return
+        if contents is not value:
+            in_record = in_record and isinstance(value, (list, dict))
+            found.append(_Mutable(module, name, value, contents, in_record))
+        if depth and not isinstance(contents, np.ndarray) and len(contents) <= _MOST:
+            for each in contents.values() if isinstance(contents, dict) else contents:
+                visit(module, name, each, depth - 1, in_record)
+
+    for module, held in attributes.items():
+        for name, value in held.items():
+            if not _is_torchs(module, name):
+                visit(module, name, value, _DEPTH)
+    return found
+
+
+def _is_torchs(module: nn.Module, name: str) -> bool:
+    """A table of torch's own, or the conversion of a converted model."""
+    return name in _OWN or name == "_rvconvert" or (name[0] == "_" and type(module).__module__.startswith("torch."))
+
+
+def _contents(value: Any) -> Any:
+    """A copy of what is in a container, an array or an object; None of anything else."""
+    if isinstance(value, dict):
+        return dict(value)
+    if isinstance(value, (list, set, collections.deque)):
+        return list(value)
+    if isinstance(value, np.ndarray):
+        return value.copy() if value.nbytes <= _LARGEST else None
+    return dict(vars(value)) if isinstance(getattr(value, "__dict__", None), dict) else None
+
+
+def _put_back(value: Any, contents: Any) -> None:
+    if isinstance(value, np.ndarray):
+        value[...] = contents
+        return
+    container: Any = value if isinstance(value, (dict, list, set, collections.deque)) else vars(value)
+    container.clear()
+    (container.extend if isinstance(container, (list, collections.deque)) else container.update)(contents)
+
+
+def _replaced(value: Any, contents: Any) -> list[tuple[Any, Any]] | None:
+    """What is in a container now and was in it before, where these are not the same object; None if it is another size."""
+    now = _contents(value)
+    if isinstance(value, np.ndarray):
+        return [] if now.shape == contents.shape and now.tobytes() == contents.tobytes() else None
+    if len(now) != len(contents) or (isinstance(now, dict) and now.keys() != contents.keys()):
+        return None
+    pairs = [(now[k], contents[k]) for k in now] if isinstance(now, dict) else zip(now, contents, strict=True)
+    return [(a, b) for a, b in pairs if a is not b]
+
+
+def _is_changed(value: Any, contents: Any) -> bool:
+    pairs = _replaced(value, contents)
+    return pairs is None or any(is_output(a) or not equal(a, b) for a, b in pairs)
+
+
+def _untrace(value: Any) -> None:
+    """Numbers that were recorded become plain ones."""
+    contents = _contents(value)
+    if isinstance(contents, dict):
+        changed = {k: untraced(v) for k, v in contents.items() if isinstance(v, (TracedInt, TracedFloat))}
+        (value if isinstance(value, dict) else vars(value)).update(changed)
+    elif isinstance(contents, list) and any(isinstance(v, (TracedInt, TracedFloat)) for v in contents):
+        _put_back(value, [untraced(v) for v in contents])
+
+
+def _is_record(module: nn.Module, name: str, value: Any) -> bool:
+    """A list or dict that a model may keep notes in."""
+    return isinstance(value, (list, dict)) and not _is_torchs(module, name)
 
 
 def is_output(value: Any) -> bool:
@@ -97,8 +173,7 @@ class Held:
     def __init__(self, root: nn.Module) -> None:
         self.held = {m: dict(vars(m)) for m in root.modules() if not isinstance(m, torch.jit.ScriptModule)}
         self.buffers = {m: dict(m._buffers) for m in self.held}
-        self.contents = {(m, k): _contents(v) for m, held in self.held.items() for k, v in held.items() if _is_record(k, v)}
-        self.objects = _objects(self.held)
+        self.mutables = _mutables(self.held)
 
     def changes(self, recording: Recording, paths: dict[int, str]) -> list[Any]:
         """Note in the recording what was set on each module, whose ``paths`` go by id; returns the tensors in it.
@@ -107,32 +182,28 @@ class Held:
         list that grows) is what Python alone can do, so that the recording serves one call.
         """
         leaves: list[Any] = []
-        for module, name, value, before in self.objects:
-            fields = vars(value)
-            fields.update({k: untraced(v) for k, v in fields.items() if isinstance(v, (TracedInt, TracedFloat))})
-            if fields.keys() != before.keys() or any(v is not before[k] and not equal(v, before[k]) for k, v in fields.items()):
-                recording.once.append(f"the method changes {type(module).__name__}.{name}")
+        for _, _, value, _, is_record in self.mutables:
+            if not is_record:
+                _untrace(value)
+        changed = {(module, name): None for module, name, value, before, _ in self.mutables if _is_changed(value, before)}
+        recording.once += [f"the method changes {type(module).__name__}.{name}" for module, name in changed]
         for module, held in self.held.items():
             path = paths[id(module)]
             for name, value in list(vars(module).items()):
                 if name in _TABLES:
                     continue
                 same = name in held and value is held[name]
-                grown = same and (module, name) in self.contents and self.contents[module, name] != _contents(value)
+                grown = same and (module, name) in changed and _is_record(module, name, value)
                 if not grown and (same or (not is_output(value) and equal(value, held.get(name, self)))):
                     continue
                 found, structure = flatten(value, is_output)
                 recording.kept.append(Kept(path, name, structure, len(found), grown))
                 leaves += found
-                new = name not in held and _is_record(name, value)  # the next call may find it, and add to it
-                if grown or not found or new:
+                new = name not in held and _is_record(module, name, value)  # the next call may find it, and add to it
+                if not found or new:
                     recording.once.append(f"the method changes {type(module).__name__}.{name}")
             for name, value in module._buffers.items():
                 if value is not self.buffers[module].get(name) and value is not None:
                     recording.kept.append(Kept(path, name, Structure("leaf"), 1))
                     leaves.append(value)
         return leaves
-
-
-def _contents(record: Any) -> list[int]:
-    return [id(each) for each in (record.values() if isinstance(record, dict) else record)]
