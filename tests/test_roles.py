@@ -45,6 +45,11 @@ def kl_of_a_learned_prior(z: Tensor, mu: Tensor, std: Tensor, vae: VAE) -> Tenso
     return 0.5 * ((mu - place) ** 2 + std**2 - 1 - 2 * std.log()).sum(1)
 
 
+@torch.no_grad()
+def without_gradient(y: Tensor) -> Tensor:
+    return y * 1
+
+
 def bce_by_hand(y: Tensor, x: Tensor) -> Tensor:
     return -(x * torch.log(y + 1e-6) + (1 - x) * torch.log(1 - y + 1e-6))
 
@@ -77,6 +82,11 @@ LINEAR: dict[str, Result] = {
     ),
     "hinge": lambda y, x, z, mu, std, m: F.hinge_embedding_loss(y, torch.where(x > 0.5, 1.0, -1.0)),
     "BCE with logits": lambda y, x, z, mu, std, m: F.binary_cross_entropy_with_logits(y, x),
+    "beside a sample of the likelihood, by hand": lambda y, x, z, mu, std, m: (y, y + m.scale.exp() * torch.randn(y.shape), mu),
+    "beside a sample and its deviation's noise": lambda y, x, z, mu, std, m: (y + m.scale.exp() * torch.randn_like(y), y),
+    "a copy for a log, with a loss": lambda y, x, z, mu, std, m: {"recon": y.detach(), "loss": F.mse_loss(y, x)},
+    "a copy without a gradient, with a loss": lambda y, x, z, mu, std, m: (without_gradient(y), ((y - x) ** 2).mean()),
+    "a picture of it, with a loss": lambda y, x, z, mu, std, m: ((y > 0).float(), F.mse_loss(y, x)),
     "add with alpha": lambda y, x, z, mu, std, m: torch.add(y, x, alpha=-1).square().mean(),
     "by hand": lambda y, x, z, mu, std, m: ((x - y) ** 2).sum(1).mean(),
     "by hand, absolute": lambda y, x, z, mu, std, m: (y - x).abs().mean(),
@@ -122,6 +132,106 @@ def test_the_penalty_is_that_of_the_reconstruction(name: str, reads: bool) -> No
     rv(x)
     assert rv.last_penalty is not None, "no penalty"
     torch.testing.assert_close(rv.last_penalty, reference(x, sigmoid), rtol=0.01, atol=0)
+
+
+@pytest.mark.parametrize("covariance", ["calibrated", "sampled", "lowrank"])
+@pytest.mark.parametrize("name", [name for name in SHAPES if name not in ("beside a draw of the likelihood",)])
+def test_in_other_modes_it_is_in_the_gradient_of_a_loss(name: str, covariance: str) -> None:
+    result, _ = SHAPES[name]
+    x = torch.rand(8, 12, generator=torch.Generator().manual_seed(1))
+    grads = []
+    for penalty in (50.0, 0.0):
+        torch.manual_seed(2)
+        rv = rvconvert.convert(VAE(result, False), penalty=penalty, covariance=covariance, seed=0)
+        torch.manual_seed(2)
+        leaving = [leaf for leaf in tensors(rv(x)) if leaf.requires_grad]
+        torch.stack([leaf.mean() for leaf in leaving]).sum().backward()
+        grads.append(rv.decoder.weight.grad)
+    assert not torch.allclose(*grads, atol=1e-9)
+
+
+@pytest.mark.parametrize("covariance", ["independent", "calibrated"])
+def test_a_copy_without_a_gradient_leaves_without_one(covariance: str) -> None:
+    vae = VAE(lambda y, x, z, mu, std, m: (y.detach(), without_gradient(y), F.mse_loss(y, x)), False)
+    copied, other, loss = rvconvert.convert(vae, covariance=covariance)(torch.rand(8, 12))
+    assert loss.requires_grad and not copied.requires_grad and not other.requires_grad
+
+
+class Autoregressive(nn.Module):
+    """Steps in a list, each made of the one before."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.encoder, self.start, self.cell, self.out = nn.Linear(16, 6), nn.Linear(3, 5), nn.GRUCell(4, 5), nn.Linear(5, 4)
+
+    def forward(self, x: Tensor) -> Any:
+        mu, logvar = self.encoder(x.flatten(1)).chunk(2, 1)
+        h = self.start(mu + torch.randn_like(mu) * torch.exp(0.5 * logvar))
+        y, steps = torch.zeros(len(x), 4), []
+        for _ in range(4):
+            h = self.cell(y, h)
+            y = self.out(h)
+            steps.append(y)
+        return steps, mu
+
+
+def test_every_step_of_a_decoder_that_takes_back_what_it_gave_is_penalised() -> None:
+    x = torch.rand(3, 4, 4)
+    rv = rvconvert.convert(Autoregressive(), example_inputs=x)
+    rv(x)
+    steps, _ = rvconvert.convert(Autoregressive(), output="distribution")(x)
+    torch.testing.assert_close(rv.last_penalty, torch.stack([rvconvert.variance_penalty(y) for y in steps]).sum())
+
+
+def by_element(h: Tensor) -> Tensor:
+    reversed_ = torch.zeros_like(h)
+    for b in range(len(h)):
+        reversed_[b, 0:4, :] = h[b].flip(0)
+    return reversed_
+
+
+def by_column(h: Tensor) -> Tensor:
+    reversed_ = torch.zeros(len(h), 4, 6)
+    for t in range(4):
+        reversed_[:, t] = h[:, 3 - t]
+    return reversed_
+
+
+@pytest.mark.parametrize("written", [by_element, by_column])
+def test_what_is_written_into_a_buffer_places_a_latent(written: Callable[[Tensor], Tensor]) -> None:
+    class Reversed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.gru, self.encoder, self.decoder = nn.GRU(5, 6, batch_first=True), nn.Linear(6, 6), nn.Linear(3, 5)
+
+        def forward(self, x: Tensor) -> Any:
+            mu, logvar = self.encoder(written(self.gru(x)[0])).chunk(2, -1)
+            return self.decoder(mu + torch.randn(mu.size()) * (0.5 * logvar).exp())
+
+    x = torch.rand(3, 4, 5)
+    rv = rvconvert.convert(Reversed(), example_inputs=x)
+    assert torch.equal(rv(x), rv(x)) and rv.last_penalty > 0
+
+
+def in_a_column(m: Any, mu: Tensor) -> Tensor:
+    h = mu.detach().clone()
+    h[:, 0] = torch.randn_like(h[:, 0])
+    return h
+
+
+def beside_a_learned_condition(m: Any, mu: Tensor) -> Tensor:
+    return torch.cat([torch.randn(len(mu), 2), m.prior(torch.ones(len(mu), 4))[:, :2]], 1)
+
+
+@pytest.mark.parametrize("drawn", [in_a_column, beside_a_learned_condition])
+def test_a_draw_beside_what_was_learned_is_no_latent(drawn: Callable[[Any, Tensor], Tensor]) -> None:
+    x = torch.rand(64, 12)
+    vae = VAE(lambda y, x, z, mu, std, m: (y, m.decoder(drawn(m, mu))), False)
+    rv = rvconvert.convert(vae, example_inputs=x)
+    assert not torch.equal(rv(x)[1], rv(x)[1])
+    torch.testing.assert_close(rv.last_penalty, reference(x, False), rtol=0.01, atol=0)
 
 
 def tensors(value: Any) -> list[Tensor]:

@@ -120,6 +120,7 @@ class _Recorder(TorchFunctionMode, Handler):
             self.writers.pop(id(value), None)
             with torch._C.DisableTorchFunction():
                 node.meta["shape"], node.meta["dtype"] = tuple(value.shape), value.dtype
+                node.meta["requires_grad"] = value.requires_grad
             key = _storage_key(value)
             if key is not None:
                 self.storages[key] = node
@@ -240,6 +241,9 @@ class _Recorder(TorchFunctionMode, Handler):
             node = self.add("call_method", "item", (self.argument(args[0]),), {})
             node.meta["rule"] = rule
             self.inherit(node)
+            if isinstance(value, bool) or (isinstance(value, int) and node not in self.recording.depends):
+                self.note_read(node, name)  # it may become a length or an index, which Python takes without a word
+                return value
             if not isinstance(value, (int, float)):
                 return value
             return TracedFloat(float(value), node, lambda name: self.note_read(node, name))

@@ -102,10 +102,10 @@ def replay_differs(run: Run, recording: Recording, model: nn.Module, method: Any
 
     smaller = None
     batch = {x.shape[0] for x in leaves if x.ndim}
-    if batch == {1}:
+    if 1 in batch:
         recording.fixed.append("the example is a batch of one")
-    elif not recording.fixed and len(batch) == 1:
-        try:  # other values and another batch size at once
+    elif not recording.fixed and batch:
+        try:  # other values, and another first dimension of each input, at once
             smaller = compare([x[: (x.shape[0] + 1) // 2] if x.ndim else x for x in other])
         except Exception as error:  # noqa: BLE001 (a model's own code may fail in any way)
             smaller = f"{type(error).__name__}: {error}"

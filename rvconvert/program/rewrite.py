@@ -14,6 +14,7 @@ from torch import fx
 from rvconvert.capture.graph_calls import apply_function
 from rvconvert.core.random_variable import RandomVariable
 from rvconvert.program.gains import insert_gains
+from rvconvert.program.roles import asks_of
 from rvconvert.rules.noise import nth_source
 
 if TYPE_CHECKING:
@@ -64,6 +65,7 @@ def to_random_variables(
         copied.kwargs = {**copied.kwargs, "settings": settings}
 
     replaced = _from_a_draw(graph, nodes, recording, roles) if output == "mean" else set()
+    operations = dict(nodes)
     if gains:
         insert_gains(graph, nodes, gains)
     collapsed: dict[fx.Node, fx.Node] = {}
@@ -90,10 +92,15 @@ def to_random_variables(
         return collapsed[node]
 
     for value, user in roles.at_mean:
-        nodes[user].replace_input_with(nodes[value], collapse(value))
+        if "draw" in user.meta and asks_of(user, value):  # for its shape, whatever is made of the draw
+            with graph.inserting_before(operations[user]):
+                mean = graph.call_function(take_mean, (graph.get_attr("_rvconvert"), nodes[value]))
+            operations[user].replace_input_with(nodes[value], mean)
+        else:
+            operations[user].replace_input_with(nodes[value], collapse(value))
     for node in recording.graph.nodes:
         if node.op == "call_method" and node.target == "item" and node.args[0] in roles.random:
-            nodes[node].replace_input_with(nodes[node.args[0]], collapse(node.args[0]))
+            operations[node].replace_input_with(nodes[node.args[0]], collapse(node.args[0]))
 
     given = recording.output.args[0]
     assert isinstance(given, tuple)

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from rvconvert.capture.recording import Recording
     from rvconvert.core.registry import Rule
 
-__all__ = ["Roles", "assign"]
+__all__ = ["Roles", "asks_of", "assign"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,6 +87,7 @@ _PRODUCTS = frozenset("mul multiply addcmul lerp div true_divide divide".split()
 _DIFFERENCES = frozenset("sub subtract rsub".split())
 _DISTANCES = frozenset("cdist pairwise_distance cosine_similarity dist".split())
 _EXPONENTIALS = frozenset("exp expm1 softmax log_softmax logsumexp logaddexp".split())
+_WRITES = frozenset("setitem index_put index_copy scatter masked_scatter".split())
 _EVEN = frozenset("pow square abs norm vector_norm huber_loss".split())
 
 
@@ -129,6 +130,16 @@ class _Graph:
                     self.raw.add(node)
             elif sources and all(n in self.weights for n in sources):
                 self.weights.add(node)
+            if node.meta.get("mutates") and node.args:
+                self._is_written(node.args[0], node)
+
+    def _is_written(self, target: object, writer: fx.Node) -> None:
+        """What is written in place into a tensor, or into a view of it, is part of it from there on."""
+        while isinstance(target, fx.Node):
+            for kind in (self.conditioned, self.learned, self.raw):
+                if writer in kind:
+                    kind.add(target)
+            target = target.args[0] if self._kind(target, Shape) and target.args else None
 
     def _has_weights(self, node: fx.Node) -> bool:
         """An operation with weights that mixes elements: a layer, not a scale for each element."""
@@ -194,9 +205,10 @@ class _Graph:
         if not found:
             self.by_products = True
             found = self._latents()
-        return found
+        return found or self._latents(beside=True)
 
-    def _latents(self) -> list[fx.Node]:
+    def _latents(self, *, beside: bool = False) -> list[fx.Node]:
+        """The latents; with ``beside`` a draw that only stands beside what the input made, ``cat([x, eps])``, is one."""
         noise: dict[fx.Node, frozenset[fx.Node]] = {}  # draws that a value is, scaled and shifted by constants
         posterior: dict[fx.Node, frozenset[fx.Node]] = {}  # draws that the input has placed or scaled
         found: set[fx.Node] = set()
@@ -213,7 +225,7 @@ class _Graph:
             plain = none.union(*(noise.get(n, none) for n in sources))
             if "draw" in node.meta:
                 own = frozenset((node,))
-                by_input = any(n in self.learned or n in posterior for n in sources if not _asks_of(node, n))
+                by_input = any(n in self.learned or n in posterior for n in sources if not asks_of(node, n))
                 noise[node], posterior[node] = (none, placed | own) if by_input else (own, placed)
                 continue
             if node not in depends or not (placed or plain):
@@ -231,7 +243,8 @@ class _Graph:
                     found |= none.union(*(posterior.get(n, none) for n in sources if n not in values))
             others = [n for n in sources if not noise.get(n)]
             reached = any(n in self.learned or posterior.get(n) for n in others)
-            if plain and reached and not self._gates(node, noise):
+            moves = self._kind(node, Shape) or self._name(node) in _WRITES
+            if plain and reached and not self._gates(node, noise) and (beside or not moves):
                 placed, plain = placed | plain, none
             if any(n in self.raw for n in others):
                 shifted |= plain
@@ -275,7 +288,9 @@ class _Graph:
         chosen = list(leaves)
         candidates = meeting or (set() if leaves else {source for source, _ in edges})
         for source in (n for n in self.nodes if n in candidates):
-            known = any(self.same(source, n, random) or self.same(n, source, random) or self.behind(n, source) for n in chosen)
+            # What leaves may be a copy for a log, without a gradient, of what the loss is made of.
+            chosen = [source if self.same(source, n) and self.stops_gradient(source, n) else n for n in chosen]
+            known = any(self.same(source, n) or self.same(n, source) or self.behind(n, source) for n in chosen)
             if not known and not any(self.decodes_between(source, n, random) for n in leaves):
                 chosen.append(source)
         at_mean = {(source, user) for source, user in edges if source in candidates}
@@ -292,15 +307,15 @@ class _Graph:
                 at_mean |= {(n, node) for n in sources if n in decoded}
             elif node not in random and sources and node.op != "output" and self.samples_likelihood(node):
                 at_mean |= {(n, node) for n in sources}
-                drawn_from += [n for n in sources if n in decoded and not ("draw" in node.meta and _asks_of(node, n))]
+                drawn_from += [n for n in sources if n in decoded and not ("draw" in node.meta and asks_of(node, n))]
         chosen = chosen or list(dict.fromkeys(drawn_from))
         related = [*leaving, *(source for source, _ in edges if "shape" in source.meta)]
         beside = [
             (value, main)
             for main in chosen
             for value in dict.fromkeys(related)
-            if value is not main and value in decoded and value not in losses
-            if self.same(value, main, random) or self.same(main, value, random)
+            if value is not main and value in decoded and value not in losses and not self.stops_gradient(main, value)
+            if self.same(value, main) or self.same(main, value)
         ]
         return Roles(
             tuple(latents),
@@ -427,7 +442,9 @@ class _Graph:
             for second in leaves:
                 if first is second or not self.behind(first, second):
                     continue
-                if self.same(first, second, random):
+                if self.is_step(first, second):
+                    continue
+                if self.same(first, second):
                     dropped.add(first if _size(first) == _size(second) and second not in dropped else second)
                 elif (second in fits) != (first in fits):
                     dropped.add(first if second in fits else second)
@@ -438,6 +455,12 @@ class _Graph:
         kept = [n for n in leaves if n not in dropped]
         least = min((_size(n) for n in kept if n in fits), default=0)  # fewer numbers beside it are a score: logits of classes
         return [n for n in kept if _size(n) >= least]
+
+    @staticmethod
+    def is_step(first: fx.Node, second: fx.Node) -> bool:
+        """Both are of one line of a loop: steps of a decoder that takes back what it gave."""
+        places = {(n.op, n.target, n.meta.get("where"), n.meta.get("module"), n.meta.get("shape")) for n in (first, second)}
+        return len(places) == 1 and bool(first.meta.get("where"))
 
     def fits_an_input(self, node: fx.Node) -> bool:
         """As many numbers as in an input that is a batch of vectors or more."""
@@ -461,12 +484,19 @@ class _Graph:
                 todo += node.all_input_nodes
         return found
 
-    def same(self, first: fx.Node, second: fx.Node, random: set[fx.Node]) -> bool:
+    def same(self, first: fx.Node, second: fx.Node) -> bool:
         """``second`` is ``first``, or a view or an elementwise function of it."""
         if first is second:
             return True
+        if second in self.nuisance and first not in self.nuisance:  # a sample of a likelihood
+            return False
         way = self.between(first, second)
         return bool(way) and all(self._kind(n, Elementwise, Shape) or self._keeps_size(n) for n in way)
+
+    @staticmethod
+    def stops_gradient(first: fx.Node, second: fx.Node) -> bool:
+        """``first`` has a gradient and ``second``, made of it, has none."""
+        return bool(first.meta.get("requires_grad")) and second.meta.get("requires_grad") is False
 
     def _keeps_size(self, node: fx.Node) -> bool:
         """A softmax, dropout or the like: no layer, and as many numbers as before."""
@@ -583,7 +613,7 @@ def _asks(node: fx.Node) -> bool:
     return (rule is not None and type(rule.kind) is Metadata) or (node.op == "call_method" and node.target == "size")
 
 
-def _asks_of(draw: fx.Node, source: fx.Node) -> bool:
+def asks_of(draw: fx.Node, source: fx.Node) -> bool:
     """A draw asks ``source`` for its shape alone, as ``randn_like(source)`` and ``source.normal_()`` do."""
     name = str(getattr(draw.meta["draw"].func, "__name__", ""))
     return name.endswith(("_like", "_")) and bool(draw.args) and draw.args[0] is source

@@ -244,7 +244,8 @@ class Shape:
             options,
         )
         made = join(mean, var, like)
-        if like.density is not None and len(present) == 1 and isinstance(made, RandomVariable):
+        alone = [*map(type, present.values())] == [type(like)]  # and in no list
+        if like.density is not None and alone and isinstance(made, RandomVariable):
             made.distributed(like.density.moved(lambda x: self.call(func, dict.fromkeys(present, x), rest, options)))
         if self.same and isinstance(made, RandomVariable):
             same = _of_no_gradient if getattr(func, "__name__", "") == "detach" else lambda x: func(x, *rest, **options)
@@ -365,8 +366,8 @@ class Bilinear:
                 var = widened(product, a.square(), b_var)
             else:
                 var = widened(product, a_var, b.square() + b_var) + widened(product, a.square(), b_var)
-            if bias_var is not None:
-                var = var + bias_var
+            if bias_var is not None:  # where the operation puts a bias: of a convolution, along the channels
+                var = var + product(torch.zeros_like(a), torch.zeros_like(b), bias_var)
         return like.with_moments(mean, var)
 
     @staticmethod
