@@ -173,6 +173,14 @@ SELF_PRODUCTS = {
     "einsum over rows": lambda z: torch.einsum("bki,bkj->bji", z, z),
     "dot": lambda z: (lambda y: torch.dot(y, y))(z.flatten()),
     "vector": lambda z: (lambda y: y @ y)(z[0, 0]),
+    "einsum of elements": lambda z: torch.einsum("bik,bik->bi", z, z),
+    "einsum of all": lambda z: torch.einsum("bik,bik->", z, z),
+    "vecdot": lambda z: torch.linalg.vecdot(z, z),
+    "inner": lambda z: (lambda y: torch.inner(y, y))(z[0]),
+    "inner of vectors": lambda z: (lambda y: torch.inner(y, y))(z[0, 0]),
+    "tensordot": lambda z: torch.tensordot(z, z, ([0, 1, 2], [0, 1, 2])),
+    "tensordot of rows": lambda z: (lambda y: torch.tensordot(y, y, ([1], [1])))(z[0]),
+    "outer": lambda z: (lambda y: torch.outer(y, y))(z[0, 0]),
 }
 
 

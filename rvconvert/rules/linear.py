@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import reduce
+from string import ascii_lowercase, ascii_uppercase
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -44,15 +45,7 @@ for _dims, _conv, _transposed in (
 ):
     add_rule(f"conv{_dims}d", Convolution(), Exactness.EXACT_IF_INDEPENDENT, _INDEPENDENT, modules=(_conv,))
     add_rule(f"conv_transpose{_dims}d", Convolution(), Exactness.EXACT_IF_INDEPENDENT, _INDEPENDENT, modules=(_transposed,))
-for _name, _operands in (
-    ("inner", ("input", "other")),
-    ("kron", ("input", "other")),
-    ("mv", ("input", "vec")),
-    ("outer", ("input", "vec2")),
-    ("ger", ("input", "vec2")),
-    ("vecdot", ("x", "y")),
-    ("tensordot", ("a", "b")),
-):
+for _name, _operands in (("kron", ("input", "other")), ("mv", ("input", "vec"))):
     add_rule(_name, Bilinear(_operands), Exactness.EXACT_IF_INDEPENDENT, _INDEPENDENT)
 for _name, _other in (("matmul", "other"), ("mm", "mat2"), ("bmm", "mat2"), ("dot", "tensor"), ("vdot", "other")):
     add_rule(_name, MatrixProduct(("input", _other)), Exactness.EXACT_IF_INDEPENDENT, _INDEPENDENT)
@@ -147,8 +140,10 @@ def _contract(terms: list[str], output: str, operands: list[Any]) -> Any:
         return torch.einsum(equation, *operands)
     if len(operands) == 1:
         return _ONE(lambda tensor: torch.einsum(equation, tensor), tuple(operands), {})
-    made = _TWO(lambda *tensors: torch.einsum(equation, *tensors), tuple(operands), {})
     (first, second), (a, b) = terms, operands
+    if first == second and isinstance(a, RandomVariable) and is_same(b, a):
+        return _contract([first], output, [a.square()])
+    made = _TWO(lambda *tensors: torch.einsum(equation, *tensors), tuple(operands), {})
     apart = [(x, y) for x, y in zip(first, second, strict=False) if x != y]
     # Rows of one variable with all of its rows, as in "ik,jk->ij"
     if isinstance(a, RandomVariable) and is_same(b, a) and len(first) == len(second) and len(apart) == 1:
@@ -189,6 +184,37 @@ def _einsum(equation: Any, *operands: Any) -> Any:
     return values[0] if terms[0] == output else _contract(terms, output, values)
 
 
+def _tensordot(a: Any, b: Any, dims: Any = 2, out: None = None) -> Any:
+    if isinstance(dims, int):
+        dims = range(a.ndim - dims, a.ndim), range(dims)
+    first, second = ([int(d) % x.ndim for d in each] for x, each in zip((a, b), dims, strict=True))
+    of_a = ascii_lowercase[: a.ndim]
+    met = {d: of_a[c] for c, d in zip(first, second, strict=True)}
+    of_b = [met.get(d, ascii_uppercase[d]) for d in range(b.ndim)]
+    kept = [x for d, x in enumerate(of_a) if d not in first] + [x for d, x in enumerate(of_b) if d not in met]
+    return _einsum(f"{of_a},{''.join(of_b)}->{''.join(kept)}", a, b)
+
+
+def _inner(input: Any, other: Any) -> Any:
+    return input * other if input.ndim == 0 or other.ndim == 0 else _tensordot(input, other, ([-1], [-1]))
+
+
+def _vecdot(x: Any, y: Any, dim: int = -1) -> Any:
+    return (x * y).sum(dim)
+
+
+def _outer(input: Any, vec2: Any) -> Any:
+    return _einsum("i,j->ij", input, vec2)
+
+
+for _name, _product in (
+    ("tensordot", _tensordot),
+    ("inner", _inner),
+    ("outer", _outer),
+    ("ger", _outer),
+    ("vecdot", _vecdot),
+):
+    add_rule(_name, Composite(_product), Exactness.EXACT_IF_INDEPENDENT, _INDEPENDENT)
 add_rule(
     "einsum",
     Composite(_einsum),
