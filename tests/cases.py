@@ -441,6 +441,15 @@ case("layer_norm", lambda w, x: F.layer_norm(x, (24,), w(24), w(24)), (3, 24), *
 case("layer_norm", lambda w, x: F.layer_norm(x, (3, 2)), (3, 3, 2), label="few", var=0.2, mean_error=0.02, var_error=0.05)
 case("layer_norm", lambda w, x: w.module(lambda: nn.LayerNorm(24))(x), (3, 24), label="module", **_NORMS)
 case("rms_norm", lambda w, x: F.rms_norm(x, (24,), w(24)), (3, 24), **_NORMS)
+# Weight and bias given by a style, of an input that is random or is not.
+_STYLES = {"batch": None, "label": "style", "mean_error": 0.05, "var_error": 0.1}
+case("batch_norm", lambda w, a, b: F.batch_norm(w(6, 2, 3), None, None, a, b, True), (2,), (2,), **_STYLES)
+case("batch_norm", lambda w, x, a: F.batch_norm(x, w(2), w.positive(2), a), (6, 2, 3), (2,), batch=None, label="style, evaluated")
+case("instance_norm", lambda w, x, a, b: F.instance_norm(x, weight=a, bias=b), (2, 2, 18), (2,), (2,), **_STYLES)
+case("group_norm", lambda w, a: F.group_norm(w(3, 4, 3), 2, a), (4,), **_STYLES)
+case("layer_norm", lambda w, x, a, b: F.layer_norm(x, (24,), a, b), (3, 24), (24,), (24,), **_STYLES)
+case("rms_norm", lambda w, a: F.rms_norm(w(3, 24), (24,), a), (24,), **_STYLES)
+case("linear", lambda w, b: F.linear(w(3, 4), w(5, 4), b), (5,), batch=None, label="bias alone")
 case("rms_norm", lambda w, x: w.module(lambda: nn.RMSNorm(6))(x), (3, 6), label="few", var=0.2, mean_error=0.02, var_error=0.05)
 case("group_norm", lambda w, x: F.group_norm(x, 2, w(4), w(4)), (3, 4, 3, 4), **_NORMS)
 case(

@@ -360,7 +360,9 @@ class Bilinear:
         bias, bias_var = moments(operands[2]) if len(operands) > 2 else (None, None)
         mean = product(a, b, bias)
         with full_precision(like):
-            if b_var is None:
+            if a_var is None and b_var is None:
+                var = torch.zeros_like(mean)
+            elif b_var is None:
                 var = self.squared(product, a_var, b, like)
             elif a_var is None:
                 var = widened(product, a.square(), b_var)

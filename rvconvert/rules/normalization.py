@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from dataclasses import dataclass
 from functools import partial
@@ -13,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import BackwardCFunction
 
+from rvconvert.core.random_variable import RandomVariable, random_variables
 from rvconvert.core.registry import REGISTRY, Exactness, Rule
 from rvconvert.moments.buffers import into_buffer
 from rvconvert.moments.compilation import is_traced
@@ -21,8 +23,6 @@ from rvconvert.rules.kinds import Composite, add_rule, bind, full_precision, gra
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-
-    from rvconvert.core.random_variable import RandomVariable
 
 
 def _per_channel(x: Any, ndim: int) -> Any:
@@ -46,6 +46,34 @@ def update_running(
         with torch.no_grad():
             running_mean.data.lerp_(centre.detach().to(running_mean.dtype), momentum)
             running_var.data.lerp_((spread.detach() * n / max(n - 1, 1)).to(running_var.dtype), momentum)
+
+
+def _with_affine(normalize: Callable[..., Any], *, channels: bool = True) -> Callable[..., Any]:
+    """``normalize`` for weight and bias that may be random, as those that a style gives: it normalizes, they scale and shift.
+
+    Args:
+        normalize: of (input, ..., weight, bias, ...), either with None.
+        channels: weight and bias have an element for each channel, not for each of the last dimensions.
+    """
+    signature = inspect.signature(normalize)
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if not random_variables(args[1:], kwargs):
+            return normalize(*args, **kwargs)
+        given = signature.bind(*args, **kwargs).arguments
+        found = [given.get("weight"), given.get("bias")]
+        random = random_variables(found)
+        if not random:
+            return normalize(*args, **kwargs)
+        x = given["input"]
+        if not isinstance(x, RandomVariable):
+            x = random[0].with_moments(x, torch.zeros_like(x))
+        out = normalize(**{**given, "input": x} | {name: None for name in ("weight", "bias") if name in given})
+        weight, bias = (_per_channel(each, x.ndim) for each in found) if channels else found
+        out = out if weight is None else out * weight
+        return out if bias is None else out + bias
+
+    return call
 
 
 def batch_norm_arguments(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
@@ -172,7 +200,14 @@ class BatchNormalization:
     """BatchNorm. Training: the batch is a mixture, mean = mean(m), var = mean((m - mean)^2) + mean(v)."""
 
     def __call__(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> RandomVariable:
-        x, mean, var, weight, bias, training, momentum, eps = batch_norm_arguments(args, kwargs)
+        return _with_affine(self.normalize)(*batch_norm_arguments(args, kwargs))  # type: ignore[no-any-return]
+
+    @staticmethod
+    def normalize(
+        input: RandomVariable, mean: Any, var: Any, weight: Any, bias: Any, training: bool, momentum: float, eps: float
+    ) -> RandomVariable:
+        """With weight and bias that are not random."""
+        x = input
         with full_precision(x):
             if not training and mean is not None and var is not None:
                 scale = torch.rsqrt(var + eps) if weight is None else torch.rsqrt(var + eps) * weight
@@ -465,16 +500,13 @@ def _instance_norm(
 
 
 _SAMPLE = "elements are independent; the sample's variance is taken at its expectation (second order for n <= 256)"
-add_rule("layer_norm", Composite(_layer_norm), Exactness.APPROXIMATE, _SAMPLE, modules=(nn.LayerNorm,))
-add_rule("rms_norm", Composite(_rms_norm), Exactness.APPROXIMATE, _SAMPLE, modules=(nn.RMSNorm,))
-add_rule("group_norm", Composite(_group_norm), Exactness.APPROXIMATE, _SAMPLE, modules=(nn.GroupNorm,))
-add_rule(
-    "instance_norm",
-    Composite(_instance_norm),
-    Exactness.APPROXIMATE,
-    _SAMPLE,
-    modules=(nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d),
-)
+for _name, _body, _channels, _modules in (
+    ("layer_norm", _layer_norm, False, (nn.LayerNorm,)),
+    ("rms_norm", _rms_norm, False, (nn.RMSNorm,)),
+    ("group_norm", _group_norm, True, (nn.GroupNorm,)),
+    ("instance_norm", _instance_norm, True, (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)),
+):
+    add_rule(_name, Composite(_with_affine(_body, channels=_channels)), Exactness.APPROXIMATE, _SAMPLE, modules=_modules)
 add_rule(
     "local_response_norm",
     Composite(own_python(F.local_response_norm)),
