@@ -113,7 +113,7 @@ def transfer_weights(source: nn.Module | Mapping[str, torch.Tensor], target: nn.
     want = target.state_dict()
     missing = [k for k in want if k not in have]
     unexpected = [k for k in have if k not in want]
-    shapes = [k for k in want if k in have and want[k].shape != have[k].shape]
+    shapes = [k for k in want if k in have and _shape(want[k]) != _shape(have[k])]
     if missing or unexpected or shapes:
         raise TransferError(_differences(have, want, missing, unexpected, shapes, type(target).__name__))
     target.load_state_dict(have, strict=True)
@@ -131,22 +131,27 @@ def _differences(
     groups: dict[str, list[str]] = defaultdict(list)
     free = set(unexpected)
     for key in missing:
-        fits = [k for k in free if have[k].shape == want[key].shape]
+        fits = [k for k in free if _shape(have[k]) == _shape(want[key])]
         close = difflib.get_close_matches(key, fits, n=1, cutoff=0.5)
         if close:
             free.discard(close[0])
             groups[_module(key)].append(f"{key} is missing; likeliest: rename {close[0]!r} to {key!r}")
         else:
-            groups[_module(key)].append(f"{key} {tuple(want[key].shape)} is missing in the source")
+            groups[_module(key)].append(f"{key} {_shape(want[key])} is missing in the source")
     for key in sorted(free):
-        groups[_module(key)].append(f"{key} {tuple(have[key].shape)} has no place in {target}")
+        groups[_module(key)].append(f"{key} {_shape(have[key])} has no place in {target}")
     for key in shapes:
-        groups[_module(key)].append(f"{key} is {tuple(have[key].shape)} in the source and {tuple(want[key].shape)} in {target}")
+        groups[_module(key)].append(f"{key} is {_shape(have[key])} in the source and {_shape(want[key])} in {target}")
     lines = [f"weights do not fit {target}: {len(missing)} missing, {len(unexpected)} unexpected, {len(shapes)} of another shape"]
     for module, entries in sorted(groups.items()):
         lines.append(f"  in {module or 'the model itself'}:")
         lines += [f"    {entry}" for entry in entries]
     return "\n".join(lines)
+
+
+def _shape(entry: Any) -> Any:
+    """Of a tensor; of an entry that is none, an extra state, its type's name."""
+    return tuple(entry.shape) if isinstance(entry, torch.Tensor) else type(entry).__name__
 
 
 def _module(key: str) -> str:

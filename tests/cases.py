@@ -153,6 +153,16 @@ for _name in ("div", "divide", "true_divide"):
 case("div", lambda w, x: x / 3.0, label="number")
 case("div", lambda w, x, y: x / (y + 6.0), X, X, var=0.3, mean_error=0.01, var_error=0.02, label="random")
 case("div", lambda w, x: x / (1 + x.abs()), label="softsign")
+for _mode in ("floor", "trunc"):
+    case(
+        "div",
+        lambda w, x, m=_mode: torch.div(x, 2.0, rounding_mode=m),
+        label=_mode,
+        var=4.0,
+        kinked=True,
+        mean_error=0.05,
+        var_error=0.05,
+    )
 case("rdiv", lambda w, x: 2.0 / x, offset=6.0, var=0.3, mean_error=0.01, var_error=0.05)
 case("reciprocal", lambda w, x: torch.reciprocal(x), offset=6.0, var=0.3, mean_error=0.01, var_error=0.05)
 case("addcmul", lambda w, x, y, z: torch.addcmul(x, y, z, value=0.5), X, X, X)
@@ -735,6 +745,19 @@ for _p in (1, 2, 3, torch.inf):
     case("norm", lambda w, x, p=_p: torch.norm(x, p, 1), (3, 6), label=str(_p), **_ROOTED)
 case("norm", lambda w, x: x.norm(), batch=None, label="all", **_ROOTED)
 case("vector_norm", lambda w, x: torch.linalg.vector_norm(x, 2, -1, keepdim=True), (3, 6), **_ROOTED)
+case("linalg_norm", lambda w, x: torch.linalg.norm(x, dim=-1), (3, 6), **_ROOTED)
+for _ord in (1, -1, 2, "nuc", "fro", float("inf")):
+    case(
+        "linalg_norm",
+        lambda w, x, o=_ord: torch.linalg.norm(x, o, (-2, -1)),
+        (3, 2, 3),
+        label=f"matrix, {_ord}",
+        var=1e-4,
+        offset=2.0,
+        mean_error=0.2,
+        var_error=0.2,
+    )
+case("norm", lambda w, x: torch.norm(x, 0, 1), (3, 6), label="0")
 case("pairwise_distance", lambda w, x, y: F.pairwise_distance(x, y), (3, 6), (3, 6), modules=(nn.PairwiseDistance,), **_ROOTED)
 case("cdist", lambda w, x, y: torch.cdist(x, y), (2, 3, 5), (2, 2, 5), **_ROOTED)
 case("cdist", lambda w, x, y: torch.cdist(x, y, 1.0), (2, 3, 5), (2, 2, 5), label="1", **_ROOTED)

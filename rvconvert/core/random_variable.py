@@ -351,12 +351,13 @@ def random_variables(*values: Any) -> list[RandomVariable]:
     return found
 
 
+_ASSIGNING = {f"__{name}__" for name in "setitem iadd isub imul idiv itruediv ifloordiv imod ipow iand ior ixor".split()}
 _IN_PLACE = FunctionTable(
     {
         getattr(namespace, name): True
         for namespace in NAMESPACES
         for name in dir(namespace)
-        if name == "__setitem__" or (name.endswith("_") and not name.endswith("__") and callable(getattr(namespace, name)))
+        if name in _ASSIGNING or (name.endswith("_") and not name.endswith("__") and callable(getattr(namespace, name)))
     }
 )
 

@@ -277,7 +277,7 @@ class Gains:
     def phase(self, name: str) -> None:
         """What values passing through are used for: ``"truth"``, ``"independent"``, ``"fit"`` or ``"apply"``."""
         self._phase = name
-        if name == "truth":
+        if name in ("truth", "apply"):
             self._truth = {}
 
     @property

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -73,18 +71,19 @@ def _clamped(mean: Tensor, var: Tensor, lo: float | Tensor, hi: float | Tensor) 
     return quadrature(lambda x: torch.clamp(x, lo, hi), mean, var, (lo, hi))  # type: ignore[arg-type]
 
 
+_FAR = 1e30  # a bound that no one meets, such as the least number of a dtype
 _CLAMP = Kinked(lambda t: t.clamp(0.0, 2.0), Shape(left=0.0, right=1.0, width=1.0, level=True, fold="odd"), middle=1.0)
 
 
 @at_least_float32
 def clamp(mean: Tensor, var: Tensor, min: float | Tensor | None = None, max: float | Tensor | None = None) -> Moments:
     """min(max(x, min), max), exact; either bound may be None; tensors broadcast and get their gradient."""
-    if min is None or (isinstance(min, float) and min == -math.inf):
-        if max is None or (isinstance(max, float) and max == math.inf):
+    if min is None or (isinstance(min, float) and min <= -_FAR):
+        if max is None or (isinstance(max, float) and max >= _FAR):
             return mean, var
         down, down_var = relu(max - mean, var)
         return max - down, down_var
-    if max is None or (isinstance(max, float) and max == math.inf):
+    if max is None or (isinstance(max, float) and max >= _FAR):
         up, up_var = relu(mean - min, var)
         return up + min, up_var
     if isinstance(min, Tensor) or isinstance(max, Tensor):
@@ -131,12 +130,15 @@ def _elu(x: Tensor, alpha: float, rate: float) -> Tensor:
 
 
 _ELU: dict[float, int] = {}
+_MOST = 16  # tables, of 22 MB each: a slope that changes with every step is not to have one for each
 
 
 @torch.compiler.assume_constant_result
-def _elu_curve(slope: float) -> int:
-    """The number of the curve that is x above 0, slope (e^x - 1) below."""
+def _elu_curve(slope: float) -> int | None:
+    """The number of the curve that is x above 0, slope (e^x - 1) below; None where there are too many already."""
     if slope not in _ELU:
+        if len(_ELU) == _MOST:
+            return None
         shape = Shape(left=slope, right=1.0, width=2.0, beyond="exponential")
         _ELU[slope] = Kinked(lambda x: _elu(x, slope, 1.0), shape).number
     return _ELU[slope]
@@ -145,10 +147,11 @@ def _elu_curve(slope: float) -> int:
 @at_least_float32
 def elu(mean: Tensor, var: Tensor, alpha: float = 1.0, scale: float = 1.0, input_scale: float = 1.0) -> Moments:
     """scale (x above 0, alpha (e^(input_scale x) - 1) below)."""
-    if mean.dtype == torch.float64 or input_scale <= 0:
+    number = None if mean.dtype == torch.float64 or input_scale <= 0 else _elu_curve(round(alpha * input_scale, 12))
+    if number is None:
         out, out_var = quadrature(lambda x: _elu(x, alpha, input_scale), mean, var, (0.0,))
         return scale * out, scale * scale * out_var
-    curve, ratio = CURVES[_elu_curve(alpha * input_scale)], scale / input_scale
+    curve, ratio = CURVES[number], scale / input_scale
     if input_scale != 1:
         mean, var = mean * input_scale, var * input_scale**2
     out, out_var = kinked_moments(curve, mean, var)

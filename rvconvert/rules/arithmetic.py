@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from rvconvert import moments as gaussian
-from rvconvert.core.random_variable import RandomVariable
+from rvconvert.core.random_variable import RandomVariable, random_variables
 from rvconvert.core.registry import Exactness
 from rvconvert.errors import UnsupportedOperationError
 from rvconvert.moments.quadrature import quadrature
@@ -67,9 +67,12 @@ def _quotient(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple
     (a, b, mode), _, _ = bind(("input", "other", "rounding_mode"), args, kwargs)
     if getattr(func, "__name__", "") in ("__rtruediv__", "__rdiv__", "reciprocal"):
         a, b = (1.0, a) if func.__name__ == "reciprocal" else (b, a)
-    (a, a_var), (b, b_var) = moments(a), moments(b)
     if mode is not None:
-        return first_order(func, args, kwargs)
+        like = random_variables(args, kwargs)[0]
+        quotient: Any = like.with_moments(*_quotient(torch.div, (a, b), {}))
+        whole: Any = {"floor": torch.floor, "trunc": torch.trunc}[mode](quotient)
+        return whole.mean, whole.var
+    (a, a_var), (b, b_var) = moments(a), moments(b)
     if b_var is None:
         mean = a / b
         return mean, spread(a_var / (b * b), mean)

@@ -23,6 +23,8 @@ def _alpha_dropout(input: Any, p: float = 0.5, training: bool = False, inplace: 
     """a (x b + alpha (1 - b)) + c with b ~ Bernoulli(1 - p): self-normalizing (Klambauer et al. 2017)."""
     if not training or p == 0:
         return input
+    if p == 1:
+        return input * 0.0
     alpha = -1.7580993408473766
     keep = 1 - p
     scale = (keep + alpha**2 * keep * p) ** -0.5

@@ -51,7 +51,8 @@ def _variance(input: Any, dim: Any = None, unbiased: bool = True, keepdim: bool 
         dim, unbiased = None, dim
     dims = dims_of(input, dim)
     n = math.prod([input.shape[d] for d in dims])
-    scale = 1 / (n - (int(unbiased) if correction is None else correction))
+    freedom = n - (int(unbiased) if correction is None else correction)
+    scale = 1 / freedom if freedom > 0 else math.inf  # torch gives NaN or infinity there
     mean, var = input.mean, input.var
     centred = mean - mean.mean(dims, keepdim=True)
 
@@ -92,6 +93,11 @@ def _norm(input: Any, p: Any = 2, dim: Any = None, keepdim: bool = False, dtype:
     dims = dims_of(input, dim)
     if p in (2, "fro", None):
         return torch.sqrt(torch.sum(input * input, dims, keepdim=keepdim))
+    if p == 0:
+        count = torch.sum((input.mean != 0) | (input.var > 0), dims, keepdim=keepdim).to(input.dtype)
+        return input.with_moments(count, torch.zeros_like(count))
+    if p == "nuc":
+        return torch.linalg.matrix_norm(input, p, (-2, -1) if dim is None else dim, keepdim)
     if p == 1:
         return torch.sum(torch.abs(input), dims, keepdim=keepdim)
     if abs(p) == math.inf:
@@ -100,7 +106,13 @@ def _norm(input: Any, p: Any = 2, dim: Any = None, keepdim: bool = False, dtype:
 
 
 def _linalg_norm(x: Any, ord: Any = None, dim: Any = None, keepdim: bool = False, *, dtype: Any = None) -> Any:
-    return _norm(x, ord, dim, keepdim)
+    return _norm(x if dtype is None else x.to(dtype), 2 if ord is None else ord, dim, keepdim)
+
+
+def _vector_or_matrix_norm(x: Any, ord: Any = None, dim: Any = None, keepdim: bool = False, *, dtype: Any = None) -> Any:
+    if ord in (None, "fro") or len(dims_of(x, dim)) == 1:
+        return _linalg_norm(x, ord, dim, keepdim, dtype=dtype)
+    return torch.linalg.matrix_norm(x, ord, (-2, -1) if dim is None else dim, keepdim, dtype=dtype)
 
 
 def _normalize(input: Any, p: float = 2.0, dim: Any = 1, eps: float = 1e-12, out: Any = None) -> Any:
@@ -142,7 +154,14 @@ add_rule(
     Composite(_linalg_norm, joins=True),
     Exactness.APPROXIMATE,
     _NORM,
-    functions=(torch.linalg.vector_norm, torch.linalg.norm),
+    functions=(torch.linalg.vector_norm,),
+)
+add_rule(
+    "linalg_norm",
+    Composite(_vector_or_matrix_norm, joins=True),
+    Exactness.APPROXIMATE,
+    f"{_NORM}; of a matrix, first order at the mean",
+    functions=(torch.linalg.norm,),
 )
 add_rule("pairwise_distance", Composite(_pairwise_distance), Exactness.APPROXIMATE, _NORM, modules=(torch.nn.PairwiseDistance,))
 add_rule("cdist", Composite(_cdist), Exactness.APPROXIMATE, _NORM)
