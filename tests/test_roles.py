@@ -597,3 +597,94 @@ def test_a_gated_reconstruction_of_one_number_is_no_loss():
     y, *_ = rvconvert.convert(OneNumber(), output="distribution")(torch.randn(16, 1))
     assert isinstance(y, rvconvert.RandomVariable)
     assert (y.var > 0).all()
+
+
+class Recurrent(nn.Module):
+    """A VRNN with its loss inside: the encoder reads the state before it beside each input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.encoder, self.decoder, self.cell = nn.Linear(4 + 5, 6), nn.Linear(3 + 5, 4), nn.GRUCell(4 + 3, 5)
+
+    def forward(self, x: Tensor) -> Any:
+        h, loss, steps = torch.zeros(len(x), 5), torch.zeros(()), []
+        for step in x.unbind(1):
+            mu, logvar = self.encoder(torch.cat([step, h], 1)).chunk(2, 1)
+            z = mu + torch.randn_like(mu) * torch.exp(0.5 * logvar)
+            y = self.decoder(torch.cat([z, h], 1))
+            steps.append(y)
+            h = self.cell(torch.cat([step, z], 1), h)
+            kl = -0.5 * (1 + logvar - mu**2 - logvar.exp()).sum(1).mean()
+            loss = loss + F.mse_loss(y, step) + kl
+        return (loss, steps) if self.given else loss
+
+    given = False
+
+
+class Canvas(nn.Module):
+    """DRAW: what is left to draw, x - sigmoid(canvas), is encoded; ``kept`` on the model, canvas after canvas."""
+
+    def __init__(self, kept: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.kept, self.given = kept, False
+        self.encoder, self.sampler, self.decoder, self.write = (
+            nn.LSTMCell(17, 5),
+            nn.Linear(5, 6),
+            nn.LSTMCell(3, 5),
+            nn.Linear(5, 6),
+        )
+
+    def forward(self, x: Tensor) -> Any:
+        if self.kept:
+            self.canvases = [0] * 3
+        canvas, h = torch.zeros(len(x), 6), torch.zeros(len(x), 5)
+        encoded = decoded = (h, h)
+        for t in range(3):
+            encoded = self.encoder(torch.cat((x, x - torch.sigmoid(canvas), h), 1), encoded)
+            mu, logvar = self.sampler(encoded[0]).chunk(2, 1)
+            decoded = self.decoder(mu + torch.exp(0.5 * logvar) * torch.randn_like(mu), decoded)
+            h = decoded[0]
+            canvas = canvas + self.write(h)
+            if self.kept:
+                self.canvases[t] = canvas
+        y = torch.sigmoid(canvas)
+        loss = F.binary_cross_entropy(y, x)
+        return (loss, [y]) if self.given else loss
+
+
+class Residual(VAE):
+    """The last layer adds to what it was given."""
+
+    given = False
+
+    def __init__(self) -> None:
+        super().__init__(lambda *rest: None, False)
+        self.last = nn.Linear(12, 12)
+
+    def forward(self, x: Tensor) -> Any:
+        mu, logvar = self.encoder(x).chunk(2, -1)
+        h = self.decoder(mu + torch.randn_like(mu) * (0.5 * logvar).exp())
+        y = h + torch.tanh(self.last(h))
+        loss = F.mse_loss(y, x)
+        return (loss, [y]) if self.given else loss
+
+
+INSIDE: dict[str, tuple[Callable[[], Any], tuple[int, ...]]] = {
+    "VRNN": (Recurrent, (3, 4, 4)),
+    "DRAW": (lambda: Canvas(False), (4, 6)),
+    "DRAW, canvases kept": (lambda: Canvas(True), (4, 6)),
+    "a residual layer": (Residual, (4, 12)),
+}
+
+
+@pytest.mark.parametrize("name", INSIDE)
+def test_a_loss_inside_is_penalised_where_it_compares(name: str) -> None:
+    make, shape = INSIDE[name]
+    x, model = torch.rand(shape, generator=torch.Generator().manual_seed(1)), make()
+    rv = rvconvert.convert(model, example_inputs=x)
+    rv(x).backward()
+    model.given = True
+    _, steps = rvconvert.convert(model, output="distribution")(x)
+    torch.testing.assert_close(rv.last_penalty, torch.stack([rvconvert.variance_penalty(y) for y in steps]).sum())

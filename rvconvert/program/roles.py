@@ -99,6 +99,8 @@ class _Graph:
         self.nodes = list(recording.graph.nodes)
         self.given = set(recording.random_inputs)
         self.outputs = list(recording.output.all_input_nodes)
+        given: tuple[object, ...] = recording.output.args[0]  # type: ignore[assignment]
+        self.returned = set(given[: len(given) - recording.kept_leaves])
         self.raw: set[fx.Node] = set()  # made of inputs, through no learned layer
         self.conditioned: set[fx.Node] = set()  # depends on an input
         self.learned: set[fx.Node] = set()  # depends on an input through a learned layer
@@ -284,7 +286,9 @@ class _Graph:
         leaves = self.reconstructions_that_leave([n for n in leaving if n in decoded and n not in losses], random)
         inside = self.only_towards(losses, random)
         edges = self.frontier(losses, inside, decoded, random)
-        meeting = {source for source, user in edges if self.meets_input(source, user, inside, random)}
+        meeting = {source for source, user in edges if self.meets_input(source, user, inside, random, losses)}
+        if meeting:  # what is kept on the model beside a loss is no output
+            leaves = [n for n in leaves if n in self.returned]
         chosen = list(leaves)
         candidates = meeting or (set() if leaves else {source for source, _ in edges})
         for source in (n for n in self.nodes if n in candidates):
@@ -534,11 +538,26 @@ class _Graph:
                 continue
             seen.add(node)
             for source in (n for n in node.all_input_nodes if n in random):
-                if source in inside and source not in self.outputs and not self.decodes(source, random):
+                whole = self.decodes(source, random) or self.is_sum(source, random)
+                if source in inside and source not in self.outputs and not whole:
                     todo.append(source)
                 elif source in decoded:
                     edges.append((source, node))
         return list(dict.fromkeys(e for source, user in edges for e in self.extended(source, user, inside, random)))
+
+    def is_sum(self, node: fx.Node, random: set[fx.Node]) -> bool:
+        """A sum of what layers give, as a residual layer ends in, or a canvas that is written to step by step."""
+        sources = [n for n in node.all_input_nodes if n in random]
+        if self._name(node) != "add" or node.kwargs.get("alpha", 1) != 1 or any(n in self.raw for n in node.all_input_nodes):
+            return False
+        several = len(node.all_input_nodes) > 1
+        return several and all(_size(n) == _size(node) and self._is_given(n, random) for n in sources)
+
+    def _is_given(self, node: fx.Node, random: set[fx.Node]) -> bool:
+        """By a layer, its activation included, or by a sum of such."""
+        while self.is_activation(node):
+            (node,) = node.all_input_nodes
+        return node in random and (self.decodes(node, random) or self.is_sum(node, random))
 
     def extended(
         self, source: fx.Node, user: fx.Node, inside: set[fx.Node], random: set[fx.Node]
@@ -591,7 +610,9 @@ class _Graph:
             return False
         return _size(factors[0]) < _size(source) == _size(node) and not self.behind(source, factors[0])
 
-    def meets_input(self, source: fx.Node, user: fx.Node, inside: set[fx.Node], random: set[fx.Node]) -> bool:
+    def meets_input(
+        self, source: fx.Node, user: fx.Node, inside: set[fx.Node], random: set[fx.Node], losses: frozenset[fx.Node]
+    ) -> bool:
         """On its way to the loss, through no other layer, the value meets an input."""
         todo, seen = [user], set()
         while todo:
@@ -600,10 +621,24 @@ class _Graph:
                 continue
             seen.add(node)
             others = [n for n in node.all_input_nodes if n not in random]
-            if any(n in self.raw for n in others) or (self.is_loss(node) and any(n in self.conditioned for n in others)):
+            # Not so what an encoder reads beside an input, or as the difference from it: the state before it, a canvas.
+            compared = any(n in self.raw for n in others) and not self._kind(node, Shape) and self.is_scored(node, losses)
+            if compared or (self.is_loss(node) and any(n in self.conditioned for n in others)):
                 return True
             if node is user or not self.decodes(node, random):
                 todo += list(node.users)
+        return False
+
+    def is_scored(self, node: fx.Node, losses: frozenset[fx.Node]) -> bool:
+        """A loss is made of ``node`` without any layer."""
+        todo, seen = [node], set()
+        while todo:
+            each = todo.pop()
+            if each in losses:
+                return True
+            if each not in seen:
+                seen.add(each)
+                todo += [user for user in each.users if user.op != "output" and not self._has_weights(user)]
         return False
 
 
