@@ -688,3 +688,43 @@ def test_a_loss_inside_is_penalised_where_it_compares(name: str) -> None:
     model.given = True
     _, steps = rvconvert.convert(model, output="distribution")(x)
     torch.testing.assert_close(rv.last_penalty, torch.stack([rvconvert.variance_penalty(y) for y in steps]).sum())
+
+
+FED_BACK: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "argmax": lambda y, target: y.argmax(-1),
+    "max": lambda y, target: torch.max(y.data, 1)[1],
+    "topk": lambda y, target: y.topk(1)[1].squeeze(-1),
+    "stacked": lambda y, target: torch.stack([y.argmax(-1), target], 1)[:, 0],
+    "now and then": lambda y, target: torch.where(torch.arange(len(y)) < 2, target, y.argmax(-1)),
+    "one_hot": lambda y, target: F.one_hot(y.argmax(-1), 9).argmax(-1),
+    "multinomial": lambda y, target: torch.multinomial(F.softmax(1e4 * y, -1), 1)[:, 0],
+}
+
+
+class Tokens(nn.Module):
+    """A decoder that takes its own tokens back."""
+
+    def __init__(self, feed: Callable[[Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.feed, self.embedding, self.encoder = feed, nn.Embedding(9, 4), nn.Linear(16, 6)
+        self.start, self.cell, self.out = nn.Linear(3, 5), nn.GRUCell(4, 5), nn.Linear(5, 9)
+        with torch.no_grad():
+            self.encoder.bias[3:] -= 30
+
+    def forward(self, x: Tensor) -> Any:
+        mu, logvar = self.encoder(self.embedding(x).flatten(1)).chunk(2, 1)
+        h, token, steps = self.start(mu + torch.randn_like(mu) * torch.exp(0.5 * logvar)), x[:, 0], []
+        for t in range(x.shape[1]):
+            h = self.cell(self.embedding(token), h)
+            steps.append(self.out(h))
+            token = self.feed(steps[-1], x[:, t])
+        return torch.stack(steps, 1)
+
+
+@pytest.mark.parametrize("name", FED_BACK)
+def test_a_decoder_may_take_back_the_tokens_that_it_gave(name: str) -> None:
+    model, x = Tokens(FED_BACK[name]), torch.randint(9, (3, 4), generator=torch.Generator().manual_seed(0))
+    rv = rvconvert.convert(model, example_inputs=x)
+    torch.testing.assert_close(rv(x), model(x), rtol=1e-4, atol=1e-5)
+    assert 0 < rv.last_penalty < 1e-12

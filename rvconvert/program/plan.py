@@ -124,6 +124,8 @@ def _rows(node: fx.Node, roles: Roles, settings: Settings) -> Iterable[Row]:
         return
     elif not settings.needs_rules:
         yield row_for(operation, PLAIN, place)
+    elif all(n in roles.indices for n in node.all_input_nodes if n in roles.random):
+        yield Row(operation, "deterministic", **place)
     elif node.op == "call_module" or node.target in (call_by_rule, apply_function):
         yield from _module_rows(node, operation, place, settings)
     else:

@@ -41,6 +41,7 @@ class Roles:
         decoded: the random nodes with a decoder behind them.
         drawn: exponentials in scores of the latents alone, such as the density of a mixture, which a loss takes from a draw.
         unused: random nodes whose value nothing uses, such as a check of a distribution's arguments.
+        indices: places that were picked at the means, and what is made of such alone: plain tensors.
         scores: values of a loss function, errors, and what is made of them: Python may report them, as logs do.
     """
 
@@ -53,6 +54,7 @@ class Roles:
     decoded: frozenset[fx.Node]
     drawn: frozenset[fx.Node]
     unused: frozenset[fx.Node]
+    indices: frozenset[fx.Node]
     scores: frozenset[fx.Node]
 
     def of(self, node: fx.Node) -> str:
@@ -88,6 +90,7 @@ _DIFFERENCES = frozenset("sub subtract rsub".split())
 _DISTANCES = frozenset("cdist pairwise_distance cosine_similarity dist".split())
 _EXPONENTIALS = frozenset("exp expm1 softmax log_softmax logsumexp logaddexp".split())
 _WRITES = frozenset("setitem index_put index_copy scatter masked_scatter".split())
+_PICKS = frozenset("argmax argmin argsort".split())
 _EVEN = frozenset("pow square abs norm vector_norm huber_loss".split())
 
 
@@ -228,6 +231,8 @@ class _Graph:
             if "draw" in node.meta:
                 own = frozenset((node,))
                 by_input = any(n in self.learned or n in posterior for n in sources if not asks_of(node, n))
+                if not node.meta["draw"].can_be_latent and any(n in values for n in sources):
+                    by_input = False  # a token drawn from what a decoder gives, which it takes back
                 noise[node], posterior[node] = (none, placed | own) if by_input else (own, placed)
                 continue
             if node not in depends or not (placed or plain):
@@ -331,6 +336,7 @@ class _Graph:
             frozenset(decoded),
             frozenset() if paths else self.drawn(inside - decoded, random, {*chosen, *(source for source, _ in edges)}),
             self.unused(random),
+            self.indices(random),
             self.scores(random, decoded),
         )
 
@@ -360,6 +366,18 @@ class _Graph:
         for node in reversed(self.nodes):
             effect = node.meta.get("mutates") or "draw" in node.meta or node.op == "placeholder"
             if node in random and not effect and all(user in found for user in node.users):
+                found.add(node)
+        return frozenset(found)
+
+    def indices(self, random: set[fx.Node]) -> frozenset[fx.Node]:
+        """What argmax and its kin give, and what is made of that and of nothing else that is random."""
+        found: set[fx.Node] = set()
+        for node in self.nodes:
+            sources = [n for n in node.all_input_nodes if n in random]
+            if node not in random or not sources:
+                continue
+            picked = self._name(node) in _PICKS or "part" in node.meta
+            if all(n in found for n in sources) or (picked and str(node.meta.get("dtype")) == "torch.int64"):
                 found.add(node)
         return frozenset(found)
 
