@@ -728,3 +728,23 @@ def test_a_decoder_may_take_back_the_tokens_that_it_gave(name: str) -> None:
     rv = rvconvert.convert(model, example_inputs=x)
     torch.testing.assert_close(rv(x), model(x), rtol=1e-4, atol=1e-5)
     assert 0 < rv.last_penalty < 1e-12
+
+
+@pytest.mark.parametrize("width", [0.01, 1.0, 10.0])
+def test_log_q_of_a_draw_around_a_random_location_is_that_of_its_noise(width: float) -> None:
+    class Hierarchical(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.first, self.second, self.decoder = nn.Linear(4, 3), nn.Linear(3, 3), nn.Linear(3, 4)
+
+        def forward(self, x: Tensor) -> Any:
+            posterior = Normal(self.second(Normal(self.first(x), width).rsample()), 0.5)
+            z = posterior.rsample()
+            by_hand = posterior.mean - z
+            return self.decoder(z), posterior.log_prob(z).sum(-1), by_hand.square().sum(-1)
+
+    _, log_q, squares = rvconvert.convert(Hierarchical())(torch.rand(8, 4))
+    entropy = 3 * (0.5 * math.log(2 * math.pi * 0.25) + 0.5)
+    torch.testing.assert_close(log_q, torch.full((8,), -entropy), rtol=1e-4, atol=0)
+    torch.testing.assert_close(squares, torch.full((8,), 0.75), rtol=1e-4, atol=0)

@@ -127,6 +127,7 @@ class RandomVariable:
     _density: Density | None = None
     _remake: tuple[Remake, Remake] | None = None
     _transposed: RandomVariable | None = None
+    _terms: tuple[RandomVariable, RandomVariable] | None = None
 
     def __init__(self, mean: torch.Tensor, var: torch.Tensor) -> None:
         if not (isinstance(mean, torch.Tensor) and isinstance(var, torch.Tensor)):
@@ -204,6 +205,16 @@ class RandomVariable:
     def transposes(self, of: RandomVariable) -> RandomVariable:
         """This variable, newly made, marked as ``of`` with its last two dimensions exchanged."""
         self._transposed = of
+        return self
+
+    @property
+    def terms(self) -> tuple[RandomVariable, RandomVariable] | None:
+        """The two variables that this one is the sum of, if that is known: a location and its noise."""
+        return self._terms
+
+    def sum_of(self, first: RandomVariable, second: RandomVariable) -> RandomVariable:
+        """This variable, newly made, marked as the sum of two."""
+        self._terms = first, second
         return self
 
     def remade(self, mean: Remake, var: Remake) -> RandomVariable:

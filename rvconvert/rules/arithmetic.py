@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,6 +23,7 @@ from rvconvert.rules.kinds import (
     bind,
     everywhere,
     first_order,
+    is_same,
     moments,
     spread,
     unique,
@@ -100,6 +102,31 @@ def _line(operation: Callable[..., Any]) -> Any:
     return line
 
 
+@dataclass(frozen=True)
+class Sum(Elementwise):
+    """A sum or a difference, which knows a location taken from what was drawn around it.
+
+    log q(z) of a draw z = mu + noise of a mu that is random itself, a hierarchy's, is one of ``z - mu``: the noise.
+    """
+
+    def __call__(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> RandomVariable:
+        (a, b, alpha), _, _ = bind(("input", "other", "alpha"), args, kwargs)
+        name = getattr(func, "__name__", "").strip("_")
+        both = isinstance(a, RandomVariable) and isinstance(b, RandomVariable) and alpha in (None, 1)
+        if not both or a.shape != b.shape:
+            return super().__call__(func, args, kwargs)
+        if name in ("add", "radd", "iadd"):
+            made = super().__call__(func, args, kwargs)
+            noisy = made.origin is None and (a.latent or b.latent)
+            return made.sum_of(a.snapshot(), b.snapshot()) if noisy else made
+        first, second = (b, a) if name == "rsub" else (a, b)
+        for whole, part, sign in ((first, second, 1), (second, first, -1)):
+            for term, other in zip(whole.terms or (), reversed(whole.terms or ()), strict=True):
+                if is_same(part, term):
+                    return other.snapshot() if sign == 1 else -other  # type: ignore[no-any-return, operator]
+        return super().__call__(func, args, kwargs)
+
+
 _LINES: dict[str, Callable[..., Any]] = {
     "add": lambda a, b, alpha: a + alpha * b,
     "sub": lambda a, b, alpha: a - alpha * b,
@@ -107,8 +134,8 @@ _LINES: dict[str, Callable[..., Any]] = {
     "rsub": lambda a, b, alpha: b - alpha * a,
 }
 for _name, _operation in _LINES.items():
-    _kind = Elementwise(_sum, _sum, line=_line(_operation), affine=everywhere)
-    add_rule(_name, _kind, Exactness.EXACT_IF_INDEPENDENT, _INDEPENDENT, keeps_latent=True)
+    _of_two = Sum(_sum, _sum, line=_line(_operation), affine=everywhere)
+    add_rule(_name, _of_two, Exactness.EXACT_IF_INDEPENDENT, _INDEPENDENT, keeps_latent=True)
 for _name in ("mul", "multiply"):
     _kind = Elementwise(_product, _product, line=_line(lambda a, b, _: a * b), affine=everywhere)
     add_rule(_name, _kind, Exactness.EXACT_IF_INDEPENDENT, _INDEPENDENT, keeps_latent=True)
