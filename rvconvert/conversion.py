@@ -40,7 +40,6 @@ if TYPE_CHECKING:
 
     from rvconvert.capture.recording import Kept, Recording
     from rvconvert.options import Options
-    from rvconvert.report import Report
 
 __all__ = ["Conversion", "Examined", "Program"]
 
@@ -59,7 +58,6 @@ class Program:
     kept: list[Kept]
     fixed_batch: bool
     penalised: bool
-    report: Report | None  # None for a recording that is run and forgotten
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,7 +89,6 @@ class Conversion:
         self.signatures: dict[str, inspect.Signature] = {}
         self.last_penalty: torch.Tensor | None = None
         self._penalty: torch.Tensor | None = None  # of the call under way
-        self._places = ""
         self.penalty_scale: float = 1.0
         self.gains = Gains()  # of covariance="calibrated"
         self.calls = 0
@@ -363,8 +360,9 @@ class Conversion:
         run = _interpreter(graph) if recording.once else compile_graph(graph)
         if recording.sets_autocast:
             run = _restoring_autocast(run)
-        fixed = bool(recording.fixed)
-        return Program(run, recording.outputs, recording.kept, fixed, bool(roles.reconstructions), examined.report)
+        made = Program(run, recording.outputs, recording.kept, bool(recording.fixed), bool(roles.reconstructions))
+        weakref.finalize(made, _forget, self.constants, tuple(recording.constants))
+        return made
 
     def recorded_once(self, name: str, model: nn.Module, args: Any, kwargs: Any) -> Program:
         """Record a call that is then run and forgotten: what Python does beside the graph stays done."""
@@ -382,9 +380,7 @@ class Conversion:
         refusal = self.refusal(recording, roles, name, model)
         if refusal is not None and not isinstance(refusal, NoReparameterizationError):
             raise refusal
-        program = self.program(name, Examined(recording, roles, None))
-        program.run = _forgetting(program.run, self.constants, tuple(recording.constants))
-        return program
+        return self.program(name, Examined(recording, roles, None))
 
     def samples_in_other_mode(self, examined: Examined, name: str, model: nn.Module, args: Any, kwargs: Any) -> bool:
         """True where the method draws nothing in this mode but does in the other (``if self.training: ...``)."""
@@ -549,14 +545,7 @@ def _interpreter(graph: fx.Graph) -> Callable[..., tuple[Any, ...]]:
     return run
 
 
-def _forgetting(run: Callable[..., tuple[Any, ...]], constants: Any, names: tuple[str, ...]) -> Callable[..., tuple[Any, ...]]:
-    """``run``, after which the constants of its graph are dropped."""
-
-    def once(model: nn.Module, *leaves: Any) -> tuple[Any, ...]:
-        try:
-            return run(model, *leaves)
-        finally:
-            for name in names:
-                vars(constants).pop(name, None)
-
-    return once
+def _forget(constants: Any, names: tuple[str, ...]) -> None:
+    """Drop the constants of a program that is gone."""
+    for name in names:
+        vars(constants).pop(name, None)

@@ -153,6 +153,13 @@ def test_the_constructors_arguments_are_taken_from_the_checkpoint_if_asked(folde
     code, _, err = run(capsys, "plan net.py:VAE --checkpoint plain.pt --kwargs from-checkpoint")
     assert code == 1 and "plain.pt holds none: give them as JSON" in err
     assert run(capsys, "plan net.py:VAE --checkpoint light.ckpt --kwargs from-checkpoint --example-shape 4,6")[0] == 0
+    torch.save({**content, "state_dict": import_class("net.py:Images")().state_dict()}, "images.ckpt")
+    command = "convert net.py:Images images.ckpt rv.pt --kwargs from-checkpoint --covariance calibrated --force"
+    assert run(capsys, command)[0] == 0
+    np.save("images.npy", np.random.default_rng(0).random((8, 3, 4, 4)).astype("float32"))
+    for other in ("calibrate rv.pt --pairs 1", "verify rv.pt --samples 20"):
+        code, _, err = run(capsys, f"{other} --images images.npy --model net.py:Images --kwargs from-checkpoint")
+        assert code == 0, err
 
 
 def test_a_key_chooses_among_several_state_dicts(folder: Path, capsys) -> None:
@@ -177,6 +184,12 @@ def test_tokens_are_asked_for_as_integers(folder: Path, capsys) -> None:
     code, _, err = run(capsys, "plan tokens.py:VAE --example-shape 4,7")
     assert code == 1 and "such as tokens: --example-shape 4,7:int64" in " ".join(err.split())
     assert run(capsys, "plan tokens.py:VAE --example-shape 4,7:int64")[0] == 0
+    vae = import_class("tokens.py:VAE")()
+    checkpoint.write(vae.state_dict(), "tokens.pt")
+    code, out, _ = run(capsys, "convert tokens.py:VAE tokens.pt rv_tokens.pt --example-shape 4,7:int64")
+    command = " ".join(out.partition("next: rvconvert ")[2].split())
+    assert code == 0 and command.endswith("--example-shape 4,7:int64")
+    assert run(capsys, f"{command} --samples 20")[0] == 0
 
 
 def test_a_shells_completion_is_printed(capsys) -> None:

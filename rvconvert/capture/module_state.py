@@ -194,9 +194,11 @@ class Held:
                     continue
                 same = name in held and value is held[name]
                 grown = same and (module, name) in changed and _is_record(module, name, value)
-                if not grown and (same or (not is_output(value) and equal(value, held.get(name, self)))):
+                if same and not grown:
                     continue
                 found, structure = flatten(value, is_output)
+                if not found and not grown and equal(value, held.get(name, self)):
+                    continue
                 recording.kept.append(Kept(path, name, structure, len(found), grown))
                 leaves += found
                 new = name not in held and _is_record(module, name, value)  # the next call may find it, and add to it

@@ -38,6 +38,7 @@ from rvconvert.capture.recording import Recording
 from rvconvert.capture.traced_number import TracedFloat, TracedInt, ignored, traced_size, untraced
 from rvconvert.core.random_variable import RandomVariable
 from rvconvert.core.tree import flatten
+from rvconvert.errors import TracingError
 from rvconvert.places import short_place
 from rvconvert.rules.draws import DRAWS
 from rvconvert.rules.kinds import Metadata, Read, out_of_place
@@ -285,8 +286,8 @@ class _Recorder(TorchFunctionMode, Handler):
             return tuple(t.expand(size) for t in tensors)
 
     def note_read(self, node: fx.Node | None, name: str) -> None:
-        """Python knows the value of a tensor from here on; an assertion or torch's own check decides nothing."""
-        if not where(user_frame())[1].startswith("assert") and not _checks_arguments():
+        """Python knows the value of a tensor from here on; an assertion or torch's own check decides nothing but an error."""
+        if not where(user_frame())[1].startswith("assert") and not _runs("torch/distributions"):
             self.recording.reads.append((node, self.line(), name not in _REPORTS))
 
     def read(self, func: Any, rule: Rule, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -317,6 +318,11 @@ class _Recorder(TorchFunctionMode, Handler):
         versions = [_version(x) for x in mutable]
         target = plain_args[0] if name.endswith("_") and plain_args else None
         if isinstance(target, torch.Tensor) and _storage(target) in self.parameters:
+            if _runs("torch/optim"):
+                raise TracingError(
+                    f"an optimizer steps inside the method: {self.line()}; step it in the training loop, and convert the method "
+                    "that encodes, samples and decodes: methods=(...)"
+                )
             self.recording.overwritten.append((target.detach(), target.detach().clone()))
         result = func(*plain_args, **plain_kwargs)
         if result is NotImplemented:
@@ -559,11 +565,11 @@ _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.DataParallel)
 _IMMEDIATE = (bool, int, float, complex, str, torch.dtype, torch.device, torch.memory_format, torch.layout)
 
 
-def _checks_arguments() -> bool:
-    """True while ``torch.distributions`` checks its arguments: what it then reads decides nothing but an error."""
+def _runs(package: str) -> bool:
+    """True while code of this package of torch runs, called by the model."""
     frame = sys._getframe(2)
     while frame.f_back is not None and frame.f_code.co_filename.startswith(INTERNAL):
-        if "torch/distributions" in frame.f_code.co_filename.replace("\\", "/"):
+        if package in frame.f_code.co_filename.replace("\\", "/"):
             return True
         frame = frame.f_back
     return False

@@ -119,7 +119,7 @@ def run_convert(args: argparse.Namespace) -> Result:
         "notes": notes,
     }
     text = f"{args.out}: {type(model).__name__}, {data['entries']} entries, {data['parameters']:,} parameters, converted"
-    shapes = [f"--example-shape {','.join(map(str, shape))}" for shape, _ in args.example_shape or ()]
+    shapes = [f"--example-shape {_spelled(shape, dtype)}" for shape, dtype in args.example_shape or ()]
     next_step = f"next: rvconvert verify {args.out} --model {args.model} {' '.join(shapes) or '--images PATH'}"
     return data, [text, *(f"note: {n}" for n in notes), next_step], 0
 
@@ -153,7 +153,7 @@ def run_export(args: argparse.Namespace) -> Result:
     if args.checkpoint:
         source = checkpoint.read(args.checkpoint, allow_pickle=args.allow_pickle, key=args.key)
         if source.recipe is not None:
-            model = checkpoint.build(source, model=args.model, kwargs=args.kwargs)
+            model = checkpoint.build(source, model=args.model, kwargs=_of_the_file(args))
         else:
             model = _model(args, source)
             notes = _fill(model, source, args)
@@ -170,15 +170,18 @@ def run_export(args: argparse.Namespace) -> Result:
     return data, [f"{args.out}: {type(model).__name__}.{args.method}, {what}", *(f"note: {n}" for n in notes)], 0
 
 
+def _run_calibrate(args: argparse.Namespace) -> Result:
+    args.kwargs = _of_the_file(args)
+    return run_calibrate(args)
+
+
 def run_verify(args: argparse.Namespace) -> Result:
-    if args.kwargs == FROM_CHECKPOINT:
-        args.kwargs = None  # a converted model's file says itself how it was constructed
     if args.plot:
         checkpoint.check_destination(args.plot, force=args.force, suffixes=(".png", ".svg", ".pdf"))
     model = checkpoint.load(
         args.source,
         model=args.model,
-        kwargs=args.kwargs,
+        kwargs=_of_the_file(args),
         trust_recipe=args.trust_recipe,
         allow_pickle=args.allow_pickle,
     ).eval()
@@ -267,8 +270,21 @@ def _dressed(model: nn.Module, inputs: tuple[torch.Tensor, ...], method: str | N
     if method not in options.methods:
         raise ConversionError(f"{method!r} is not converted; {', '.join(options.methods)} is")
     names = list(inspect.signature(conversion.method(method, model)).parameters)
-    prior = {name: RandomVariable(torch.zeros_like(x), torch.ones_like(x)) for name, x in zip(names, inputs, strict=False)}
-    return tuple(prior[name] if name in options.random_inputs else x for name, x in zip(names, inputs, strict=False))
+    random = [name in options.random_inputs for name in names[: len(inputs)]]
+    random += [False] * (len(inputs) - len(random))  # of *inputs; of too many, which the model itself refuses
+    prior = (RandomVariable(torch.zeros_like(x), torch.ones_like(x)) if r else x for r, x in zip(random, inputs, strict=True))
+    return tuple(prior)
+
+
+def _of_the_file(args: argparse.Namespace) -> dict[str, Any] | None:
+    """The constructor's arguments of a converted model; its file says itself what a checkpoint of another kind would."""
+    return None if args.kwargs == FROM_CHECKPOINT else args.kwargs
+
+
+def _spelled(shape: Sequence[int], dtype: torch.dtype) -> str:
+    """A shape as ``--example-shape`` takes it."""
+    name = "" if dtype == torch.float32 else f":{str(dtype).removeprefix('torch.')}"
+    return ",".join(map(str, shape)) + name
 
 
 def _options(args: argparse.Namespace) -> dict[str, Any]:
@@ -298,7 +314,7 @@ def _other_shapes(args: argparse.Namespace, error: Exception) -> str:
     asked = args.example_shape or ()
     wants_integers = re.search(r"\b(expected|must be|indices)\b.*\b(long|int)\b", str(error), flags=re.S | re.I)
     if wants_integers and any(dtype.is_floating_point for _, dtype in asked):
-        shapes = " ".join(f"--example-shape {','.join(map(str, shape))}:int64" for shape, _ in asked)
+        shapes = " ".join(f"--example-shape {_spelled(shape, torch.int64)}" for shape, _ in asked)
         return f"It takes integers, such as tokens: {shapes}"
     return "Give the inputs it takes, one --example-shape each, batch first"
 
@@ -482,7 +498,7 @@ def _parser() -> argparse.ArgumentParser:
 
     calibrator = add(
         "calibrate",
-        run_calibrate,
+        _run_calibrate,
         "measure the gains of a model in calibrated mode and write them into its file",
         "rvconvert calibrate rv_vae.pt --model models/vae.py:VAE --images photos/ --size 64",
     )

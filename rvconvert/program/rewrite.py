@@ -5,6 +5,7 @@ from __future__ import annotations
 import heapq
 import linecache
 import operator
+import weakref
 from itertools import count
 from typing import TYPE_CHECKING, Any
 
@@ -35,6 +36,7 @@ def compile_graph(graph: fx.Graph) -> Callable[..., tuple[Any, ...]]:
     linecache.cache[name] = (len(code.src), None, code.src.splitlines(True), name)
     scope = dict(code.globals)
     exec(compile(code.src, name, "exec"), scope)
+    weakref.finalize(scope["forward"], linecache.cache.pop, name, None)
     return scope["forward"]  # type: ignore[no-any-return]
 
 
