@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -90,13 +90,16 @@ class Calibration:
         return "\n".join(lines)
 
 
-def calibrate(rv_model: nn.Module, data: Any, *, pairs: int = 32, images: int = 256, seed: int = 0) -> Calibration:
+def calibrate(
+    rv_model: nn.Module, data: Any, *, method: str | None = None, pairs: int = 32, images: int = 256, seed: int = 0
+) -> Calibration:
     """Measure the gains of a model in calibrated mode, in eval mode, against Monte Carlo through its plain functions.
 
     Args:
         rv_model: what ``convert(..., covariance="calibrated")`` returned, trained. Its gains change, nothing else.
         data: a batch, as a tensor or a tuple of the converted method's arguments, or an iterable of such (a DataLoader);
             what else a DataLoader's batches hold (labels) is left out where the method takes one argument only.
+        method: the converted method; default the first one. Each has gains of its own.
         pairs: antithetic pairs of paths for each sample; each costs two runs of the plain model.
         images: stop after so many samples.
         seed: of the draws.
@@ -119,7 +122,9 @@ def calibrate(rv_model: nn.Module, data: Any, *, pairs: int = 32, images: int = 
         raise ConversionError(f"calibrate needs pairs and images of 1 or more, not {pairs} and {images}")
     from rvconvert.render import progress
 
-    name, gains, seen = conversion.options.methods[0], conversion.gains, 0
+    name, gains, seen = method or conversion.options.methods[0], conversion.gains, 0
+    if name not in conversion.options.methods:
+        raise ConversionError(f"{name!r} is not converted; {', '.join(conversion.options.methods)} is")
     modes = {module: module.training for module in rv_model.modules()}
     before = dict(gains.evaluation)
     nn.Module.eval(rv_model)
@@ -168,6 +173,12 @@ def _batches(data: Any, conversion: Conversion, name: str) -> Iterable[tuple[Any
 
 
 def _call(batch: Any, conversion: Conversion, name: str) -> tuple[Any, ...]:
+    if isinstance(batch, Mapping):
+        keys = ", ".join(map(repr, batch))
+        raise ConversionError(
+            f"calibrate: a batch is a {type(batch).__name__} of {keys}; give what {name} takes: "
+            f"rvconvert.calibrate(model, (batch[{next(iter(batch), 'image')!r}] for batch in loader))"
+        )
     args = tuple(batch) if isinstance(batch, (tuple, list)) else (batch,)
     taken = list(conversion.signature(name).parameters.values())[1:]
     if any(p.kind is p.VAR_POSITIONAL for p in taken):

@@ -416,8 +416,8 @@ class Conversion:
                 again = second.once
                 settled = not second.constants and str(second.graph) == str(recording.graph)
                 recording.once = again or ([] if settled else recording.once)
-                recording.restore(second)
-        recording.restore(recording)
+                second.restore()
+        recording.restore()
         if recording.asks_grad_mode:
             with unchanged(model), torch.enable_grad():
                 other, _ = record(model, method, args, kwargs, registry, told=not grad)

@@ -150,6 +150,11 @@ def test_data_may_be_a_loader_with_labels_and_is_read_until_there_are_enough(tra
 
 
 def test_refusals_say_what_to_do(trained):
+    calibrated = rvconvert.convert(trained, covariance="calibrated")
+    with pytest.raises(rvconvert.ConversionError, match=r"\(batch\['image'\] for batch in loader\)"):
+        rvconvert.calibrate(calibrated, [{"image": IMAGES, "label": 3}])
+    with pytest.raises(rvconvert.ConversionError, match="'reconstruct' is not converted; forward is"):
+        rvconvert.calibrate(calibrated, IMAGES, method="reconstruct")
     with pytest.raises(rvconvert.ConversionError, match="not a plain VAE"):
         rvconvert.calibrate(trained, IMAGES)
     with pytest.raises(rvconvert.ConversionError, match=r"covariance='independent' has no gains.*covariance='calibrated'"):

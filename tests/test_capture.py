@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -114,6 +114,12 @@ class Named(NamedTuple):
     mu: Tensor
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class Slotted:
+    reconstruction: Tensor
+    mu: Tensor
+
+
 class Record(OrderedDict):
     """A mapping of its own, as model outputs are; its entries are attributes too."""
 
@@ -130,6 +136,8 @@ STRUCTURES: dict[str, Callable[..., Any]] = {
     "list": lambda y, x, mu, z: [y, x, mu, z],
     "dict": lambda y, x, mu, z: {"recon": y, "latent": {"mu": mu, "z": [z]}},
     "dataclass": lambda y, x, mu, z: Output(y, {"mu": mu, "name": "a"}),
+    "slots": lambda y, x, mu, z: Slotted(y, mu),
+    "deque": lambda y, x, mu, z: deque([y, mu]),
     "namedtuple": lambda y, x, mu, z: Named(y, mu),
     "mapping": lambda y, x, mu, z: Record(recon=y, mu=mu),
     "distribution": lambda y, x, mu, z: Normal(y, 1.0),
@@ -142,7 +150,9 @@ def described(value: Any) -> Any:
         return tuple(value.shape)
     if isinstance(value, dict):
         return type(value), {k: described(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
+    if isinstance(value, Slotted):
+        return Slotted, described(value.reconstruction), described(value.mu)
+    if isinstance(value, (list, tuple, deque)):
         return type(value), [described(v) for v in value]
     if hasattr(value, "__dict__"):
         return type(value), {k: described(v) for k, v in vars(value).items()}

@@ -18,6 +18,8 @@ import numpy as np
 import torch
 from torch import nn
 
+from rvconvert.core.tree import fields_of
+
 if TYPE_CHECKING:
     from collections.abc import Hashable, Iterable, Sequence
 
@@ -144,15 +146,7 @@ def _fields(value: Any) -> dict[str, Any]:
     """Of an object, in ``__dict__`` or in slots; of a class, its plain attributes."""
     if isinstance(value, type):
         return {k: v for k, v in vars(value).items() if isinstance(v, _PLAIN) and not k.startswith("__")}
-    in_slots = {name: getattr(value, name, None) for name in _slots(type(value))}  # type: ignore[arg-type]
-    return {**getattr(value, "__dict__", {}), **in_slots}
-
-
-@functools.lru_cache(maxsize=1024)
-def _slots(kind: Any) -> tuple[str, ...]:
-    found = [each.__dict__.get("__slots__", ()) for each in kind.__mro__]
-    names = [name for slots in found for name in ((slots,) if isinstance(slots, str) else slots)]
-    return tuple(name for name in names if not name.startswith("__"))
+    return fields_of(value)
 
 
 def random_state() -> tuple[Any, ...]:

@@ -80,11 +80,10 @@ class Recording:
         """The node of the outputs."""
         return next(iter(reversed(self.graph.nodes)))
 
-    @staticmethod
-    def restore(recording: Recording) -> None:
-        """Put back the parameters that a run wrote to."""
+    def restore(self) -> None:
+        """Put back the parameters that the run wrote to."""
         with torch.no_grad():
-            for target, value in reversed(recording.overwritten):
+            for target, value in reversed(self.overwritten):
                 target.copy_(value)
 
     @property

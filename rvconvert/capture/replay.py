@@ -15,7 +15,7 @@ from rvconvert.core.tree import Structure, flatten
 if TYPE_CHECKING:
     from rvconvert.capture.recording import Recording
 
-__all__ = ["each_mode", "replay_differs", "state_matters"]
+__all__ = ["each_mode", "replay_differs"]
 
 Run = Callable[..., tuple[Any, ...]]
 
@@ -41,27 +41,6 @@ def plain_leaves(args: Any, kwargs: Any) -> tuple[list[torch.Tensor], Structure]
 def other_values(leaves: list[torch.Tensor]) -> list[torch.Tensor]:
     """Other inputs like these, still between 0 and 1 if these are."""
     return [x * 0.9 + 0.05 if x.is_floating_point() and x.layout == torch.strided else x for x in leaves]
-
-
-def state_matters(model: nn.Module, method: Any, args: Any, kwargs: Any) -> bool:
-    """True if a call before this one changes what this one gives: what the method keeps is read again."""
-    leaves, structure = plain_leaves(args, kwargs)
-
-    def call(inputs: list[torch.Tensor]) -> list[Any]:
-        torch.manual_seed(3)
-        a, k = structure.build(iter(x.clone() for x in inputs))
-        return flatten(method(*a, **k), lambda x: isinstance(x, torch.Tensor))[0]
-
-    results = []
-    for before in (False, True):
-        with unchanged(model):
-            if before:
-                call(leaves)
-            try:
-                results.append(call(other_values(leaves)))
-            except Exception:  # noqa: BLE001 (a model's own code may fail in any way)
-                return True
-    return not all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
 def replay_differs(run: Run, recording: Recording, model: nn.Module, method: Any, args: Any, kwargs: Any) -> str | None:

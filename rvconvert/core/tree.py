@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import collections
 import copy
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -11,7 +13,7 @@ import torch
 
 from rvconvert.core.random_variable import RandomVariable
 
-__all__ = ["Structure", "flatten"]
+__all__ = ["Structure", "fields_of", "flatten"]
 
 _PLAIN = (str, bytes, int, float, complex, bool, type(None), torch.dtype, torch.device, torch.nn.Module)
 
@@ -41,7 +43,7 @@ class Structure:
                 made[key] = value
             return made
         for key, value in zip(self.keys, values, strict=True):
-            made.__dict__[key] = value
+            _set_field(made, key, value)
         return made
 
     def signature(self) -> Any:
@@ -78,7 +80,7 @@ def _flatten(value: Any, is_leaf: Callable[[Any], bool], leaves: list[Any], pare
         return Structure("constant", value)
     before = len(leaves)
     parents = parents | {id(value)}
-    if isinstance(value, (list, tuple)):
+    if isinstance(value, (list, tuple, collections.deque)):
         parts = tuple(_flatten(each, is_leaf, leaves, parents) for each in value)
         return Structure("sequence", type(value), (), parts)
     if isinstance(value, Mapping) and hasattr(value, "__setitem__"):
@@ -90,8 +92,8 @@ def _flatten(value: Any, is_leaf: Callable[[Any], bool], leaves: list[Any], pare
         keys = tuple(entries)
         template = value if len(leaves) == before else _emptied(value, keys)
         return Structure("mapping", template, keys, parts)
-    fields = getattr(value, "__dict__", None)
-    if fields is None or isinstance(value, type) or callable(value):
+    fields = fields_of(value)
+    if not fields or isinstance(value, type) or callable(value):
         return Structure("constant", value)
     parts = tuple(_flatten(each, is_leaf, leaves, parents) for each in fields.values())
     if len(leaves) == before:
@@ -99,8 +101,29 @@ def _flatten(value: Any, is_leaf: Callable[[Any], bool], leaves: list[Any], pare
     template = copy.copy(value)
     for key, part in zip(fields, parts, strict=True):
         if part.kind == "leaf":
-            template.__dict__[key] = None
+            _set_field(template, key, None)
     return Structure("object", template, tuple(fields), parts)
+
+
+def fields_of(value: Any) -> dict[str, Any]:
+    """What an object holds, in its ``__dict__`` and in slots."""
+    in_slots = {name: getattr(value, name, None) for name in _slots(type(value))}  # type: ignore[arg-type]
+    return {**getattr(value, "__dict__", {}), **in_slots}
+
+
+@functools.lru_cache(maxsize=1024)
+def _slots(kind: Any) -> tuple[str, ...]:
+    found = [each.__dict__.get("__slots__", ()) for each in kind.__mro__]
+    names = [name for slots in found for name in ((slots,) if isinstance(slots, str) else slots)]
+    return tuple(name for name in names if not name.startswith("__"))
+
+
+def _set_field(value: Any, name: str, field: Any) -> None:
+    """Past a frozen dataclass and any property."""
+    if name in getattr(value, "__dict__", {}):
+        value.__dict__[name] = field
+    else:
+        object.__setattr__(value, name, field)
 
 
 def _emptied(value: Any, keys: tuple[Any, ...]) -> Any:
