@@ -170,6 +170,8 @@ def test_a_key_chooses_among_several_state_dicts(folder: Path, capsys) -> None:
     assert run(capsys, CONVERT.replace("plain.pt", "both.pt") + " --key ema.shadow")[0] == 0
     taken = checkpoint.read("rv.pt").state
     assert all(torch.equal(taken[k], state[k] + 1) for k in state)
+    torch.save({"model": state, "ema": {k: v + 1 for k, v in state.items()}}, "averaged.pt")
+    assert "other weights of the same names, --key ema" in run(capsys, CONVERT.replace("plain.pt", "averaged.pt") + " --force")[1]
 
 
 def test_weights_that_are_no_numbers_are_named(folder: Path, capsys) -> None:

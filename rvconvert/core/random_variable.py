@@ -31,7 +31,7 @@ class Settings:
         covariance: the name of a mode, ``"independent"``, ``"calibrated"``, ``"lowrank"`` or ``"sampled"``.
         rank: pairs of nodes in ``"lowrank"`` mode (None: one per latent, from 16 to 64).
         pairs: antithetic pairs of paths in ``"sampled"`` mode.
-        seed: fixes the directions of sampled paths and of nodes; None draws them afresh.
+        seed: fixes the directions of sampled paths and of nodes; None draws paths afresh.
         strict: refuse an operation with no rule instead of linearising it at the mean.
         variance_dtype: dtype of the variance's matrix work; None keeps the mean's own.
         source: which noise source of its model a variable starts from; random inputs count down from -1.

@@ -1,4 +1,4 @@
-"""Ways of carrying covariance beyond independence. Importing this package adds them to the noise sources."""
+"""Ways of carrying covariance beyond independence. Importing this package adds them to ``rvconvert.core.mode.MODES``."""
 
 from rvconvert.covariance import calibrated, lowrank, sampled
 

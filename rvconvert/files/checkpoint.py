@@ -74,6 +74,7 @@ class Checkpoint:
         recipe: of a converted model; None in a plain checkpoint.
         hyper_parameters: what Lightning saved of the constructor's arguments.
         gains: of a converted model in calibrated mode, by name.
+        beside: the state_dicts that the file holds beside this one, by key, such as averaged weights.
     """
 
     path: Path
@@ -81,6 +82,7 @@ class Checkpoint:
     recipe: Recipe | None = None
     hyper_parameters: dict[str, Any] = dataclasses.field(default_factory=dict)
     gains: dict[str, torch.Tensor] = dataclasses.field(default_factory=dict)
+    beside: tuple[str, ...] = ()
 
 
 def save(
@@ -267,7 +269,7 @@ def load_weights(
         reading: ``key`` and ``allow_pickle``, as of ``read``.
 
     Returns:
-        What a person should know: the prefix that was taken off, weights that are NaN or infinite.
+        What a person should know: the prefix that was taken off, weights that are NaN or infinite, others in the file.
 
     Raises:
         CheckpointError, TransferError: see ``read``, ``fit_keys`` and ``transfer_weights``.
@@ -280,6 +282,8 @@ def load_weights(
     except TransferError as error:
         raise TransferError(f"{source.path}: {error}") from None
     notes = []
+    if source.beside:
+        notes.append(f"the file holds other weights of the same names, --key {' or '.join(source.beside)}")
     if taken:
         left = len(source.state) - len(state)
         notes.append(f"took the prefix {taken!r} off the keys" + (f", left out {left} entries without it" if left else ""))
@@ -437,7 +441,10 @@ def _interpret(path: Path, content: Any, key: str | None = None) -> Checkpoint:
         if isinstance(inner, nn.Module):
             inner = inner.state_dict()
         if _is_state_dict(inner):
-            return Checkpoint(path, dict(inner), None, hyper_parameters)
+            beside = tuple(
+                name for name, each in _state_dicts(content).items() if each is not inner and each.keys() == inner.keys()
+            )
+            return Checkpoint(path, dict(inner), None, hyper_parameters, beside=beside)
     found = _state_dicts(content)
     if len(found) == 1:
         return Checkpoint(path, dict(next(iter(found.values()))), None, hyper_parameters)

@@ -1,4 +1,4 @@
-"""Activations and other functions of one element: closed forms from ``gaussian``, quadrature for the rest."""
+"""Activations and other functions of one element: moments from ``rvconvert.moments``, quadrature for the rest."""
 
 from __future__ import annotations
 

@@ -576,7 +576,7 @@ def _chain(first: Function, second: Function) -> Function:
 class Elementwise:
     """A function of each element by itself (and of constants that broadcast with it).
 
-    Of one random variable: closed-form ``moments(func, args, kwargs, x)`` if given, else quadrature. Several
+    Of one random variable: closed-form ``moments(func, args, kwargs)`` if given, else quadrature. Several
     random variables that are elementwise functions of a common one are one function of that one. Several
     that are not: ``independent(func, args, kwargs)`` if given, else linearised at the means. So is a function of
     a common one that is not defined on the ``whole_line``, since quadrature would leave its domain. ``kinks`` says where
