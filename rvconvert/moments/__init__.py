@@ -5,7 +5,6 @@ so. Half-precision inputs are computed in float32. var = 0 gives (f(mean), 0) an
 """
 
 from rvconvert.moments.closed_form import cos, cosh, exp, expm1, sin, sinh, square
-from rvconvert.moments.error_function import erf
 from rvconvert.moments.lognormal import log, positive_power, power, reciprocal, rsqrt, sqrt
 from rvconvert.moments.piecewise import (
     celu,
@@ -21,7 +20,7 @@ from rvconvert.moments.piecewise import (
     softsign,
     threshold,
 )
-from rvconvert.moments.smooth import gelu, logsigmoid, mish, sigmoid, silu, softplus, tanh
+from rvconvert.moments.smooth import erf, gelu, logsigmoid, mish, sigmoid, silu, softplus, tanh
 from rvconvert.moments.two_slopes import absolute, leaky_relu, relu
 
 __all__ = [

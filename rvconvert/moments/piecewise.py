@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rvconvert.moments.kinked_table import Kinked, Shape, kinked_moments
-from rvconvert.moments.normal import Moments, at_least_float32, standardize, tail
+from rvconvert.moments.normal import Moments, at_least_float32, mills, standardize
 from rvconvert.moments.quadrature import density, quadrature
 from rvconvert.moments.table import CURVES
 from rvconvert.moments.two_slopes import relu
@@ -28,7 +28,7 @@ class _Exceedance(torch.autograd.Function):
     def forward(ctx, mean, var):
         ctx.save_for_backward(mean, var)
         *_, t = standardize(mean, var)
-        below = density(t) * tail(t)[0]
+        below = density(t) * mills(t)
         return torch.where(mean > 0, 1.0 - below, below)
 
     @staticmethod

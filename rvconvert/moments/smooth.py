@@ -1,4 +1,4 @@
-"""Smooth activations, each by its table: silu, mish, softplus, logsigmoid, gelu, tanh, sigmoid."""
+"""Smooth activations, each by its table: silu, mish, softplus, logsigmoid, gelu, tanh, sigmoid, erf."""
 
 from __future__ import annotations
 
@@ -29,6 +29,7 @@ def _gelu_tanh(x: Tensor) -> Tensor:
 
 
 _TANH, _SIGMOID = Smooth(torch.tanh, 1.0, rises=True), Smooth(torch.sigmoid, 2.0, rises=True)
+_ERF = Smooth(torch.erf, 0.6, rises=True)
 _SILU, _MISH = Smooth(F.silu, 2.0), Smooth(F.mish, 2.0)
 _SOFTPLUS, _LOGSIGMOID = Smooth(F.softplus, 3.0, rises=True), Smooth(F.logsigmoid, 3.0, rises=True)
 _GELU, _GELU_TANH = Smooth(_gelu, 0.75), Smooth(_gelu_tanh, 0.75)
@@ -44,6 +45,12 @@ def tanh(mean: Tensor, var: Tensor) -> Moments:
 def sigmoid(mean: Tensor, var: Tensor) -> Moments:
     """1/(1 + e^-x)."""
     return table_moments(_SIGMOID, mean, var)
+
+
+@at_least_float32
+def erf(mean: Tensor, var: Tensor) -> Moments:
+    """The error function."""
+    return table_moments(_ERF, mean, var)
 
 
 def tanh_partials(mean: Tensor, var: Tensor) -> Partials:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from rvconvert.moments.compilation import fused
-from rvconvert.moments.normal import Moments, at_least_float32, standardize, step, tail
+from rvconvert.moments.normal import Moments, at_least_float32, mills, standardize, step
 from rvconvert.moments.quadrature import density
 from rvconvert.moments.table import Curve, Grid, as_table, in_images, table_of
 
@@ -18,10 +18,17 @@ _GRID = Grid(end=14, in_p=1 << 14, in_q=0, spacing=0)  # of a alone; beyond the 
 
 
 def _closed(mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """s T(abs(a)) and the two moments, from the tail of the normal law."""
+    """s T(abs(a)) and the two moments, in float64.
+
+    With Z standard normal, U = max(Z - t, 0), t >= 0, phi the density and M the Mills ratio, E[U] is phi h1 and E[U²] is
+    phi h2, h1 = 1 - t M and h2 = (1 + t²) M - t.
+    """
     s, _, t = standardize(mean, var)
+    t = t.clamp(max=38.0)  # beyond which phi is 0
     phi = density(t)
-    _, h1, h2 = tail(t)
+    m = mills(t)
+    h1 = 1.0 - t * m
+    h2 = m - t * h1
     tail1 = phi * h1
     small = s * tail1
     small_var = var * phi * torch.addcmul(h2, tail1, h1, value=-1)
