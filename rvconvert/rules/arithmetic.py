@@ -111,20 +111,30 @@ class Sum(Elementwise):
 
     def __call__(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> RandomVariable:
         (a, b, alpha), _, _ = bind(("input", "other", "alpha"), args, kwargs)
-        name = getattr(func, "__name__", "").strip("_")
+        name = getattr(func, "__name__", "")
         both = isinstance(a, RandomVariable) and isinstance(b, RandomVariable) and alpha in (None, 1)
         if not both or a.shape != b.shape:
             return super().__call__(func, args, kwargs)
-        if name in ("add", "radd", "iadd"):
+        if name in ("add", "add_", "__add__", "__radd__", "__iadd__"):
             made = super().__call__(func, args, kwargs)
             noisy = made.origin is None and (a.latent or b.latent)
             return made.sum_of(a.snapshot(), b.snapshot()) if noisy else made
-        first, second = (b, a) if name == "rsub" else (a, b)
-        for whole, part, sign in ((first, second, 1), (second, first, -1)):
-            for term, other in zip(whole.terms or (), reversed(whole.terms or ()), strict=True):
-                if is_same(part, term):
-                    return other.snapshot() if sign == 1 else -other  # type: ignore[no-any-return, operator]
+        first, second = (b, a) if name in ("rsub", "__rsub__") else (a, b)
+        rest = _without(first, second)
+        if rest is not None:
+            return rest.snapshot()
+        rest = _without(second, first)
+        if rest is not None:
+            return -rest  # type: ignore[no-any-return, operator]
         return super().__call__(func, args, kwargs)
+
+
+def _without(whole: RandomVariable, part: RandomVariable) -> RandomVariable | None:
+    """The other term of a sum that ``part`` is one of."""
+    if whole.terms is None:
+        return None
+    first, second = whole.terms
+    return second if is_same(part, first) else first if is_same(part, second) else None
 
 
 _LINES: dict[str, Callable[..., Any]] = {
