@@ -167,6 +167,11 @@ def test_refusals(tmp_path: Path) -> None:
         rvconvert.export(sampled, tmp_path / "m.pt2", torch.rand(4, 3, 16, 16), deviation=True)
     with pytest.raises(ConversionError, match="export the deviation in calibrated mode"):
         rvconvert.export(VanillaVAE(), tmp_path / "m.pt2", torch.rand(4, 3, 16, 16), deviation=True, covariance="lowrank")
+    images = torch.rand(4, 3, 16, 16)
+    with pytest.raises(ConversionError, match="covariance: they say what the deviation is: deviation=True"):
+        rvconvert.export(VanillaVAE(), tmp_path / "m.pt2", images, covariance="calibrated")
+    with pytest.raises(ConversionError, match="covariance: a converted model has its own"):
+        rvconvert.export(rvconvert.convert(VanillaVAE()), tmp_path / "m.pt2", images, deviation=True, covariance="calibrated")
     (tmp_path / "there.pt2").touch()
     with pytest.raises(CheckpointError, match="--force"):
         rvconvert.export(VanillaVAE(), tmp_path / "there.pt2", torch.rand(4, 3, 16, 16))

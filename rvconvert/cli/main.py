@@ -162,8 +162,7 @@ def run_export(args: argparse.Namespace) -> Result:
         notes.append("random weights: give --checkpoint for trained ones")
     examples = _given_examples(args)
     options = {"deviation": args.deviation, "method": args.method, "force": args.force}
-    if args.deviation:
-        options |= {name: value for name in _OF_DEVIATIONS if (value := getattr(args, name)) is not None}
+    options |= {name: value for name in _OF_DEVIATIONS if (value := getattr(args, name)) is not None}
     _guarded(args, lambda: export(model, args.out, examples, **options))
     what = "deterministic, with the deviation of every pixel" if args.deviation else "deterministic"
     data = {"model": args.model, "out": str(args.out), "method": args.method, "deviation": args.deviation, "notes": notes}
@@ -503,20 +502,24 @@ def _parser() -> argparse.ArgumentParser:
         "rvconvert calibrate rv_vae.pt --model models/vae.py:VAE --images photos/ --size 64",
     )
     add_arguments(calibrator, _at_least_one)
-    _add_model_options(calibrator)
+    _add_constructor_options(calibrator)
 
     rules = add("rules", run_rules, "list the operations that have rules", "rvconvert rules conv")
     rules.add_argument("filter", nargs="?", metavar="NAME", help="only those whose name contains it")
     return parser
 
 
-def _add_model_options(parser: argparse.ArgumentParser) -> None:
+def _add_constructor_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--kwargs",
         type=_constructor_arguments,
         metavar="JSON",
         help=f"""the constructor's arguments: '{{"latent_dim": 128}}'; {FROM_CHECKPOINT}: those that Lightning saved""",
     )
+
+
+def _add_model_options(parser: argparse.ArgumentParser) -> None:
+    _add_constructor_options(parser)
     parser.add_argument(
         "--example-shape",
         type=_shape,

@@ -63,6 +63,9 @@ def export(
         CheckpointError: the file exists, its folder does not, or the name ends in something else.
         ConversionError: the model cannot be exported, or draws random numbers all the same.
     """
+    if options and (is_converted(model) or not deviation):
+        why = "a converted model has its own" if is_converted(model) else "they say what the deviation is: deviation=True"
+        raise ConversionError(f"{', '.join(options)}: {why}")
     path = check_destination(path, force=force, suffixes=SUFFIXES)
     args = tuple(example_inputs) if isinstance(example_inputs, (tuple, list)) else (example_inputs,)
     kwargs = dict(example_kwargs or {})
