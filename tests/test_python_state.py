@@ -223,6 +223,20 @@ def test_what_python_draws_is_drawn_at_every_call(draws, mode):
     assert 8 <= min(sum(round(value, 3) == each for value in found) for each in values) <= 30
 
 
+GENERATOR = np.random.default_rng(0)
+
+
+class Drawn(VAE):
+    def forward(self, x):
+        return self.reconstruct(x * 0 + 9 if GENERATOR.random() < 0.5 else x)
+
+
+def test_a_generator_among_the_globals_draws_at_every_call():
+    model, x = rvconvert.convert(Drawn()).eval(), torch.zeros(2, 6)
+    with torch.no_grad():
+        assert len({round(float(model(x).sum()), 3) for _ in range(30)}) == 2
+
+
 def test_a_recording_does_not_advance_the_random_numbers_of_python():
     found = []
     for converted in (False, True):

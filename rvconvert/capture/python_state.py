@@ -41,7 +41,7 @@ _OPAQUE = (
     torch.Tensor, nn.Module, type, types.ModuleType, types.FunctionType, types.BuiltinFunctionType, types.MethodType,
 )  # fmt: skip
 _CONTAINERS = (list, tuple, dict, set, frozenset, collections.deque)
-_MOST = 64  # entries of a container, fields of an object that are looked at one by one
+_MOST = 256  # entries of a container, fields of an object that are looked at one by one
 _LARGEST = 1 << 14  # entries that are hashed, bytes of an array that are compared: of what is larger it is the object that counts
 GENERATORS = (np.random.Generator, np.random.RandomState, random.Random)
 

@@ -206,7 +206,10 @@ class _Recorder(TorchFunctionMode, Handler):
         node.meta["where"], node.meta["source"] = where(frame)
         while frame is not None and frame.f_code is not record.__code__:
             if frame.f_code not in self.codes and not _is_internal(frame):
-                self.recording.places |= dict.fromkeys(globals_of(frame.f_globals, frame.f_code))
+                found = globals_of(frame.f_globals, frame.f_code)
+                self.recording.places |= dict.fromkeys(found)
+                if any(isinstance(frame.f_globals[place.name], GENERATORS) for place in found):
+                    self.recording.once.append(f"Python draws random numbers of its own: {self.line()}")
             self.codes.add(frame.f_code)
             frame = frame.f_back
         node.meta["module"] = self.stack[-1] if self.stack else ""
