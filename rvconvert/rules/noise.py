@@ -52,14 +52,12 @@ def entering(x: RandomVariable, settings: Settings) -> RandomVariable:
 
 
 def all_entering(values: Iterable[Any], settings: Settings) -> Iterator[Any]:
-    """``values`` with every random variable among them entering, each as one source; the seed is the first one's."""
-    entered: dict[int, RandomVariable] = {}
+    """``values`` with every random variable among them entering, each as a source of its own; the seed is the first one's."""
+    index = 0
     for value in values:
         if isinstance(value, RandomVariable):
-            key, index = id(value.identity), -len(entered)
-            if key not in entered:
-                entered[key] = entering(value, replace(nth_source(settings, index), source=index - 1))
-            value = entered[key]
+            value = entering(value, replace(nth_source(settings, index), source=index - 1))
+            index -= 1
         yield value
 
 
