@@ -122,9 +122,7 @@ def calibrate(
         raise ConversionError(f"calibrate needs pairs and images of 1 or more, not {pairs} and {images}")
     from rvconvert.render import progress
 
-    name, gains, seen = method or conversion.options.methods[0], conversion.gains, 0
-    if name not in conversion.options.methods:
-        raise ConversionError(f"{name!r} is not converted; {', '.join(conversion.options.methods)} is")
+    name, gains, seen = conversion.chosen(method), conversion.gains, 0
     modes = {module: module.training for module in rv_model.modules()}
     before = dict(gains.evaluation)
     nn.Module.eval(rv_model)

@@ -225,6 +225,13 @@ class Conversion:
         """A model that was tried out has not been called yet."""
         self.last_penalty = self._penalty = None
 
+    def chosen(self, name: str | None) -> str:
+        """The converted method of this name, the first one by default; ConversionError for one that is not converted."""
+        methods = self.options.methods
+        if name is not None and name not in methods:
+            raise ConversionError(f"{name!r} is not converted; {', '.join(methods)} is")
+        return name or methods[0]
+
     def method(self, name: str, model: nn.Module) -> Callable[..., Any]:
         """The model's plain method, bound."""
         return types.MethodType(self.own.get(name) or getattr(self.plain_class, name), model)

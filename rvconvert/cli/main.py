@@ -8,6 +8,7 @@ import dataclasses
 import difflib
 import importlib
 import inspect
+import itertools
 import json
 import math
 import os
@@ -264,14 +265,10 @@ def _given_examples(args: argparse.Namespace, or_else: str = "") -> tuple[torch.
 def _dressed(model: nn.Module, inputs: tuple[torch.Tensor, ...], method: str | None) -> tuple[Any, ...]:
     """The inputs, with those that a bare decoder takes as random variables at the prior, N(0, 1)."""
     conversion = conversion_of(model)
-    options = conversion.options
-    method = method or options.methods[0]
-    if method not in options.methods:
-        raise ConversionError(f"{method!r} is not converted; {', '.join(options.methods)} is")
-    names = list(inspect.signature(conversion.method(method, model)).parameters)
-    random = [name in options.random_inputs for name in names[: len(inputs)]]
-    random += [False] * (len(inputs) - len(random))  # of *inputs; of too many, which the model itself refuses
-    prior = (RandomVariable(torch.zeros_like(x), torch.ones_like(x)) if r else x for r, x in zip(random, inputs, strict=True))
+    names = inspect.signature(conversion.method(conversion.chosen(method), model)).parameters
+    named = itertools.zip_longest(names, inputs)  # no names: of *inputs, or of too many, which the model itself refuses
+    of_prior = [name in conversion.options.random_inputs for name, _ in named]
+    prior = (RandomVariable(torch.zeros_like(x), torch.ones_like(x)) if r else x for r, x in zip(of_prior, inputs, strict=False))
     return tuple(prior)
 
 

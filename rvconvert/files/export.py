@@ -107,8 +107,7 @@ def _propagating(model: nn.Module, method: str, args: Any, kwargs: Any, given: d
             "rv = rvconvert.convert(model, covariance='calibrated'); rvconvert.calibrate(rv, images); "
             "rvconvert.export(rv, path, x, deviation=True)"
         )
-    if method not in conversion.options.methods:
-        raise ConversionError(f"{method!r} is not converted; {', '.join(conversion.options.methods)} is")
+    conversion.chosen(method)
     return made
 
 

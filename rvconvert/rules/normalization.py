@@ -195,40 +195,41 @@ def _normalized_batch(mean: Tensor, var: Tensor, *rest: Any) -> tuple[Tensor, Te
     return _NormalizedBatch.apply(mean, var, running_mean, running_var, weight, bias, momentum, eps)  # type: ignore[no-any-return]
 
 
+def _normalized_over_the_batch(
+    input: RandomVariable, mean: Any, var: Any, weight: Any, bias: Any, training: bool, momentum: float, eps: float
+) -> RandomVariable:
+    """BatchNorm with weight and bias that are not random."""
+    x = input
+    with full_precision(x):
+        if not training and mean is not None and var is not None:
+            scale = torch.rsqrt(var + eps) if weight is None else torch.rsqrt(var + eps) * weight
+            out = F.batch_norm(x.mean, mean, var, weight, bias, False, momentum, eps)
+            return x.with_moments(out, x.var * _per_channel(scale.square(), x.ndim))
+        if not torch.compiler.is_compiling():
+            out, out_var = _normalized_batch(x.mean, x.var, mean, var, weight, bias, momentum, eps)
+            made = x.with_moments(out, out_var)
+            if isinstance(out.grad_fn, BackwardCFunction) and not is_traced():  # not so where half precision was rounded back
+                made.remade(*(partial(_again, moment, out.grad_fn) for moment in (_Batch.normalized_mean, _Batch.normalized_var)))
+            return made
+        axes = [0, *range(2, x.ndim)]
+        centre = x.mean.mean(axes, keepdim=True)
+        spread = (x.mean - centre).square().mean(axes, keepdim=True) + x.var.mean(axes, keepdim=True)
+        update_running(mean, var, centre.flatten(), spread.flatten(), x.mean.numel() // x.shape[1], momentum)
+        scale = torch.rsqrt(spread + eps)
+        scale = scale if weight is None else scale * _per_channel(weight, x.ndim)
+        out, shift = (x.mean - centre) * scale, _per_channel(bias, x.ndim)
+        return x.with_moments(out if shift is None else out + shift, x.var * scale.square())
+
+
+_batch_norm = _with_affine(_normalized_over_the_batch)
+
+
 @dataclass(frozen=True)
 class BatchNormalization:
     """BatchNorm. Training: the batch is a mixture, mean = mean(m), var = mean((m - mean)^2) + mean(v)."""
 
     def __call__(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> RandomVariable:
-        return _with_affine(self.normalize)(*batch_norm_arguments(args, kwargs))  # type: ignore[no-any-return]
-
-    @staticmethod
-    def normalize(
-        input: RandomVariable, mean: Any, var: Any, weight: Any, bias: Any, training: bool, momentum: float, eps: float
-    ) -> RandomVariable:
-        """With weight and bias that are not random."""
-        x = input
-        with full_precision(x):
-            if not training and mean is not None and var is not None:
-                scale = torch.rsqrt(var + eps) if weight is None else torch.rsqrt(var + eps) * weight
-                out = F.batch_norm(x.mean, mean, var, weight, bias, False, momentum, eps)
-                return x.with_moments(out, x.var * _per_channel(scale.square(), x.ndim))
-            if not torch.compiler.is_compiling():
-                out, out_var = _normalized_batch(x.mean, x.var, mean, var, weight, bias, momentum, eps)
-                made = x.with_moments(out, out_var)
-                if isinstance(out.grad_fn, BackwardCFunction) and not is_traced():  # not so where half precision was rounded back
-                    made.remade(
-                        *(partial(_again, moment, out.grad_fn) for moment in (_Batch.normalized_mean, _Batch.normalized_var))
-                    )
-                return made
-            axes = [0, *range(2, x.ndim)]
-            centre = x.mean.mean(axes, keepdim=True)
-            spread = (x.mean - centre).square().mean(axes, keepdim=True) + x.var.mean(axes, keepdim=True)
-            update_running(mean, var, centre.flatten(), spread.flatten(), x.mean.numel() // x.shape[1], momentum)
-            scale = torch.rsqrt(spread + eps)
-            scale = scale if weight is None else scale * _per_channel(weight, x.ndim)
-            out, shift = (x.mean - centre) * scale, _per_channel(bias, x.ndim)
-            return x.with_moments(out if shift is None else out + shift, x.var * scale.square())
+        return _batch_norm(*batch_norm_arguments(args, kwargs))  # type: ignore[no-any-return]
 
 
 _MIXTURE = "exact in eval mode; in training the batch is a mixture, its statistics taken as constants (paper eqs 10, 11)"

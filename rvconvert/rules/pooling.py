@@ -110,10 +110,9 @@ def _max_pool(n: int) -> Any:
     ) -> Any:
         kernel = _tuple(kernel_size, n)
         shape = (kernel, _tuple(stride, n) if stride else kernel, _tuple(padding, n), _tuple(dilation, n))
-        # Padding must never win: it lies far below every element of its channel, yet is finite, so that moments stay finite.
-        floor = (input.mean - 12 * input.var.sqrt()).detach().amin(tuple(range(-n, 0)), keepdim=True) - 1
-        if not any(shape[2]) and not ceil_mode:
-            floor = torch.zeros_like(floor)  # nothing is padded: the digits of all stay, however low one of them is
+        floor: Any = 0.0  # where nothing is padded: the digits of all stay, however low one of them is
+        if any(shape[2]) or ceil_mode:  # padding must never win, yet is finite: it lies far below every element of its channel
+            floor = (input.mean - 12 * input.var.sqrt()).detach().amin(tuple(range(-n, 0)), keepdim=True) - 1
         mean = _windows(input.mean - floor, shape, ceil_mode, 0.0)
         var = _windows(input.var, shape, ceil_mode, 0.0)
         mean, var = by_pairs(mean, var, (-1,), clark_maximum)
