@@ -43,7 +43,8 @@ from rvconvert.moments.table import (
 if TYPE_CHECKING:
     from torch import Tensor
 
-_GRID = Grid(end=8, in_p=1024, in_q=1152, spacing=16)
+_GRID = Grid(end=8, in_p=2048, in_q=1536, spacing=16)
+_OF_PARTIALS = _GRID._replace(in_p=1024, in_q=192)
 _ROWS = 64  # of q where quadrature is done
 _LEAST = 1e-30  # of a variance: s is no smaller than its root, and m no nearer to the kink than eight of these
 
@@ -95,19 +96,18 @@ class Kinked(Curve):
         first = expected / root
         for value in (first, logarithm, gain, ratio):  # the first row lies a little beside q = 0, where nothing can be integrated
             value[0] -= (value[1] - value[0]) * (q[0] / (q[1] - q[0]))
-        values = (gain, logarithm) if shape.fold == "even" else (logarithm,)
-        moments = moments_at_corners(_GRID, local(len(q), _GRID.in_q).T, first, *values)
+        values = (logarithm, gain, first) if shape.fold == "even" else (logarithm, first)
+        moments = moments_at_corners(_GRID, local(len(q), _GRID.in_q).T, *values)
         p, at = _GRID.corners()
-        moments[0] -= np.where(p > 0, shape.right, shape.left) * p
-        moments[:: 1 + len(values)] /= _GRID.end  # in units of x
+        moments[-1] -= np.where(p > 0, shape.right, shape.left) * p
+        moments[-1] /= _GRID.end  # in units of x
         if shape.fold == "even":
             moments[1, :, 0] = 0.0
         else:
-            moments[1, :, -1] = math.log2(shape.right**2) - (2 * np.log2((1 - at).clip(1e-5)) if shape.level else 0.0)
-        grid = _GRID._replace(in_q=_GRID.in_q // 6)
-        at = grid.corners()[1]
+            moments[0, :, -1] = math.log2(shape.right**2) - (2 * np.log2((1 - at).clip(1e-5)) if shape.level else 0.0)
+        at = _OF_PARTIALS.corners()[1]
         by_var = np.full(len(at), 0.5), at * (1 - at) / 2
-        partials = partials_at_corners(grid, local(len(q), grid.in_q).T, gain, ratio, *by_var, _GRID.end)
+        partials = partials_at_corners(_OF_PARTIALS, local(len(q), _OF_PARTIALS.in_q).T, gain, ratio, *by_var, _GRID.end)
         partials = partials[: 5 if shape.fold == "even" else 4]
         if shape.beyond != "exponential":
             partials[..., 0] = 0.0
@@ -150,7 +150,7 @@ def _place(mean: Tensor, var: Tensor, ends: tuple[float, float], shape: Shape) -
 
 def _kernel(mean: Tensor, var: Tensor, table: Tensor, ends: tuple[float, float], shape: Shape) -> tuple[Tensor, Tensor]:
     at = _place(mean, var, ends, shape)
-    out, *gain, logarithm = _GRID.moments(table, at.x, at.y)
+    logarithm, *gain, out = _GRID.bilinear(table, at.x, at.y)
     out = out.div_(at.inverse)
     t = at.t - at.u if at.u is not None and shape.beyond == "parabola" else at.t  # of which f₀ is the tangent
     if shape.left == shape.right:
@@ -184,7 +184,7 @@ def _kernel(mean: Tensor, var: Tensor, table: Tensor, ends: tuple[float, float],
 
 def _partials(mean: Tensor, var: Tensor, table: Tensor, ends: tuple[float, float], shape: Shape) -> Partials:
     at = _place(mean, var, ends, shape)
-    gain, curvature, by_mean, by_var, *gain_by_var = _GRID.partials(table, at.x, at.y)
+    gain, curvature, by_mean, by_var, *gain_by_var = _OF_PARTIALS.bilinear(table, at.x, at.y)
     curvature, by_mean = curvature.mul_(at.inverse), by_mean.mul_(at.inverse)
     if at.u is not None and shape.beyond == "exponential":
         growth = torch.exp(at.u)

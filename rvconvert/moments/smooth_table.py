@@ -42,12 +42,15 @@ from rvconvert.moments.table import (
     partials_at_corners,
     tabulated,
     tabulated_partials,
+    with_curvatures,
 )
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-_GRID = Grid(end=8, in_p=2048, in_q=320, spacing=24)
+_GRID = Grid(end=8, in_p=2048, in_q=320, spacing=24)  # of a function that turns
+_OF_RISING = _GRID._replace(in_p=4096)
+_OF_PARTIALS = _GRID._replace(in_q=160)
 _CHEBYSHEV = 33  # points of q where quadrature is done
 _MIX = 0.1  # keeps the logarithm smooth where f'' is 0
 
@@ -60,9 +63,9 @@ def _points_in_q() -> np.ndarray:
 
 
 @functools.cache
-def _in_q() -> np.ndarray:
+def _in_q(grid: Grid) -> np.ndarray:
     """(corners, points): interpolation by the polynomial through all points (barycentric)."""
-    q = _GRID.corners()[1]
+    q = grid.corners()[1]
     signs = (-1.0) ** np.arange(_CHEBYSHEV)
     terms = signs * np.sqrt(_points_in_q() * (1 - _points_in_q())) / (q[:, None] - _points_in_q())
     made: np.ndarray = terms / terms.sum(1, keepdims=True)
@@ -110,19 +113,20 @@ class Smooth(Curve):
             first = (expected - plain - self.level * (mean - width * p)) / share
         if self.rises:
             spread = (rest + gain**2) * ((root / width) ** 2 if self.level == 0 else 1.0)
-            moments = moments_at_corners(_GRID, _in_q(), first, np.log2(spread))
+            moments = moments_at_corners(_OF_RISING, _in_q(_OF_RISING), np.log2(spread), first)
         else:
             spread = rest * root**2 / var + _MIX * gain**2
             logarithm = np.log2((spread if self.level is None else spread * (root / width) ** 2) + 1e-300)
-            moments = moments_at_corners(_GRID, _in_q(), first, gain, logarithm)
+            moments = moments_at_corners(_GRID, _in_q(_GRID), logarithm, gain, first)
+            moments = with_curvatures(moments)
             moments[1][:, [0, -1]] = self.slopes
-        far = 1 - _GRID.corners()[1]  # c/S
+        far = 1 - _OF_PARTIALS.corners()[1]  # c/S
         falls, grows = (1 - far**2) / 2, (1 - far**2) * far / 2
-        partials = partials_at_corners(_GRID, _in_q(), gain, rest + gain**2, falls, grows, 1 / width)[:4]
+        partials = partials_at_corners(_OF_PARTIALS, _in_q(_OF_PARTIALS), gain, rest + gain**2, falls, grows, 1 / width)[:4]
         partials[..., [0, -1]] = 0.0
         partials[0][:, [0, -1]] = self.slopes
         partials[3][:, [0, -1]] = np.square(self.slopes)
-        return as_table(moments), as_table(partials[:, ::2])
+        return as_table(moments), as_table(partials)
 
     def moments(self, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
         """By a table of this call's own, in float32 on the processor: to be held against something."""
@@ -146,7 +150,8 @@ def _kernel(
     mean: Tensor, var: Tensor, table: Tensor, function: Function, width: float, level: float | None
 ) -> tuple[Tensor, Tensor]:
     ratio, at, x, y = _place(mean, var, width)
-    change, *gain, logarithm = _GRID.moments(table, x, y)
+    read = _OF_RISING.bilinear if table.shape[1] == 2 else _GRID.third_order
+    logarithm, *gain, change = read(table, x, y)
     share = (var * ratio).mul_(ratio)  # c² times that of the text above
     spread = logarithm.exp2_()
     if level is None:
@@ -163,7 +168,7 @@ def _kernel(
 
 def _partials(mean: Tensor, var: Tensor, table: Tensor, function: Function, width: float, level: float | None) -> Partials:
     ratio, _, x, y = _place(mean, var, width)
-    gain, curvature, by_mean, by_var = _GRID.partials(table, x, y)
+    gain, curvature, by_mean, by_var = _OF_PARTIALS.bilinear(table, x, y)
     return Partials(gain, curvature.mul_(ratio), by_mean.mul_(ratio).mul_(var), by_var)
 
 

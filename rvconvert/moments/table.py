@@ -1,9 +1,9 @@
 """Tables of two moments: what quadrature finds at the corners of a plane (p, q), read bilinearly by kernels.
 
 Two or three numbers lead to the moments: one to the mean, and the logarithm to the base of 2 of Var/v, or, of a function that
-turns, g = E[f'] and the logarithm of what its line leaves. Beside each stands its second difference along p, which takes bilinear
-interpolation to third order there; along q corners lie as densely as bilinear interpolation asks. Gradients need less: partial
-derivatives are bilinear between fewer corners.
+turns, g = E[f'] and the logarithm of what its line leaves. Corners lie as densely as bilinear interpolation asks: what is read
+costs time, what is not read costs memory alone. Where f turns they would have to lie denser still; there second differences along
+p take the interpolation to third order. Gradients need less: partial derivatives lie between fewer corners.
 """
 
 from __future__ import annotations
@@ -64,18 +64,18 @@ class Grid(NamedTuple):
         # Parts of a tensor change in place under neither a compiler nor a graph.
         return tuple(x.clone() for x in each) if torch.compiler.is_compiling() or torch.is_grad_enabled() else each
 
-    def moments(self, table: Tensor, x: Tensor, y: Tensor) -> Sequence[Tensor]:
-        """The two or three numbers that lead to the moments, as ``read``, which leaves nothing of x and y; of NaN, NaN."""
+    def bilinear(self, table: Tensor, x: Tensor, y: Tensor) -> Sequence[Tensor]:
+        """As ``read``; the first number is NaN of NaN."""
+        first, *rest = self.read(table, x, y)
+        return torch.add(first, x, alpha=0), *rest
+
+    def third_order(self, table: Tensor, x: Tensor, y: Tensor) -> Sequence[Tensor]:
+        """As ``read``, of a table that is ``with_curvatures``, to third order along p; x is used up. NaN of NaN."""
         found = self.read(table, x, y)
         n = len(found) // 2
         t = x.mul_(self.in_p // 2).frac_().abs_()  # from a corner, in cells
         share = t.addcmul_(t, t, value=-1)
         return [a.addcmul_(share, b) for a, b in zip(found[:n], found[n:], strict=True)]
-
-    def partials(self, table: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
-        """The partial derivatives, as ``read``; of NaN, NaN."""
-        first, *rest = self.read(table, x, y)
-        return torch.add(first, x, alpha=0), *rest
 
 
 # ---- filling -----------------------------------------------------------------------------------------------------
@@ -119,15 +119,15 @@ def local(nodes: int, cells: int, by: float = 0.0) -> np.ndarray:
     return matrix
 
 
-def _second_difference(values: np.ndarray) -> np.ndarray:
-    """What t (1 - t) is multiplied by, t the place in a cell of the last dimension; at the ends, beyond which no curve is, 0."""
+def with_curvatures(values: np.ndarray) -> np.ndarray:
+    """Beside values what t (1 - t) is multiplied by, t the place in a cell along p; at the ends, beyond which no curve is, 0."""
     made = np.zeros_like(values)
-    made[:, 1:-1] = values[:, 1:-1] - (values[:, 2:] + values[:, :-2]) / 2
-    return made
+    made[..., 1:-1] = values[..., 1:-1] - (values[..., 2:] + values[..., :-2]) / 2
+    return np.concatenate((values, made))
 
 
 def moments_at_corners(grid: Grid, in_q: np.ndarray, *values: np.ndarray) -> np.ndarray:
-    """(values and their second differences, q, p).
+    """(values, q, p).
 
     Args:
         grid: of the table.
@@ -135,8 +135,7 @@ def moments_at_corners(grid: Grid, in_q: np.ndarray, *values: np.ndarray) -> np.
         values: (rows, nodes) each.
     """
     in_p = local(len(grid.nodes()), grid.in_p)
-    made = [in_q @ (each @ in_p) for each in values]
-    return np.stack(made + [_second_difference(each) for each in made])
+    return np.stack([in_q @ (each @ in_p) for each in values])
 
 
 def partials_at_corners(

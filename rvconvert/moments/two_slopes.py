@@ -70,7 +70,7 @@ def _relu_kernel(mean, var, table):
         return _closed(mean, var)[1:]
     inverse = (var + 1e-37).rsqrt_()
     x = (mean * inverse).mul_(1 / _GRID.end)
-    ratio, small = (each.exp2() for each in _GRID.partials(table, x, torch.zeros_like(x)))
+    ratio, small = (each.exp2() for each in _GRID.bilinear(table, x, torch.zeros_like(x)))
     return mean.clamp(min=0.0).addcmul_(inverse.mul_(var), small), ratio.mul_(var)
 
 
