@@ -26,7 +26,7 @@ __all__ = ["disable", "enable", "fused", "is_enabled"]
 Kernel = Callable[..., "Tensor | tuple[Tensor, ...]"]
 
 SMALL = 1 << 13  # elements below which a compiled kernel gains nothing
-BLOCK = 1 << 16  # elements of a block for each core: temporaries stay in its cache, and few calls are made
+BLOCK = 1 << 17  # elements of a block for each core: temporaries stay in its cache, and few calls are made
 
 # Inductor copies what is used twice into each use, which takes minutes for the recurrences of a quadrature. Realized early
 # and fused again, every intermediate is computed once.
