@@ -205,3 +205,41 @@ def test_a_product_with_another_matrix_or_a_changed_one_has_none():
     torch.testing.assert_close((other @ y).mean, mean @ mean.t())
     square = RandomVariable(mean[:3], var[:3])
     torch.testing.assert_close((square @ square).mean, mean[:3] @ mean[:3])  # not its transpose
+    changed = square.t()
+    changed += RandomVariable(mean[:3], var[:3])  # what is written over is the transpose no more
+    torch.testing.assert_close((square @ changed).mean, mean[:3] @ (mean[:3].t() + mean[:3]))
+
+
+SELECTED_TWICE = {
+    "an index": lambda z: z[0] * z[0],
+    "a slice": lambda z: z[:, 1:3] * z[:, 1:3],
+    "an index of a slice": lambda z: z[:, 1:][..., 0] * z[:, 1:][..., 0],
+    "a chunk": lambda z: z.chunk(2, 1)[1] * z.chunk(2, 1)[1],
+    "a new dimension": lambda z: z.unsqueeze(1) * z.unsqueeze(1),
+    "another shape": lambda z: z.flatten(1) * torch.sigmoid(z.flatten(1)),
+    "joined": lambda z: torch.cat([z, z[:, :1]], 1) * torch.cat([z, z[:, :1]], 1),
+    "rows": lambda z: z[0] @ z[0].t(),
+    "two chunks": lambda z: z.chunk(2, 1)[0] * z.chunk(2, 1)[1],
+    "two elements": lambda z: z[0] * z[1],
+}
+
+
+@pytest.mark.parametrize("name", SELECTED_TWICE)
+def test_what_is_selected_twice_in_one_way_is_one_variable(name):
+    function = SELECTED_TWICE[name]
+    generator = torch.Generator().manual_seed(0)
+    mean, var = torch.randn(2, 4, 3, generator=generator), torch.rand(2, 4, 3, generator=generator)
+    draws = mean + var.sqrt() * torch.randn(50_000, 2, 4, 3, generator=generator)
+    found, sampled = function(RandomVariable(mean, var)), torch.func.vmap(function)(draws)
+    error = (found.mean - sampled.mean(0)).abs() / (sampled.std(0) / len(draws) ** 0.5)
+    assert error.max() < 4.5
+    assert (found.var / sampled.var(0) - 1).abs().max() < 0.06
+
+
+def test_what_is_selected_before_and_after_a_change_are_two_variables():
+    z = RandomVariable(torch.randn(2, 3), torch.rand(2, 3))
+    before = z[0]
+    z *= 2.0
+    assert before.key != z[0].key
+    assert z[0].key == z[0].key != z[1].key
+    assert z[True].key != z[1].key

@@ -109,6 +109,10 @@ class Density(Protocol):
         """P(X < value), or None where there is no closed form."""
 
 
+class Identity:
+    """Stands for a variable in keys, without its tensors."""
+
+
 class RandomVariable:
     """Independent random variables with the given means and variances, shaped like a tensor.
 
@@ -128,6 +132,7 @@ class RandomVariable:
     _remake: tuple[Remake, Remake] | None = None
     _transposed: RandomVariable | None = None
     _terms: tuple[RandomVariable, RandomVariable] | None = None
+    _selection: Hashable | None = None
 
     def __init__(self, mean: torch.Tensor, var: torch.Tensor) -> None:
         if not (isinstance(mean, torch.Tensor) and isinstance(var, torch.Tensor)):
@@ -150,7 +155,7 @@ class RandomVariable:
         self._settings = settings
         self._latent = False
         self._origin: Origin | None = None
-        self._identity: RandomVariable | None = None
+        self._identity = Identity()
 
     @classmethod
     def _make(cls, mean: torch.Tensor, var: torch.Tensor, settings: Settings) -> RandomVariable:
@@ -250,21 +255,26 @@ class RandomVariable:
         return self
 
     @property
-    def identity(self) -> RandomVariable:
-        """The object that stands for the variable: its snapshots have the same, what is written over it another one."""
-        return self if self._identity is None else self._identity
+    def key(self) -> Hashable:
+        """Equal for equal variables: the snapshots of one, and what was selected of one in one way."""
+        return self._identity if self._selection is None else self._selection
+
+    def selected(self, key: Hashable) -> RandomVariable:
+        """This variable, newly made, marked with how its elements were selected of others, by their keys."""
+        self._selection = key
+        return self
 
     def snapshot(self) -> RandomVariable:
         """Another object with the same contents: the same variable, whatever is written into this one later."""
         made = type(self).__new__(type(self))
         made.__dict__.update(self.__dict__)
-        made._identity = self.identity
         return made
 
     def _rebind(self, result: RandomVariable) -> RandomVariable:
         """Take another variable's contents, as an in-place operation does to a tensor."""
-        self.__dict__.update(result.__dict__)
-        self._identity = result.identity
+        contents = dict(result.__dict__)
+        self.__dict__.clear()  # what this one was known to be, it is no more
+        self.__dict__.update(contents)
         return self
 
     # What is asked of the value rather than of its distribution comes from the mean.

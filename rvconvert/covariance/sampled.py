@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils import _pytree
 
 from rvconvert.core.mode import MODES, Mode, Sampler
-from rvconvert.core.random_variable import RandomVariable, Settings, is_in_place, propagate, random_variables
+from rvconvert.core.random_variable import Identity, RandomVariable, Settings, is_in_place, propagate, random_variables
 from rvconvert.core.registry import Exactness
 from rvconvert.covariance.chunks import Chunks, JointBatchNorm, alike, joined
 from rvconvert.errors import ConversionError
@@ -59,7 +59,7 @@ class SampledVariable(RandomVariable):
         made._settings = settings
         made._latent = False
         made._origin = None
-        made._identity = None
+        made._identity = Identity()
         made.chunks = (paths,) if isinstance(paths, Tensor) else paths
         made.whole = None
         return made

@@ -127,8 +127,8 @@ def unique(*values: Any) -> list[RandomVariable]:
 
 
 def is_same(a: Any, b: RandomVariable) -> bool:
-    """True where ``a`` is the variable ``b`` or a snapshot of it."""
-    return isinstance(a, RandomVariable) and a.identity is b.identity
+    """True where ``a`` is the variable ``b``, a snapshot of it or what was selected of one variable in the same way."""
+    return isinstance(a, RandomVariable) and a.key == b.key
 
 
 def copied(x: RandomVariable) -> Iterator[RandomVariable]:
@@ -244,6 +244,10 @@ class Shape:
             options,
         )
         made = join(mean, var, like)
+        key = None if self.same else _spelling(func, args, kwargs, {id(x): x.key for x in random_variables(args, kwargs)})
+        if key is not None:
+            for index, each in enumerate(random_variables(made)):
+                each.selected((key, index))
         alone = [*map(type, present.values())] == [type(like)]  # and in no list
         if like.density is not None and alone and isinstance(made, RandomVariable):
             made.distributed(like.density.moved(lambda x: self.call(func, dict.fromkeys(present, x), rest, options)))
@@ -497,8 +501,10 @@ def _spelling(func: Function, args: tuple[Any, ...], kwargs: dict[str, Any], key
         if isinstance(value, RandomVariable):
             if (key := keys[id(value)]) is not None:
                 return (RandomVariable, key)
-        elif isinstance(value, (bool, int, float, str, torch.dtype)) or value is None:
+        elif isinstance(value, (bool, int, float, str, torch.dtype)) or value is None or value is ...:
             return (type(value), value)
+        elif isinstance(value, slice):
+            return (slice, *map(spelled, (value.start, value.stop, value.step)))
         elif isinstance(value, (list, tuple)):
             return tuple(map(spelled, value))
         raise _NotSpelledError
@@ -542,7 +548,7 @@ def under_law(func: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
         if root.density is None:
             return None
         functions[id(x)] = function
-        roots[id(root.identity)] = root
+        roots[root.key] = root
     if len(roots) != 1:
         return None
 
@@ -666,7 +672,7 @@ class Elementwise:
         """The nearest variable that all of ``inputs`` are functions of: functions, kinks, defined everywhere, keys."""
         if len(inputs) == 1:
             return inputs[0], [_identity], (), True, [()]
-        chains = [{id(found.variable.identity): found for found in _ancestors(each)} for each in inputs]
+        chains = [{found.variable.key: found for found in _ancestors(each)} for each in inputs]
         for shared, first in chains[0].items():
             if all(shared in chain for chain in chains):
                 found = [chain[shared] for chain in chains]
