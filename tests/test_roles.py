@@ -65,6 +65,16 @@ LINEAR: dict[str, Result] = {
     "beside a view": lambda y, x, z, mu, std, m: (y, y.view(-1, 3, 4)),
     "beside a score": lambda y, x, z, mu, std, m: (y, m.head(y)),
     "beside logits of the latent": lambda y, x, z, mu, std, m: (y, m.prior(z)),
+    "beside the decoded mean": lambda y, x, z, mu, std, m: (y, m.decoder(mu), mu),
+    "beside the decoded mean and logits": lambda y, x, z, mu, std, m: (y, m.decoder(mu), m.prior(z)),
+    "beside what zeros give": lambda y, x, z, mu, std, m: (y, m.decoder(torch.zeros_like(z))),
+    "beside a kept picture of the mean": lambda y, x, z, mu, std, m: (y, m.decoder(mu).detach()),
+    "a loss beside that of the mean": lambda y, x, z, mu, std, m: F.mse_loss(y, x) + 0.1 * F.mse_loss(m.decoder(mu), x),
+    "beside scores of it and of the input": lambda y, x, z, mu, std, m: (y, m.head(y), m.head(x)),
+    "scores of it and of the input": lambda y, x, z, mu, std, m: (m.head(y), m.head(x)),
+    "beside a loss of scores": lambda y, x, z, mu, std, m: (y, (m.head(y) - m.head(x)).square().mean()),
+    "a loss of scores": lambda y, x, z, mu, std, m: (m.head(y) - m.head(x)).square().mean(),
+    "a loss beside a picture in bytes": lambda y, x, z, mu, std, m: (F.mse_loss(y, x), ((y + 1) / 2 * 255).clamp(0, 255)),
     "beside a loss of what it is decoded from": lambda y, x, z, mu, std, m: (
         m.decoder(c := z + 0 * m.prior(z)),
         F.mse_loss(c, m.encoder(x)[:, :4]),
@@ -155,6 +165,57 @@ def test_a_copy_without_a_gradient_leaves_without_one(covariance: str) -> None:
     vae = VAE(lambda y, x, z, mu, std, m: (y.detach(), without_gradient(y), F.mse_loss(y, x)), False)
     copied, other, loss = rvconvert.convert(vae, covariance=covariance)(torch.rand(8, 12))
     assert loss.requires_grad and not copied.requires_grad and not other.requires_grad
+
+
+class Ladder(nn.Module):
+    """Two latents, and a decoder that gives mean and log deviation: fewer or more numbers than any input has."""
+
+    def __init__(self, result: Callable[..., Any]) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.top, self.bottom, self.prior, self.decoder = nn.Linear(7, 6), nn.Linear(7, 6), nn.Linear(3, 6), nn.Linear(3, 14)
+        self.result = result
+
+    def forward(self, x: Tensor) -> Any:
+        mu, logvar = self.top(x).chunk(2, 1)
+        place, scale = self.prior(mu + torch.randn_like(mu) * (0.5 * logvar).exp()).chunk(2, 1)
+        shift, by = self.bottom(x).chunk(2, 1)
+        z = place + shift + torch.randn_like(shift) * (scale + by).exp()
+        return self.decoder(z), *self.result(place, scale)
+
+
+PRIORS: dict[str, Callable[[Tensor, Tensor], Any]] = {
+    "its deviation": lambda place, scale: (place, scale.exp()),
+    "the law itself": lambda place, scale: (Normal(place, scale.exp()),),
+}
+
+
+@pytest.mark.parametrize("name", PRIORS)
+def test_parameters_of_a_lower_latent_s_prior_are_no_reconstruction(name: str) -> None:
+    x, found = torch.rand(8, 7, generator=torch.Generator().manual_seed(1)), []
+    for result in (lambda place, scale: (), PRIORS[name]):
+        rv = rvconvert.convert(Ladder(result), example_inputs=x)
+        rv(x)
+        found.append(rv.last_penalty)
+    torch.testing.assert_close(*found)
+
+
+def test_a_kernel_over_a_hidden_layer_is_taken_of_a_draw() -> None:
+    class Kernel(VAE):
+        def forward(self, x: Tensor) -> Any:
+            mu, logvar = self.encoder(x).chunk(2, -1)
+            hidden = torch.relu(self.prior(mu + torch.randn_like(mu) * (0.5 * logvar).exp()))
+            apart = (hidden.unsqueeze(1) - hidden.unsqueeze(0)).square().sum(-1)
+            return F.mse_loss(self.decoder(hidden), x), (-apart / torch.tensor([1e-6, 1.0]).view(-1, 1, 1)).exp().mean()
+
+    x, vae = torch.rand(8, 12), Kernel(None, False)  # type: ignore[arg-type]
+    rv = rvconvert.convert(vae, example_inputs=x)
+    found = torch.stack([rv(x)[1] for _ in range(200)])
+    with torch.no_grad():
+        truth = torch.stack([vae(x)[1] for _ in range(200)])
+    assert found.std() > 0
+    assert (found.mean() - truth.mean()).abs() < 4 * (found.std() + truth.std()) / 200**0.5
+    assert [row.operation for row in rvconvert.plan(vae, example_inputs=x) if row.role == "reconstruction"] == ["Linear"]
 
 
 class Autoregressive(nn.Module):

@@ -49,11 +49,11 @@ def refusal(
     given = bool(recording.random_inputs or options.random_inputs)
     if given or any(n in roles.random for n in recording.output.all_input_nodes):
         return None
-    return _nothing_to_convert(recording, plain_class, name, method)
+    return _nothing_to_convert(recording, options, plain_class, name, method)
 
 
 def _nothing_to_convert(
-    recording: Recording, plain_class: type[nn.Module], name: str, method: Callable[..., Any]
+    recording: Recording, options: Options, plain_class: type[nn.Module], name: str, method: Callable[..., Any]
 ) -> NoReparameterizationError:
     """The refusal of a method whose result depends on no latent."""
     model: nn.Module = method.__self__  # type: ignore[attr-defined]
@@ -70,8 +70,9 @@ def _nothing_to_convert(
     functions = [m for m in own if inspect.isfunction(getattr(plain_class, m))]
     others = [m for m in functions if m[0] != "_" and m != name]
     advice = [f"    rvconvert.convert(model, methods=({other!r},))" for other in others[:_SUGGESTED]]
-    if drawn:
-        advice.append(f"    rvconvert.convert(model, latent=({drawn[0].rpartition('/')[2]!r},))")
+    if drawn and not options.latent:
+        methods = "" if name == "forward" else f"methods=({name!r},), "
+        advice.append(f"    rvconvert.convert(model, {methods}latent=({drawn[0].rpartition('/')[2]!r},))")
     for path, module in model.named_modules():
         if path and any(part in path.rpartition(".")[2].lower() for part in ("dec", "gen")):
             argument = _first_argument(module)

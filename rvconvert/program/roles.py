@@ -91,6 +91,7 @@ _DISTANCES = frozenset("cdist pairwise_distance cosine_similarity dist".split())
 _EXPONENTIALS = frozenset("exp expm1 softmax log_softmax logsumexp logaddexp".split())
 _WRITES = frozenset("setitem index_put index_copy scatter masked_scatter".split())
 _PICKS = frozenset("argmax argmin argsort".split())
+_RESCALINGS = frozenset("mul multiply add sub subtract rsub div true_divide divide clamp clip clamp_min clamp_max".split())
 _EVEN = frozenset("pow square abs norm vector_norm huber_loss".split())
 
 
@@ -109,9 +110,9 @@ class _Graph:
         self.learned: set[fx.Node] = set()  # depends on an input through a learned layer
         self.weights: set[fx.Node] = set()  # made of parameters and buffers alone
         self.by_products = False  # a sum of products of two latents decodes: where nothing else does
-        self.reference = self._modules_applied_to_inputs()
         for node in self.nodes:
             self._describe(node)
+        self.reference = self._modules_applied_to_inputs()
 
     # --- what a node is ----------------------------------------------------------------------------
 
@@ -167,13 +168,25 @@ class _Graph:
         return "" if rule is None else rule.name
 
     def _modules_applied_to_inputs(self) -> set[str]:
-        """Layers that act on random values and on plain ones: an encoder of both, features of a perceptual loss."""
-        plain: set[str] = set()
-        random: set[str] = set()
+        """Layers that act on plain values and on what a decoder gives: an encoder of both, features of a perceptual loss.
+
+        A decoder that is applied to a posterior's mean too is none, for its first layer acts on a latent.
+        """
+        calls = [n for n in self.nodes if n.op == "call_module"]
+        plain = [n for n in calls if n not in self.recording.depends]
+        random = {str(n.target) for n in calls if n in self.recording.depends}
+        first: set[str] = set()
+        given: set[fx.Node] = set()  # by a decoder
         for node in self.nodes:
-            if node.op == "call_module":
-                (random if node in self.recording.depends else plain).add(str(node.target))
-        return plain & random
+            sources = [n for n in node.all_input_nodes if n in self.recording.depends]
+            if sources and node in self.recording.depends and "draw" not in node.meta:
+                if any(n in given for n in sources):
+                    given.add(node)
+                elif self._has_weights(node):
+                    given.add(node)
+                    first.add(str(node.target))
+        of_mean = self.forward_of(n for n in plain if str(n.target) in first)
+        return {str(n.target) for n in plain if str(n.target) in random - first and n not in of_mean}
 
     def decodes(self, node: fx.Node, random: set[fx.Node] | frozenset[fx.Node]) -> bool:
         """A decoder's operation on a random value: a learned layer, or a product or distance of random values."""
@@ -288,17 +301,22 @@ class _Graph:
         loss_like = self.loss_like(random, decoded)
         leaving = [n for n in dict.fromkeys(self.outputs) if n in random]
         losses = frozenset(n for n in leaving if n in loss_like)
-        leaves = self.reconstructions_that_leave([n for n in leaving if n in decoded and n not in losses], random)
+        compared = self.compared(random, decoded)
+        features = self.forward_of(user for _, user in compared)
+        leaves = [n for n in leaving if n in decoded and n not in losses and n not in features]
+        leaves = self.reconstructions_that_leave(leaves, random)
         inside = self.only_towards(losses, random)
-        edges = self.frontier(losses, inside, decoded, random)
+        edges = list(dict.fromkeys([*self.frontier(losses, inside, decoded, random), *compared]))
         meeting = {source for source, user in edges if self.meets_input(source, user, inside, random, losses)}
         if meeting:  # what is kept on the model beside a loss is no output
             leaves = [n for n in leaves if n in self.returned]
         chosen = list(leaves)
         candidates = meeting or (set() if leaves else {source for source, _ in edges})
+        candidates = candidates | {source for source, _ in compared}
         for source in (n for n in self.nodes if n in candidates):
-            # What leaves may be a copy for a log, without a gradient, of what the loss is made of.
-            chosen = [source if self.same(source, n) and self.stops_gradient(source, n) else n for n in chosen]
+            # What leaves may be a copy for a log, without a gradient, or for display of what the loss is made of.
+            shown = source in meeting
+            chosen = [source if self.is_copy(source, n, shown=shown) else n for n in chosen]
             known = any(self.same(source, n) or self.same(n, source) or self.behind(n, source) for n in chosen)
             if not known and not any(self.decodes_between(source, n, random) for n in leaves):
                 chosen.append(source)
@@ -334,18 +352,19 @@ class _Graph:
             frozenset(at_mean),
             losses,
             frozenset(decoded),
-            frozenset() if paths else self.drawn(inside - decoded, random, {*chosen, *(source for source, _ in edges)}),
+            frozenset() if paths else self.drawn(inside, random, {*chosen, *(source for source, _ in at_mean)}),
             self.unused(random),
             self.indices(random),
             self.scores(random, decoded),
         )
 
     def drawn(self, scores: set[fx.Node], random: set[fx.Node], ends: set[fx.Node]) -> frozenset[fx.Node]:
-        """Exponentials among ``scores`` that lead to no decoder and to none of ``ends``.
+        """Exponentials among ``scores`` that lead to no decoder and to none of ``ends``, and are made of none.
 
         Densities of one latent under many components are one variable; as so many independent ones their logsumexp grows with
         the posterior's variance, and a loss falls without bound. The model's own estimate, from a draw, has neither error.
         """
+        scores = scores - self.forward_of(ends)
         leads: set[fx.Node] = set()
         for node in reversed(self.nodes):
             if node in ends or self.decodes(node, random) or any(user in leads for user in node.users):
@@ -463,6 +482,11 @@ class _Graph:
         for first in leaves:
             for second in leaves:
                 if first is second or not self.behind(first, second):
+                    # A function of a prior's parameters, which a latent and its decoder lie behind, as they are themselves.
+                    stem = self.stem(first, random)
+                    places = first not in fits and self.behind(stem, second) and self.decodes_between(stem, second, random)
+                    if first is not second and not self.behind(second, first) and places:
+                        dropped.add(first)
                     continue
                 if self.is_step(first, second):
                     continue
@@ -477,6 +501,15 @@ class _Graph:
         kept = [n for n in leaves if n not in dropped]
         least = min((_size(n) for n in kept if n in fits), default=0)  # fewer numbers beside it are a score: logits of classes
         return [n for n in kept if _size(n) >= least]
+
+    def stem(self, node: fx.Node, random: set[fx.Node]) -> fx.Node:
+        """What ``node`` is a view or an elementwise function of, as far back as a layer."""
+        while not self.decodes(node, random) and self._kind(node, Elementwise, Shape):
+            sources = [n for n in node.all_input_nodes if n in random]
+            if len(sources) != 1:
+                break
+            (node,) = sources
+        return node
 
     @staticmethod
     def is_step(first: fx.Node, second: fx.Node) -> bool:
@@ -515,6 +548,16 @@ class _Graph:
         way = self.between(first, second)
         return bool(way) and all(self._kind(n, Elementwise, Shape) or self._keeps_size(n) for n in way)
 
+    def is_copy(self, first: fx.Node, second: fx.Node, *, shown: bool) -> bool:
+        """``second`` is ``first`` without its gradient; of what is ``shown``, in another unit or range too, as 255 y is."""
+        if not self.same(first, second):
+            return False
+        way = self.between(first, second)
+        rescaled = (
+            shown and _size(first) == _size(second) and all(self._kind(n, Shape) or self._name(n) in _RESCALINGS for n in way)
+        )
+        return self.stops_gradient(first, second) or rescaled
+
     @staticmethod
     def stops_gradient(first: fx.Node, second: fx.Node) -> bool:
         """``first`` has a gradient and ``second``, made of it, has none."""
@@ -524,6 +567,20 @@ class _Graph:
         """A softmax, dropout or the like: no layer, and as many numbers as before."""
         sources = [n for n in node.all_input_nodes if n in self.recording.depends]
         return not self._has_weights(node) and len(sources) == 1 and _size(sources[0]) == _size(node)
+
+    def compared(self, random: set[fx.Node], decoded: set[fx.Node]) -> list[tuple[fx.Node, fx.Node]]:
+        """(value, user): a reconstruction, and a network of features or a discriminator that takes it as it takes inputs.
+
+        It takes the mean, as one outside the method would.
+        """
+        found = []
+        for node in self.nodes:
+            if node.op == "call_module" and str(node.target) in self.reference and node in random:
+                sources = [n for n in node.all_input_nodes if n in random]
+                whole = len(sources) == 1 and sources[0] in decoded and self.fits_an_input(sources[0])
+                if whole and not any(self.decodes(n, random) for n in self.forward_of((node,))):
+                    found.append((sources[0], node))
+        return found
 
     def decodes_between(self, first: fx.Node, second: fx.Node, random: set[fx.Node]) -> bool:
         """A decoder's operation lies between the two."""
@@ -591,7 +648,7 @@ class _Graph:
                 whole = user
             following = [n for n in whole.users if n in random]
             if len(following) != 1 and self.rescaling(whole, inside, random) is None:
-                return [(whole, each) for each in following]
+                return [(whole, each) for each in following if not self.decodes(each, random)]
             source, user = whole, following[0]
 
     def rescaling(self, source: fx.Node, inside: set[fx.Node], random: set[fx.Node]) -> fx.Node | None:
