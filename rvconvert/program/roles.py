@@ -552,11 +552,8 @@ class _Graph:
         """``second`` is ``first`` without its gradient; of what is ``shown``, in another unit or range too, as 255 y is."""
         if not self.same(first, second):
             return False
-        way = self.between(first, second)
-        rescaled = (
-            shown and _size(first) == _size(second) and all(self._kind(n, Shape) or self._name(n) in _RESCALINGS for n in way)
-        )
-        return self.stops_gradient(first, second) or rescaled
+        moved = all(self._kind(n, Shape) or self._name(n) in _RESCALINGS for n in self.between(first, second))
+        return self.stops_gradient(first, second) or (shown and moved and _size(first) == _size(second))
 
     @staticmethod
     def stops_gradient(first: fx.Node, second: fx.Node) -> bool:
