@@ -218,6 +218,44 @@ def test_a_kernel_over_a_hidden_layer_is_taken_of_a_draw() -> None:
     assert [row.operation for row in rvconvert.plan(vae, example_inputs=x) if row.role == "reconstruction"] == ["Linear"]
 
 
+class Shared(nn.Module):
+    """``parts(self, h, p, z)`` gives reconstructions out of h, which is of the input, and of p(z); ``inside``: and their loss."""
+
+    def __init__(self, parts: Callable[..., Any], inside: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.encoder, self.posterior, self.first = nn.Linear(12, 9), nn.Linear(9, 6), nn.Linear(3, 9)
+        self.decoder = nn.Sequential(nn.Tanh(), nn.Linear(9, 9), nn.Tanh(), nn.Linear(9, 12))
+        self.norm, self.refiner = nn.LayerNorm(12), nn.Sequential(nn.Linear(12, 9), nn.Tanh(), nn.Linear(9, 12))
+        self.parts, self.inside = parts, inside
+
+    def forward(self, x: Tensor) -> Any:
+        h = self.encoder(self.norm(x))
+        mu, logvar = self.posterior(h).chunk(2, 1)
+        found = self.parts(self, h, self.first(mu + torch.randn_like(mu) * (0.5 * logvar).exp()))
+        return sum(F.mse_loss(y, x) for y in found) if self.inside else found
+
+
+SHARED: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
+    "two stages": (lambda m, h, p: (y := m.decoder(p), m.refiner(y)), lambda m, h, p: (y := m.decoder(p), m.refiner(y))),
+    "a deterministic branch": (lambda m, h, p: (m.decoder(h), m.decoder(p)), lambda m, h, p: (m.decoder(p),)),
+    "the encoder's norm at its end": (lambda m, h, p: (m.norm(m.decoder(p)),), lambda m, h, p: (m.norm(m.decoder(p)),)),
+}
+
+
+@pytest.mark.parametrize("inside", [False, True])
+@pytest.mark.parametrize("name", SHARED)
+def test_a_layer_that_a_decoder_shares_is_a_decoder_s(name: str, inside: bool) -> None:
+    parts, expected = SHARED[name]
+    x = torch.rand(8, 12, generator=torch.Generator().manual_seed(1))
+    rv = rvconvert.convert(Shared(parts, inside), example_inputs=x)
+    left = rv(x)
+    alone = rvconvert.convert(Shared(expected, False), output="distribution")(x)
+    torch.testing.assert_close(rv.last_penalty, sum(rvconvert.variance_penalty(y) for y in alone), rtol=1e-4, atol=0)
+    (left if inside else sum(y.square().sum() for y in left)).backward()
+    assert all(p.grad is not None for p in rv.first.parameters())
+
+
 class Autoregressive(nn.Module):
     """Steps in a list, each made of the one before."""
 

@@ -170,7 +170,8 @@ class _Graph:
     def _modules_applied_to_inputs(self) -> set[str]:
         """Layers that act on plain values and on what a decoder gives: an encoder of both, features of a perceptual loss.
 
-        A decoder that is applied to a posterior's mean too is none, for its first layer acts on a latent.
+        A decoder that is applied to a posterior's mean too is none, for its first layer acts on a latent; nor is the layer that a
+        decoder ends in, whatever it shares with an encoder.
         """
         calls = [n for n in self.nodes if n.op == "call_module"]
         plain = [n for n in calls if n not in self.recording.depends]
@@ -186,7 +187,20 @@ class _Graph:
                     given.add(node)
                     first.add(str(node.target))
         of_mean = self.forward_of(n for n in plain if str(n.target) in first)
-        return {str(n.target) for n in plain if str(n.target) in random - first and n not in of_mean}
+        last = {str(n.target) for n in calls if n in self.recording.depends and self._ends_in_a_reconstruction(n)}
+        return {str(n.target) for n in plain if str(n.target) in random - first - last and n not in of_mean}
+
+    def _ends_in_a_reconstruction(self, node: fx.Node) -> bool:
+        """What leaves, or is held against an input, is of an input's size and ``node``, or an elementwise function of it."""
+        todo = [node]
+        while todo:
+            each = todo.pop()
+            if not self.fits_an_input(each):
+                continue
+            if each in self.outputs or any(other in self.raw for user in each.users for other in user.all_input_nodes):
+                return True
+            todo += [user for user in each.users if self._kind(user, Elementwise, Shape)]
+        return False
 
     def decodes(self, node: fx.Node, random: set[fx.Node] | frozenset[fx.Node]) -> bool:
         """A decoder's operation on a random value: a learned layer, or a product or distance of random values."""
@@ -318,6 +332,7 @@ class _Graph:
             shown = source in meeting
             chosen = [source if self.is_copy(source, n, shown=shown) else n for n in chosen]
             known = any(self.same(source, n) or self.same(n, source) or self.behind(n, source) for n in chosen)
+            known = known and not (source in meeting and self.is_stage(source, chosen, random))
             if not known and not any(self.decodes_between(source, n, random) for n in leaves):
                 chosen.append(source)
         at_mean = {(source, user) for source, user in edges if source in candidates}
@@ -564,6 +579,12 @@ class _Graph:
         """A softmax, dropout or the like: no layer, and as many numbers as before."""
         sources = [n for n in node.all_input_nodes if n in self.recording.depends]
         return not self._has_weights(node) and len(sources) == 1 and _size(sources[0]) == _size(node)
+
+    def is_stage(self, source: fx.Node, chosen: list[fx.Node], random: set[fx.Node]) -> bool:
+        """A reconstruction made of others by a decoder of its own: of an input's size, or a step as they are."""
+        apart = [n for n in chosen if not self.same(source, n) and not self.same(n, source)]
+        stages = [n for n in apart if not self.behind(n, source) or self.decodes_between(n, source, random)]
+        return len(stages) == len(chosen) and (self.fits_an_input(source) or any(self.is_step(n, source) for n in chosen))
 
     def compared(self, random: set[fx.Node], decoded: set[fx.Node]) -> list[tuple[fx.Node, fx.Node]]:
         """(value, user): a reconstruction, and a network of features or a discriminator that takes it as it takes inputs.
