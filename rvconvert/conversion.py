@@ -93,6 +93,7 @@ class Conversion:
         self.gains = Gains()  # of covariance="calibrated"
         self.calls = 0
         self.warned: set[str] = set()
+        self.posteriors: set[str] = set()  # methods that have drawn from a posterior in training mode
         self.versions: list[int] = []
 
     # --- the two ways a random variable leaves --------------------------------------------------
@@ -383,7 +384,7 @@ class Conversion:
                     buffer.copy_(value)  # the run changes it again
         vars(self.constants).update(recording.constants)
         recording.once = ["as asked"]
-        roles = assign(recording, self.options.latent, paths=not self.settings.needs_rules)
+        roles = self.roles(recording, name, model)
         refusal = self.refusal(recording, roles, name, model)
         if refusal is not None and not isinstance(refusal, NoReparameterizationError):
             raise refusal
@@ -431,7 +432,7 @@ class Conversion:
             if recording.constants or str(other.graph) != str(recording.graph):
                 again.append("Python decides by torch.is_grad_enabled()")
         vars(self.constants).update(recording.constants)
-        roles = assign(recording, self.options.latent, paths=not self.settings.needs_rules)
+        roles = self.roles(recording, name, model)
         refusal = self.refusal(recording, roles, name, model)
         reported = [place for node, place, _ in recording.reads if node in roles.random]
         if refusal is None and reported:
@@ -459,6 +460,14 @@ class Conversion:
             except Exception:  # noqa: BLE001 (the model's own code may fail in any way)
                 return False
         return other.equals(recording)
+
+    def roles(self, recording: Recording, name: str, model: nn.Module) -> Roles:
+        """The roles in a recording of the method, which may have shown a posterior in training mode."""
+        known = not model.training and name in self.posteriors
+        roles = assign(recording, self.options.latent, paths=not self.settings.needs_rules, posterior=known)
+        if roles.posterior and model.training:
+            self.posteriors.add(name)
+        return roles
 
     def refusal(self, recording: Recording, roles: Roles, name: str, model: nn.Module) -> ConversionError | None:
         """Why the method cannot be converted, whatever rules there are."""

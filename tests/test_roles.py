@@ -70,6 +70,7 @@ LINEAR: dict[str, Result] = {
     "beside what zeros give": lambda y, x, z, mu, std, m: (y, m.decoder(torch.zeros_like(z))),
     "beside a kept picture of the mean": lambda y, x, z, mu, std, m: (y, m.decoder(mu).detach()),
     "a loss beside that of the mean": lambda y, x, z, mu, std, m: F.mse_loss(y, x) + 0.1 * F.mse_loss(m.decoder(mu), x),
+    "the size of a residual, beside its loss": lambda y, x, z, mu, std, m: (y, (x + y).abs().mean()),
     "beside scores of it and of the input": lambda y, x, z, mu, std, m: (y, m.head(y), m.head(x)),
     "scores of it and of the input": lambda y, x, z, mu, std, m: (m.head(y), m.head(x)),
     "beside a loss of scores": lambda y, x, z, mu, std, m: (y, (m.head(y) - m.head(x)).square().mean()),
@@ -198,6 +199,53 @@ def test_parameters_of_a_lower_latent_s_prior_are_no_reconstruction(name: str) -
         rv(x)
         found.append(rv.last_penalty)
     torch.testing.assert_close(*found)
+
+
+OF_A_LATENT: dict[str, Callable[[Tensor], Tensor]] = {
+    "mse_loss": lambda z: F.mse_loss(z, torch.zeros_like(z)),
+    "mse_loss, summed": lambda z: F.mse_loss(z, torch.ones(z.shape), reduction="sum"),
+    "mse_loss, each": lambda z: F.mse_loss(z, torch.ones(z.shape), reduction="none"),
+    "the module": lambda z: nn.MSELoss()(z, torch.zeros_like(z)),
+    "l1_loss": lambda z: F.l1_loss(z, torch.zeros_like(z)),
+    "gaussian_nll_loss": lambda z: F.gaussian_nll_loss(z, torch.zeros_like(z), torch.ones_like(z), full=True),
+    "smooth_l1_loss": lambda z: F.smooth_l1_loss(z, torch.zeros_like(z), beta=0.5),
+    "huber_loss": lambda z: F.huber_loss(z, torch.zeros_like(z), delta=0.5),
+}
+
+
+@pytest.mark.parametrize("covariance", ["independent", "sampled"])
+@pytest.mark.parametrize("name", OF_A_LATENT)
+def test_a_loss_function_of_a_latent_is_its_expected_value(name: str, covariance: str) -> None:
+    """At the mean -log p(z) would have no gradient for the posterior's variance, which then grows without bound."""
+    vae = VAE(lambda y, x, z, mu, std, m: (F.mse_loss(y, x), OF_A_LATENT[name](z)), False)
+    x = torch.rand(64, 12, generator=torch.Generator().manual_seed(1))
+    pairs = {"pairs": 64, "seed": 0} if covariance == "sampled" else {}
+    rv = rvconvert.convert(vae, covariance=covariance, **pairs)
+    found = rv(x)[1]
+    with torch.no_grad():
+        truth = torch.stack([vae(x)[1] for _ in range(400)]).mean(0)
+    assert (found.mean() / truth.mean() - 1).abs() < 0.06
+    found.mean().backward()
+    assert rv.encoder.bias.grad[4:].min() > 0  # more variance, more loss
+
+
+@pytest.mark.parametrize("covariance", ["independent", "sampled"])
+@pytest.mark.parametrize("learned", [False, True])
+def test_a_prior_s_draw_in_eval_mode_goes_on_drawing(learned: bool, covariance: str) -> None:
+    class Conditional(VAE):
+        def forward(self, c: Tensor, x: Tensor | None = None) -> Any:
+            if x is not None and self.training:
+                mu, logvar = self.encoder(torch.cat([x, c], 1)).chunk(2, -1)
+                z = mu + torch.randn_like(mu) * (0.5 * logvar).exp()
+            else:
+                z = torch.randn(len(c), 4)
+            return self.decoder(torch.cat([z[:, :2], (self.prior(c) if learned else c)[:, :2]], 1))
+
+    x, c = torch.rand(8, 8), torch.rand(8, 4)
+    rv = rvconvert.convert(Conditional(None, False), covariance=covariance)  # type: ignore[arg-type]
+    assert torch.equal(rv(c, x).mean(), rv(c, x).mean()) or covariance == "sampled"
+    rv.eval()
+    assert not torch.allclose(rv(c), rv(c))
 
 
 def test_a_kernel_over_a_hidden_layer_is_taken_of_a_draw() -> None:

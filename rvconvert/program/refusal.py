@@ -103,7 +103,7 @@ def read_refusal(label: str, place: str) -> ConversionError:
     """Of a method in which Python decides by the value of a random variable."""
     return ConversionError(
         f"{label}: {place} asks for the value of a random variable, which has none: the result would depend on a draw. "
-        "Take x.mean for its expected value, or leave that part of the model out of the conversion (methods=...)."
+        "Choose by torch.where(x > 0, a, b), or leave that part of the model out of the conversion (methods=...)."
     )
 
 

@@ -43,6 +43,7 @@ class Roles:
         unused: random nodes whose value nothing uses, such as a check of a distribution's arguments.
         indices: places that were picked at the means, and what is made of such alone: plain tensors.
         scores: values of a loss function, errors, and what is made of them: Python may report them, as logs do.
+        posterior: the latents are drawn from what a layer made of the input.
     """
 
     latents: tuple[fx.Node, ...]
@@ -56,6 +57,7 @@ class Roles:
     unused: frozenset[fx.Node]
     indices: frozenset[fx.Node]
     scores: frozenset[fx.Node]
+    posterior: bool
 
     def of(self, node: fx.Node) -> str:
         """The role of a node in a word; empty if it has none of its own."""
@@ -70,16 +72,17 @@ class Roles:
         return "loss" if node in self.losses else ""
 
 
-def assign(recording: Recording, named: Iterable[str] = (), *, paths: bool = False) -> Roles:
+def assign(recording: Recording, named: Iterable[str] = (), *, paths: bool = False, posterior: bool = False) -> Roles:
     """The roles in a recording.
 
     Args:
         recording: of the method.
         named: the draws that are latents whatever they do, by the end of their ``file:line`` or their node's name.
         paths: random variables are on paths of their own, so that weights of samples are weights.
+        posterior: the method has a posterior in training: what it draws beside a condition in eval mode is the prior's.
     """
     graph = _Graph(recording)
-    latents = graph.named(tuple(named)) if named else graph.latents()
+    latents = graph.named(tuple(named)) if named else graph.latents(posterior=posterior)
     return graph.roles(latents, paths)
 
 
@@ -109,6 +112,7 @@ class _Graph:
         self.conditioned: set[fx.Node] = set()  # depends on an input
         self.learned: set[fx.Node] = set()  # depends on an input through a learned layer
         self.weights: set[fx.Node] = set()  # made of parameters and buffers alone
+        self.posterior = False  # the latents have one
         self.by_products = False  # a sum of products of two latents decodes: where nothing else does
         for node in self.nodes:
             self._describe(node)
@@ -231,16 +235,17 @@ class _Graph:
 
         return [n for n in self.recording.draws if any(fits(n, name) for name in names)]
 
-    def latents(self) -> list[fx.Node]:
-        """Draws that a decoder's value depends on and whose scale or location the input reaches."""
+    def latents(self, *, posterior: bool = False) -> list[fx.Node]:
+        """Draws that a decoder's value depends on and whose scale or location the input reaches; no others if ``posterior``."""
         found = self._latents()
         if not found:
             self.by_products = True
             found = self._latents()
-        return found or self._latents(beside=True)
+        self.posterior = bool(found)
+        return found if found or posterior else self._latents(beside=True)
 
     def _latents(self, *, beside: bool = False) -> list[fx.Node]:
-        """The latents; with ``beside`` a draw that only stands beside what the input made, ``cat([x, eps])``, is one."""
+        """The latents; with ``beside`` a draw that only stands beside the input, ``cat([x, eps])``, or shifts it is one."""
         noise: dict[fx.Node, frozenset[fx.Node]] = {}  # draws that a value is, scaled and shifted by constants
         posterior: dict[fx.Node, frozenset[fx.Node]] = {}  # draws that the input has placed or scaled
         found: set[fx.Node] = set()
@@ -288,7 +293,8 @@ class _Graph:
         if not found:  # an encoder alone, whose sample is what it gives; noise on an input, if there is no other draw
             leaving = [n for n in self.outputs if _rank(n) >= 2]
             found = set(none.union(*(posterior.get(n, none) for n in leaving)))
-            found = found or (shifted & decoded.union(*(noise.get(n, none) for n in leaving)))
+            if beside:
+                found = found or (shifted & decoded.union(*(noise.get(n, none) for n in leaving)))
         return [n for n in self.recording.draws if n in found and n.meta["draw"].law is not INTEGER]
 
     def _compares(self, node: fx.Node) -> bool:
@@ -371,6 +377,7 @@ class _Graph:
             self.unused(random),
             self.indices(random),
             self.scores(random, decoded),
+            self.posterior,
         )
 
     def drawn(self, scores: set[fx.Node], random: set[fx.Node], ends: set[fx.Node]) -> frozenset[fx.Node]:
@@ -477,10 +484,16 @@ class _Graph:
             return False
         for source in node.all_input_nodes:
             operands = source.all_input_nodes
-            difference = source in decoded and self._name(source) in _DIFFERENCES | {"add"}
+            turned = self._name(source) == "add" and (source.kwargs.get("alpha", 1) != 1 or any(map(self._is_negative, operands)))
+            difference = source in decoded and (self._name(source) in _DIFFERENCES or turned)
             if difference and any(n in self.raw for n in operands) and any(n in random for n in operands):
                 return True
         return False
+
+    def _is_negative(self, node: fx.Node) -> bool:
+        """Another sign before a value: ``-x``, ``-1 * x``."""
+        number = next((n for n in node.args if isinstance(n, (int, float))), 0)
+        return self._name(node) in ("neg", "negative") or (self._name(node) in ("mul", "multiply") and number < 0)
 
     def reduces(self, node: fx.Node, sources: list[fx.Node]) -> bool:
         """Fewer numbers come out than went in, and not because some were selected or gate the others."""

@@ -197,7 +197,7 @@ def value_error(what: str) -> ConversionError:
     """The refusal of a question for the value of a random variable."""
     return ConversionError(
         f"{what} asks for the value of a random variable, which has none: the result would depend on a draw. "
-        "Take x.mean for its expected value, or leave that part of the model out of the conversion (methods=...)."
+        "Choose by torch.where(x > 0, a, b), or leave that part of the model out of the conversion (methods=...)."
     )
 
 
