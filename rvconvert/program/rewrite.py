@@ -15,7 +15,7 @@ from torch import fx
 from rvconvert.capture.graph_calls import apply_function
 from rvconvert.core.random_variable import RandomVariable
 from rvconvert.program.gains import insert_gains
-from rvconvert.program.roles import asks_of
+from rvconvert.program.recorded_graph import asks_of
 from rvconvert.rules.noise import nth_source
 
 if TYPE_CHECKING:

@@ -9,21 +9,20 @@ first meets an input or a loss, its last elementwise functions included.
 from __future__ import annotations
 
 import dataclasses
-import math
 from typing import TYPE_CHECKING
 
-from torch import fx, nn
-
-from rvconvert.rules.draws import INTEGER
-from rvconvert.rules.kinds import Bilinear, Collapse, Elementwise, Metadata, Shape
+from rvconvert.program.latents import find_latents, named_latents
+from rvconvert.program.recorded_graph import DIFFERENCES, PRODUCTS, RecordedGraph, asks_of, batch_of, rank_of, size_of
+from rvconvert.rules.kinds import Elementwise, Shape
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Iterable
+
+    from torch import fx
 
     from rvconvert.capture.recording import Recording
-    from rvconvert.core.registry import Rule
 
-__all__ = ["Roles", "asks_of", "assign"]
+__all__ = ["Roles", "assign"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,231 +80,21 @@ def assign(recording: Recording, named: Iterable[str] = (), *, paths: bool = Fal
         paths: random variables are on paths of their own, so that weights of samples are weights.
         posterior: the method has a posterior in training: what it draws beside a condition in eval mode is the prior's.
     """
-    graph = _Graph(recording)
-    latents = graph.named(tuple(named)) if named else graph.latents(posterior=posterior)
+    graph = _Assignment(recording)
+    latents = named_latents(graph, tuple(named)) if named else find_latents(graph, posterior=posterior)
     return graph.roles(latents, paths)
 
 
 # Errors, log-likelihoods and their like are no activation of a last layer: a reconstruction ends before them.
-_ERRORS = frozenset("pow square abs log log1p log2 log10 log_softmax logsigmoid neg".split())
-_PRODUCTS = frozenset("mul multiply addcmul lerp div true_divide divide".split())
-_DIFFERENCES = frozenset("sub subtract rsub".split())
-_DISTANCES = frozenset("cdist pairwise_distance cosine_similarity dist".split())
+ERRORS = frozenset("pow square abs log log1p log2 log10 log_softmax logsigmoid neg".split())
 _EXPONENTIALS = frozenset("exp expm1 softmax log_softmax logsumexp logaddexp".split())
-_WRITES = frozenset("setitem index_put index_copy scatter masked_scatter".split())
 _PICKS = frozenset("argmax argmin argsort".split())
 _RESCALINGS = frozenset("mul multiply add sub subtract rsub div true_divide divide clamp clip clamp_min clamp_max".split())
 _EVEN = frozenset("pow square abs norm vector_norm huber_loss".split())
 
 
-class _Graph:
-    """A recorded graph with what is asked of its nodes again and again."""
-
-    def __init__(self, recording: Recording) -> None:
-        self.recording = recording
-        self.nodes = list(recording.graph.nodes)
-        self.given = set(recording.random_inputs)
-        self.outputs = list(recording.output.all_input_nodes)
-        given: tuple[object, ...] = recording.output.args[0]  # type: ignore[assignment]
-        self.returned = set(given[: len(given) - recording.kept_leaves])
-        self.raw: set[fx.Node] = set()  # made of inputs, through no learned layer
-        self.conditioned: set[fx.Node] = set()  # depends on an input
-        self.learned: set[fx.Node] = set()  # depends on an input through a learned layer
-        self.weights: set[fx.Node] = set()  # made of parameters and buffers alone
-        self.posterior = False  # the latents have one
-        self.by_products = False  # a sum of products of two latents decodes: where nothing else does
-        for node in self.nodes:
-            self._describe(node)
-        self.reference = self._modules_applied_to_inputs()
-
-    # --- what a node is ----------------------------------------------------------------------------
-
-    def _describe(self, node: fx.Node) -> None:
-        sources = node.all_input_nodes
-        if node.op == "placeholder":
-            if node not in self.given:
-                self.raw.add(node)
-            self.conditioned.add(node)
-        elif node.op == "get_attr":
-            if not str(node.target).startswith("_rvconvert."):
-                self.weights.add(node)
-        elif _asks(node):
-            return
-        else:
-            if any(n in self.conditioned for n in sources):
-                self.conditioned.add(node)
-                if any(n in self.learned for n in sources) or self._has_weights(node):
-                    self.learned.add(node)
-                elif any(n in self.raw for n in sources):
-                    self.raw.add(node)
-            elif sources and all(n in self.weights for n in sources):
-                self.weights.add(node)
-            if node.meta.get("mutates") and node.args:
-                self._is_written(node.args[0], node)
-
-    def _is_written(self, target: object, writer: fx.Node) -> None:
-        """What is written in place into a tensor, or into a view of it, is part of it from there on."""
-        while isinstance(target, fx.Node):
-            for kind in (self.conditioned, self.learned, self.raw):
-                if writer in kind:
-                    kind.add(target)
-            target = target.args[0] if self._kind(target, Shape) and target.args else None
-
-    def _has_weights(self, node: fx.Node) -> bool:
-        """An operation with weights that mixes elements: a layer, not a scale for each element."""
-        if self._kind(node, Elementwise, Shape):
-            return False
-        if node.op == "call_module":
-            return bool(node.meta.get("learned", True))
-        return any(n in self.weights for n in node.all_input_nodes)
-
-    @staticmethod
-    def _kind(node: fx.Node, *kinds: type) -> bool:
-        rule: Rule | None = node.meta.get("rule")
-        if rule is None:  # one of several results, or what a tensor is once an alias was written: elements in their places
-            return "part" in node.meta and Shape in kinds
-        return isinstance(rule.kind, kinds)
-
-    @staticmethod
-    def _name(node: fx.Node) -> str:
-        rule: Rule | None = node.meta.get("rule")
-        return "" if rule is None else rule.name
-
-    def _modules_applied_to_inputs(self) -> set[str]:
-        """Layers that act on plain values and on what a decoder gives: an encoder of both, features of a perceptual loss.
-
-        A decoder that is applied to a posterior's mean too is none, for its first layer acts on a latent; nor is the layer that a
-        decoder ends in, whatever it shares with an encoder.
-        """
-        calls = [n for n in self.nodes if n.op == "call_module"]
-        plain = [n for n in calls if n not in self.recording.depends]
-        random = {str(n.target) for n in calls if n in self.recording.depends}
-        first: set[str] = set()
-        given: set[fx.Node] = set()  # by a decoder
-        for node in self.nodes:
-            sources = [n for n in node.all_input_nodes if n in self.recording.depends]
-            if sources and node in self.recording.depends and "draw" not in node.meta:
-                if any(n in given for n in sources):
-                    given.add(node)
-                elif self._has_weights(node):
-                    given.add(node)
-                    first.add(str(node.target))
-        of_mean = self.forward_of(n for n in plain if str(n.target) in first)
-        last = {str(n.target) for n in calls if n in self.recording.depends and self._ends_in_a_reconstruction(n)}
-        return {str(n.target) for n in plain if str(n.target) in random - first - last and n not in of_mean}
-
-    def _ends_in_a_reconstruction(self, node: fx.Node) -> bool:
-        """What leaves, or is held against an input, is of an input's size and ``node``, or an elementwise function of it."""
-        todo = [node]
-        while todo:
-            each = todo.pop()
-            if not self.fits_an_input(each):
-                continue
-            if each in self.outputs or any(other in self.raw for user in each.users for other in user.all_input_nodes):
-                return True
-            todo += [user for user in each.users if self._kind(user, Elementwise, Shape)]
-        return False
-
-    def decodes(self, node: fx.Node, random: set[fx.Node] | frozenset[fx.Node]) -> bool:
-        """A decoder's operation on a random value: a learned layer, or a product or distance of random values."""
-        sources = [n for n in node.all_input_nodes if n in random]
-        if not sources or "draw" in node.meta or _asks(node):
-            return False
-        if self._has_weights(node):
-            return str(node.target) not in self.reference or node.op != "call_module"
-        both = self._kind(node, Bilinear) or self._name(node) in _DISTANCES
-        given = [n for n in node.args if isinstance(n, fx.Node) and n in random]
-        return (both and len(given) > 1) or (self.by_products and self._sums_products(node, sources))
-
-    def _sums_products(self, node: fx.Node, sources: list[fx.Node]) -> bool:
-        """``(z[i] * z[j]).sum(1)``, the inner products of a graph's edges."""
-        if not self.reduces(node, sources) or self._name(sources[0]) not in ("mul", "multiply"):
-            return False
-        factors = set(sources[0].all_input_nodes)
-        return len(factors) == 2 and all(n in self.recording.depends and self._kind(n, Shape) for n in factors)
-
-    # --- draws -------------------------------------------------------------------------------------
-
-    def named(self, names: tuple[str, ...]) -> list[fx.Node]:
-        """The draws that a person named."""
-
-        def fits(node: fx.Node, name: str) -> bool:
-            place = str(node.meta.get("where", ""))
-            return name in (node.name, place) or place.endswith("/" + name.lstrip("/"))
-
-        return [n for n in self.recording.draws if any(fits(n, name) for name in names)]
-
-    def latents(self, *, posterior: bool = False) -> list[fx.Node]:
-        """Draws that a decoder's value depends on and whose scale or location the input reaches; no others if ``posterior``."""
-        found = self._latents()
-        if not found:
-            self.by_products = True
-            found = self._latents()
-        self.posterior = bool(found)
-        return found if found or posterior else self._latents(beside=True)
-
-    def _latents(self, *, beside: bool = False) -> list[fx.Node]:
-        """The latents; with ``beside`` a draw that only stands beside the input, ``cat([x, eps])``, or shifts it is one."""
-        noise: dict[fx.Node, frozenset[fx.Node]] = {}  # draws that a value is, scaled and shifted by constants
-        posterior: dict[fx.Node, frozenset[fx.Node]] = {}  # draws that the input has placed or scaled
-        found: set[fx.Node] = set()
-        values: set[fx.Node] = set()  # a decoder's, and what is made of them
-        shifted: set[fx.Node] = set()  # draws that an input alone, through no layer, has placed
-        decoded: set[fx.Node] = set()
-        none: frozenset[fx.Node] = frozenset()
-        depends = self.recording.depends
-        for node in self.given:
-            posterior[node] = frozenset((node,))
-        for node in self.nodes:
-            sources = node.all_input_nodes
-            placed = none.union(*(posterior.get(n, none) for n in sources))
-            plain = none.union(*(noise.get(n, none) for n in sources))
-            if "draw" in node.meta:
-                own = frozenset((node,))
-                by_input = any(n in self.learned or n in posterior for n in sources if not asks_of(node, n))
-                if not node.meta["draw"].can_be_latent and any(n in values for n in sources):
-                    by_input = False  # a token drawn from what a decoder gives, which it takes back
-                noise[node], posterior[node] = (none, placed | own) if by_input else (own, placed)
-                continue
-            if node not in depends or not (placed or plain):
-                continue
-            if self.decodes(node, depends):
-                found |= placed
-                decoded |= plain
-                posterior[node], noise[node] = placed, none
-                values.add(node)
-                continue
-            behind = [n for n in sources if n in values]
-            if behind:
-                values.add(node)
-                if self._name(node) in _PRODUCTS:  # a factor of what a decoder gives, with a posterior of its own
-                    found |= none.union(*(posterior.get(n, none) for n in sources if n not in values))
-            others = [n for n in sources if not noise.get(n)]
-            reached = any(n in self.learned or posterior.get(n) for n in others)
-            moves = self._kind(node, Shape) or self._name(node) in _WRITES
-            if plain and reached and not self._gates(node, noise) and (beside or not moves):
-                placed, plain = placed | plain, none
-            if any(n in self.raw for n in others):
-                shifted |= plain
-            if self._compares(node) and not placed:
-                plain = none  # a mask of a fixed probability is as dropout's
-            posterior[node], noise[node] = placed, plain
-        if not found:  # an encoder alone, whose sample is what it gives; noise on an input, if there is no other draw
-            leaving = [n for n in self.outputs if _rank(n) >= 2]
-            found = set(none.union(*(posterior.get(n, none) for n in leaving)))
-            if beside:
-                found = found or (shifted & decoded.union(*(noise.get(n, none) for n in leaving)))
-        return [n for n in self.recording.draws if n in found and n.meta["draw"].law is not INTEGER]
-
-    def _compares(self, node: fx.Node) -> bool:
-        return str(node.meta.get("dtype")) == "torch.bool"
-
-    def _gates(self, node: fx.Node, noise: dict[fx.Node, frozenset[fx.Node]]) -> bool:
-        """A product with a draw of zeros and ones: a mask, not a scale."""
-        drawn = {d.meta["draw"].law.name for n in node.all_input_nodes for d in noise.get(n, ())}
-        return self._name(node) in _PRODUCTS and bool(drawn) and drawn <= {"Bernoulli"}
-
-    # --- roles -------------------------------------------------------------------------------------
+class _Assignment(RecordedGraph):
+    """The roles of a graph's nodes, given its latents."""
 
     def roles(self, latents: list[fx.Node], paths: bool) -> Roles:
         """Reconstructions and losses, given the latents."""
@@ -391,15 +180,15 @@ class _Graph:
         for node in reversed(self.nodes):
             if node in ends or self.decodes(node, random) or any(user in leads for user in node.users):
                 leads.add(node)
-        return frozenset(n for n in scores - leads if self._name(n) in _EXPONENTIALS)
+        return frozenset(n for n in scores - leads if self.rule_name(n) in _EXPONENTIALS)
 
     def importance_weights(self, scores: set[fx.Node]) -> set[tuple[fx.Node, fx.Node]]:
         """(score, exponential of it): weights of samples, which the moments of a Gaussian log-weight would let explode."""
-        return {(n, user) for n in scores for user in n.users if user in scores and self._name(user) in _EXPONENTIALS}
+        return {(n, user) for n in scores for user in n.users if user in scores and self.rule_name(user) in _EXPONENTIALS}
 
     def samples_likelihood(self, node: fx.Node) -> bool:
         """A draw that is no latent, or a comparison with one: what it makes of a random value is a draw at its mean."""
-        return node in self.samples or (self._compares(node) and any(n in self.nuisance for n in node.all_input_nodes))
+        return node in self.samples or (self.compares(node) and any(n in self.nuisance for n in node.all_input_nodes))
 
     def unused(self, random: set[fx.Node]) -> frozenset[fx.Node]:
         """Random nodes that reach neither an output nor an effect."""
@@ -417,35 +206,10 @@ class _Graph:
             sources = [n for n in node.all_input_nodes if n in random]
             if node not in random or not sources:
                 continue
-            picked = self._name(node) in _PICKS or "part" in node.meta
+            picked = self.rule_name(node) in _PICKS or "part" in node.meta
             if all(n in found for n in sources) or (picked and str(node.meta.get("dtype")) == "torch.int64"):
                 found.add(node)
         return frozenset(found)
-
-    def forward_of(self, starts: Iterable[fx.Node], stop: Callable[[fx.Node], bool] = lambda node: False) -> set[fx.Node]:
-        """The nodes that depend on ``starts``, not through one where ``stop`` holds."""
-        found = set(starts)
-        for node in self.nodes:
-            if node.op == "output" or node in found or _asks(node):
-                continue
-            if any(n in found for n in node.all_input_nodes) and not stop(node):
-                found.add(node)
-        return found
-
-    def closure(self, random: set[fx.Node], begins: Callable[[fx.Node], bool]) -> set[fx.Node]:
-        """The random nodes at or behind one where ``begins`` holds."""
-        found: set[fx.Node] = set()
-        for node in self.nodes:
-            if node in random and (begins(node) or any(n in found for n in node.all_input_nodes)):
-                found.add(node)
-        return found
-
-    @staticmethod
-    def is_loss(node: fx.Node) -> bool:
-        """A loss function or module."""
-        rule: Rule | None = node.meta.get("rule")
-        by_rule = rule is not None and isinstance(rule.kind, Collapse)
-        return by_rule or issubclass(node.meta.get("module_type", object), nn.modules.loss._Loss)
 
     def loss_like(self, random: set[fx.Node], decoded: set[fx.Node]) -> set[fx.Node]:
         """Values that are a loss: of a loss function, an error against an input, or one number for each example."""
@@ -458,34 +222,35 @@ class _Graph:
                 found.add(node)
             elif self.decodes(node, random):
                 continue
-            summary = self.reduces(node, sources) and (_size(node) == 1 or _rank(node) <= 1)
+            summary = self.reduces(node, sources) and (size_of(node) == 1 or rank_of(node) <= 1)
             if summary or (any(n in found for n in sources) and not self.is_rescaled(node, found, decoded)):
                 found.add(node)
         return found
 
     def is_rescaled(self, node: fx.Node, losses: set[fx.Node], decoded: set[fx.Node]) -> bool:
         """What a decoder gives, divided or shifted by one number for each example: a sum, a norm, a maximum of itself."""
-        whole = [n for n in node.all_input_nodes if n in decoded and n not in losses and _size(n) == _size(node)]
-        return bool(whole) and all(_size(n) < _size(node) for n in node.all_input_nodes if n in losses)
+        whole = [n for n in node.all_input_nodes if n in decoded and n not in losses and size_of(n) == size_of(node)]
+        return bool(whole) and all(size_of(n) < size_of(node) for n in node.all_input_nodes if n in losses)
 
     def scores(self, random: set[fx.Node], decoded: set[fx.Node]) -> frozenset[fx.Node]:
         """A loss function's values and errors, numbers made of them, and what is one number."""
         found: set[fx.Node] = set()
         for node in self.nodes:
             scores = self.is_loss(node) or self.is_error(node, random, decoded) or any(n in found for n in node.all_input_nodes)
-            scores = scores or ("shape" in node.meta and _size(node) == 1)
-            if scores and node in random and not self.decodes(node, random) and not self._compares(node):
+            scores = scores or ("shape" in node.meta and size_of(node) == 1)
+            if scores and node in random and not self.decodes(node, random) and not self.compares(node):
                 found.add(node)
         return frozenset(found)
 
     def is_error(self, node: fx.Node, random: set[fx.Node], decoded: set[fx.Node]) -> bool:
         """An even function of a difference from an input."""
-        if self._name(node) not in _EVEN and not (self._name(node) in _PRODUCTS and len(set(node.all_input_nodes)) == 1):
+        if self.rule_name(node) not in _EVEN and not (self.rule_name(node) in PRODUCTS and len(set(node.all_input_nodes)) == 1):
             return False
         for source in node.all_input_nodes:
             operands = source.all_input_nodes
-            turned = self._name(source) == "add" and (source.kwargs.get("alpha", 1) != 1 or any(map(self._is_negative, operands)))
-            difference = source in decoded and (self._name(source) in _DIFFERENCES or turned)
+            other_sign = source.kwargs.get("alpha", 1) != 1 or any(map(self._is_negative, operands))
+            turned = self.rule_name(source) == "add" and other_sign
+            difference = source in decoded and (self.rule_name(source) in DIFFERENCES or turned)
             if difference and any(n in self.raw for n in operands) and any(n in random for n in operands):
                 return True
         return False
@@ -493,15 +258,7 @@ class _Graph:
     def _is_negative(self, node: fx.Node) -> bool:
         """Another sign before a value: ``-x``, ``-1 * x``."""
         number = next((n for n in node.args if isinstance(n, (int, float))), 0)
-        return self._name(node) in ("neg", "negative") or (self._name(node) in ("mul", "multiply") and number < 0)
-
-    def reduces(self, node: fx.Node, sources: list[fx.Node]) -> bool:
-        """Fewer numbers come out than went in, and not because some were selected or gate the others."""
-        if self._kind(node, Shape) or "draw" in node.meta or "shape" not in node.meta:  # of several results, each has its own
-            return False
-        if self._name(node) == "glu":
-            return False
-        return bool(sources) and _size(node) < max(map(_size, sources))
+        return self.rule_name(node) in ("neg", "negative") or (self.rule_name(node) in ("mul", "multiply") and number < 0)
 
     def reconstructions_that_leave(self, leaves: list[fx.Node], random: set[fx.Node]) -> list[fx.Node]:
         """Of the decoded values that leave, those that are not a part, a summary or a score of another one."""
@@ -519,79 +276,32 @@ class _Graph:
                 if self.is_step(first, second):
                     continue
                 if self.same(first, second):
-                    dropped.add(first if _size(first) == _size(second) and second not in dropped else second)
+                    dropped.add(first if size_of(first) == size_of(second) and second not in dropped else second)
                 elif (second in fits) != (first in fits):
                     dropped.add(first if second in fits else second)
-                elif not self.decodes_between(first, second, random) or _size(second) <= _batch(second):
+                elif not self.decodes_between(first, second, random) or size_of(second) <= batch_of(second):
                     dropped.add(second)
                 elif first not in fits:
                     dropped.add(first)
         kept = [n for n in leaves if n not in dropped]
-        least = min((_size(n) for n in kept if n in fits), default=0)  # fewer numbers beside it are a score: logits of classes
-        return [n for n in kept if _size(n) >= least]
+        least = min((size_of(n) for n in kept if n in fits), default=0)  # fewer numbers beside it are a score: logits of classes
+        return [n for n in kept if size_of(n) >= least]
 
     def stem(self, node: fx.Node, random: set[fx.Node]) -> fx.Node:
         """What ``node`` is a view or an elementwise function of, as far back as a layer."""
-        while not self.decodes(node, random) and self._kind(node, Elementwise, Shape):
+        while not self.decodes(node, random) and self.is_kind(node, Elementwise, Shape):
             sources = [n for n in node.all_input_nodes if n in random]
             if len(sources) != 1:
                 break
             (node,) = sources
         return node
 
-    @staticmethod
-    def is_step(first: fx.Node, second: fx.Node) -> bool:
-        """Both are of one line of a loop: steps of a decoder that takes back what it gave."""
-        places = {(n.op, n.target, n.meta.get("where"), n.meta.get("module"), n.meta.get("shape")) for n in (first, second)}
-        return len(places) == 1 and bool(first.meta.get("where"))
-
-    def fits_an_input(self, node: fx.Node) -> bool:
-        """As many numbers as in an input that is a batch of vectors or more."""
-        inputs = [n for n in self.nodes if n.op == "placeholder" and n not in self.given]
-        return _rank(node) >= 2 and any(_rank(n) >= 2 and _size(n) == _size(node) for n in inputs)
-
-    def behind(self, first: fx.Node, second: fx.Node) -> bool:
-        """True where ``second`` is made of ``first``."""
-        return second in self.forward_of((first,))
-
-    def between(self, first: fx.Node, second: fx.Node) -> list[fx.Node]:
-        """The nodes on the ways from ``first`` to ``second``, ``second`` among them."""
-        ahead = self.forward_of((first,)) - {first}
-        found, todo = [], [second]
-        seen: set[fx.Node] = set()
-        while todo:
-            node = todo.pop()
-            if node in ahead and node not in seen:
-                seen.add(node)
-                found.append(node)
-                todo += node.all_input_nodes
-        return found
-
-    def same(self, first: fx.Node, second: fx.Node) -> bool:
-        """``second`` is ``first``, or a view or an elementwise function of it."""
-        if first is second:
-            return True
-        if second in self.nuisance and first not in self.nuisance:  # a sample of a likelihood
-            return False
-        way = self.between(first, second)
-        return bool(way) and all(self._kind(n, Elementwise, Shape) or self._keeps_size(n) for n in way)
-
     def is_copy(self, first: fx.Node, second: fx.Node, *, shown: bool) -> bool:
         """``second`` is ``first`` without its gradient; of what is ``shown``, in another unit or range too, as 255 y is."""
         if not self.same(first, second):
             return False
-        moved = all(self._kind(n, Shape) or self._name(n) in _RESCALINGS for n in self.between(first, second))
-        return self.stops_gradient(first, second) or (shown and moved and _size(first) == _size(second))
-
-    @staticmethod
-    def stops_gradient(first: fx.Node, second: fx.Node) -> bool:
-        """``first`` has a gradient and ``second``, made of it, has none."""
-        return bool(first.meta.get("requires_grad")) and second.meta.get("requires_grad") is False
-
-    def _keeps_size(self, node: fx.Node) -> bool:
-        """A softmax, dropout or the like: no layer, and as many numbers as before."""
-        sources = [n for n in node.all_input_nodes if n in self.recording.depends]
-        return not self._has_weights(node) and len(sources) == 1 and _size(sources[0]) == _size(node)
+        moved = all(self.is_kind(n, Shape) or self.rule_name(n) in _RESCALINGS for n in self.between(first, second))
+        return self.stops_gradient(first, second) or (shown and moved and size_of(first) == size_of(second))
 
     def is_stage(self, source: fx.Node, chosen: list[fx.Node], random: set[fx.Node]) -> bool:
         """A reconstruction made of others by a decoder of its own: of an input's size, or a step as they are."""
@@ -612,10 +322,6 @@ class _Graph:
                 if whole and not any(self.decodes(n, random) for n in self.forward_of((node,))):
                     found.append((sources[0], node))
         return found
-
-    def decodes_between(self, first: fx.Node, second: fx.Node, random: set[fx.Node]) -> bool:
-        """A decoder's operation lies between the two."""
-        return any(self.decodes(n, random) for n in self.between(first, second))
 
     # --- losses inside the method ------------------------------------------------------------------
 
@@ -654,10 +360,10 @@ class _Graph:
     def is_sum(self, node: fx.Node, random: set[fx.Node]) -> bool:
         """A sum of what layers give, as a residual layer ends in, or a canvas that is written to step by step."""
         sources = [n for n in node.all_input_nodes if n in random]
-        if self._name(node) != "add" or node.kwargs.get("alpha", 1) != 1 or any(n in self.raw for n in node.all_input_nodes):
+        if self.rule_name(node) != "add" or node.kwargs.get("alpha", 1) != 1 or any(n in self.raw for n in node.all_input_nodes):
             return False
         several = len(node.all_input_nodes) > 1
-        return several and all(_size(n) == _size(node) and self._is_given(n, random) for n in sources)
+        return several and all(size_of(n) == size_of(node) and self._is_given(n, random) for n in sources)
 
     def _is_given(self, node: fx.Node, random: set[fx.Node]) -> bool:
         """By a layer, its activation included, or by a sum of such."""
@@ -685,17 +391,17 @@ class _Graph:
     def rescaling(self, source: fx.Node, inside: set[fx.Node], random: set[fx.Node]) -> fx.Node | None:
         """The end of a normalisation written out, ``y / y.sum(1, keepdim=True)``: all that is made of ``source`` meets there."""
         users = {n for n in source.users if n in random}
-        ends = _PRODUCTS | _DIFFERENCES
+        ends = PRODUCTS | DIFFERENCES
         if len(users) < 2:
             return None
         for node in self.nodes:
-            if node not in inside or node in self.outputs or self._name(node) not in ends or _size(node) != _size(source):
+            if node not in inside or node in self.outputs or self.rule_name(node) not in ends or size_of(node) != size_of(source):
                 continue
             way = set(self.between(source, node))
             made_of = {n for each in way for n in each.all_input_nodes} - way - {source}
             gone_on = {user for each in way - {node} for user in each.users if user in random}
-            logarithms = any(self._name(n) in _ERRORS - _EVEN for n in way)
-            summary = any("shape" in n.meta and _size(n) < _size(source) for n in way)
+            logarithms = any(self.rule_name(n) in ERRORS - _EVEN for n in way)
+            summary = any("shape" in n.meta and size_of(n) < size_of(source) for n in way)
             if summary and not logarithms and users | gone_on <= way and not made_of & self.conditioned:
                 return node
         return None
@@ -704,17 +410,17 @@ class _Graph:
         """A function of one value and constants that ends a decoder."""
         if len(node.all_input_nodes) != 1 or self.is_loss(node):
             return False
-        name = self._name(node)
-        plain = self._kind(node, Elementwise, Shape) or name == "softmax"
-        return plain and name not in _ERRORS and _size(node) == _size(node.all_input_nodes[0])
+        name = self.rule_name(node)
+        plain = self.is_kind(node, Elementwise, Shape) or name == "softmax"
+        return plain and name not in ERRORS and size_of(node) == size_of(node.all_input_nodes[0])
 
     def scales(self, source: fx.Node, node: fx.Node) -> bool:
         """``source`` times a factor of fewer numbers, such as one for each example: a library's size, a temperature."""
         factors = [n for n in node.all_input_nodes if n is not source]
-        name = self._name(node)
-        if name not in _PRODUCTS - {"addcmul", "lerp"} or len(factors) != 1 or (name[:3] != "mul" and node.args[0] is not source):
+        name = self.rule_name(node)
+        if name not in PRODUCTS - {"addcmul", "lerp"} or len(factors) != 1 or (name[:3] != "mul" and node.args[0] is not source):
             return False
-        return _size(factors[0]) < _size(source) == _size(node) and not self.behind(source, factors[0])
+        return size_of(factors[0]) < size_of(source) == size_of(node) and not self.behind(source, factors[0])
 
     def meets_input(
         self, source: fx.Node, user: fx.Node, inside: set[fx.Node], random: set[fx.Node], losses: frozenset[fx.Node]
@@ -728,7 +434,7 @@ class _Graph:
             seen.add(node)
             others = [n for n in node.all_input_nodes if n not in random]
             # Not so what an encoder reads beside an input, or as the difference from it: the state before it, a canvas.
-            compared = any(n in self.raw for n in others) and not self._kind(node, Shape) and self.is_scored(node, losses)
+            compared = any(n in self.raw for n in others) and not self.is_kind(node, Shape) and self.is_scored(node, losses)
             if compared or (self.is_loss(node) and any(n in self.conditioned for n in others)):
                 return True
             if node is user or not self.decodes(node, random):
@@ -744,32 +450,5 @@ class _Graph:
                 return True
             if each not in seen:
                 seen.add(each)
-                todo += [user for user in each.users if user.op != "output" and not self._has_weights(user)]
+                todo += [user for user in each.users if user.op != "output" and not self.has_weights(user)]
         return False
-
-
-def _asks(node: fx.Node) -> bool:
-    """A question about shape or type, whose answer is not random."""
-    rule: Rule | None = node.meta.get("rule")
-    return (rule is not None and type(rule.kind) is Metadata) or (node.op == "call_method" and node.target == "size")
-
-
-def asks_of(draw: fx.Node, source: fx.Node) -> bool:
-    """A draw asks ``source`` for its shape alone, as ``randn_like(source)`` and ``source.normal_()`` do."""
-    name = str(getattr(draw.meta["draw"].func, "__name__", ""))
-    return name.endswith(("_like", "_")) and bool(draw.args) and draw.args[0] is source
-
-
-def _size(node: fx.Node) -> int:
-    return math.prod(node.meta.get("shape", ()))
-
-
-def _rank(node: fx.Node) -> int:
-    """How many dimensions have more than one entry, the first counted as it is."""
-    shape = node.meta.get("shape", ())
-    return len(shape[:1]) + sum(n > 1 for n in shape[1:])
-
-
-def _batch(node: fx.Node) -> int:
-    shape = node.meta.get("shape", ())
-    return int(shape[0]) if shape else 1

@@ -1,0 +1,98 @@
+"""Which draws are latents: a decoder's value depends on them, and the input reaches their scale or location."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from rvconvert.program.recorded_graph import PRODUCTS, asks_of, rank_of
+from rvconvert.rules.draws import INTEGER
+from rvconvert.rules.kinds import Shape
+
+if TYPE_CHECKING:
+    from torch import fx
+
+    from rvconvert.program.recorded_graph import RecordedGraph
+
+__all__ = ["find_latents", "named_latents"]
+
+_WRITES = frozenset("setitem index_put index_copy scatter masked_scatter".split())
+
+
+def named_latents(graph: RecordedGraph, names: tuple[str, ...]) -> list[fx.Node]:
+    """The draws that a person named."""
+
+    def fits(node: fx.Node, name: str) -> bool:
+        place = str(node.meta.get("where", ""))
+        return name in (node.name, place) or place.endswith("/" + name.lstrip("/"))
+
+    return [n for n in graph.recording.draws if any(fits(n, name) for name in names)]
+
+
+def find_latents(graph: RecordedGraph, *, posterior: bool = False) -> list[fx.Node]:
+    """Draws that a decoder's value depends on and whose scale or location the input reaches; no others if ``posterior``."""
+    found = _latents(graph)
+    if not found:
+        graph.by_products = True
+        found = _latents(graph)
+    graph.posterior = bool(found)
+    return found if found or posterior else _latents(graph, beside=True)
+
+
+def _latents(graph: RecordedGraph, *, beside: bool = False) -> list[fx.Node]:
+    """The latents; with ``beside`` a draw that only stands beside the input, ``cat([x, eps])``, or shifts it is one."""
+    noise: dict[fx.Node, frozenset[fx.Node]] = {}  # draws that a value is, scaled and shifted by constants
+    posterior: dict[fx.Node, frozenset[fx.Node]] = {}  # draws that the input has placed or scaled
+    found: set[fx.Node] = set()
+    values: set[fx.Node] = set()  # a decoder's, and what is made of them
+    shifted: set[fx.Node] = set()  # draws that an input alone, through no layer, has placed
+    decoded: set[fx.Node] = set()
+    none: frozenset[fx.Node] = frozenset()
+    depends = graph.recording.depends
+    for node in graph.given:
+        posterior[node] = frozenset((node,))
+    for node in graph.nodes:
+        sources = node.all_input_nodes
+        placed = none.union(*(posterior.get(n, none) for n in sources))
+        plain = none.union(*(noise.get(n, none) for n in sources))
+        if "draw" in node.meta:
+            own = frozenset((node,))
+            by_input = any(n in graph.learned or n in posterior for n in sources if not asks_of(node, n))
+            if not node.meta["draw"].can_be_latent and any(n in values for n in sources):
+                by_input = False  # a token drawn from what a decoder gives, which it takes back
+            noise[node], posterior[node] = (none, placed | own) if by_input else (own, placed)
+            continue
+        if node not in depends or not (placed or plain):
+            continue
+        if graph.decodes(node, depends):
+            found |= placed
+            decoded |= plain
+            posterior[node], noise[node] = placed, none
+            values.add(node)
+            continue
+        behind = [n for n in sources if n in values]
+        if behind:
+            values.add(node)
+            if graph.rule_name(node) in PRODUCTS:  # a factor of what a decoder gives, with a posterior of its own
+                found |= none.union(*(posterior.get(n, none) for n in sources if n not in values))
+        others = [n for n in sources if not noise.get(n)]
+        reached = any(n in graph.learned or posterior.get(n) for n in others)
+        moves = graph.is_kind(node, Shape) or graph.rule_name(node) in _WRITES
+        if plain and reached and not _gates(graph, node, noise) and (beside or not moves):
+            placed, plain = placed | plain, none
+        if any(n in graph.raw for n in others):
+            shifted |= plain
+        if graph.compares(node) and not placed:
+            plain = none  # a mask of a fixed probability is as dropout's
+        posterior[node], noise[node] = placed, plain
+    if not found:  # an encoder alone, whose sample is what it gives; noise on an input, if there is no other draw
+        leaving = [n for n in graph.outputs if rank_of(n) >= 2]
+        found = set(none.union(*(posterior.get(n, none) for n in leaving)))
+        if beside:
+            found = found or (shifted & decoded.union(*(noise.get(n, none) for n in leaving)))
+    return [n for n in graph.recording.draws if n in found and n.meta["draw"].law is not INTEGER]
+
+
+def _gates(graph: RecordedGraph, node: fx.Node, noise: dict[fx.Node, frozenset[fx.Node]]) -> bool:
+    """A product with a draw of zeros and ones: a mask, not a scale."""
+    drawn = {d.meta["draw"].law.name for n in node.all_input_nodes for d in noise.get(n, ())}
+    return graph.rule_name(node) in PRODUCTS and bool(drawn) and drawn <= {"Bernoulli"}

@@ -1,0 +1,268 @@
+"""A recorded graph with what is asked of its nodes again and again: what they are, and what lies behind and between them."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+from torch import fx, nn
+
+from rvconvert.rules.kinds import Bilinear, Collapse, Elementwise, Metadata, Shape
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+    from rvconvert.capture.recording import Recording
+    from rvconvert.core.registry import Rule
+
+__all__ = ["DIFFERENCES", "DISTANCES", "PRODUCTS", "RecordedGraph", "asks", "asks_of", "batch_of", "rank_of", "size_of"]
+
+PRODUCTS = frozenset("mul multiply addcmul lerp div true_divide divide".split())
+DIFFERENCES = frozenset("sub subtract rsub".split())
+DISTANCES = frozenset("cdist pairwise_distance cosine_similarity dist".split())
+
+
+class RecordedGraph:
+    """The nodes of a recording, and sets of them that their descriptions lead to."""
+
+    def __init__(self, recording: Recording) -> None:
+        self.recording = recording
+        self.nodes = list(recording.graph.nodes)
+        self.given = set(recording.random_inputs)
+        self.outputs = list(recording.output.all_input_nodes)
+        given: tuple[object, ...] = recording.output.args[0]  # type: ignore[assignment]
+        self.returned = set(given[: len(given) - recording.kept_leaves])
+        self.raw: set[fx.Node] = set()  # made of inputs, through no learned layer
+        self.conditioned: set[fx.Node] = set()  # depends on an input
+        self.learned: set[fx.Node] = set()  # depends on an input through a learned layer
+        self.weights: set[fx.Node] = set()  # made of parameters and buffers alone
+        self.posterior = False  # the latents have one
+        self.nuisance: set[fx.Node] = set()  # made of draws that are no latent
+        self.by_products = False  # a sum of products of two latents decodes: where nothing else does
+        for node in self.nodes:
+            self._describe(node)
+        self.reference = self._modules_applied_to_inputs()
+
+    # --- what a node is ----------------------------------------------------------------------------
+
+    def _describe(self, node: fx.Node) -> None:
+        sources = node.all_input_nodes
+        if node.op == "placeholder":
+            if node not in self.given:
+                self.raw.add(node)
+            self.conditioned.add(node)
+        elif node.op == "get_attr":
+            if not str(node.target).startswith("_rvconvert."):
+                self.weights.add(node)
+        elif asks(node):
+            return
+        else:
+            if any(n in self.conditioned for n in sources):
+                self.conditioned.add(node)
+                if any(n in self.learned for n in sources) or self.has_weights(node):
+                    self.learned.add(node)
+                elif any(n in self.raw for n in sources):
+                    self.raw.add(node)
+            elif sources and all(n in self.weights for n in sources):
+                self.weights.add(node)
+            if node.meta.get("mutates") and node.args:
+                self._is_written(node.args[0], node)
+
+    def _is_written(self, target: object, writer: fx.Node) -> None:
+        """What is written in place into a tensor, or into a view of it, is part of it from there on."""
+        while isinstance(target, fx.Node):
+            for kind in (self.conditioned, self.learned, self.raw):
+                if writer in kind:
+                    kind.add(target)
+            target = target.args[0] if self.is_kind(target, Shape) and target.args else None
+
+    def has_weights(self, node: fx.Node) -> bool:
+        """An operation with weights that mixes elements: a layer, not a scale for each element."""
+        if self.is_kind(node, Elementwise, Shape):
+            return False
+        if node.op == "call_module":
+            return bool(node.meta.get("learned", True))
+        return any(n in self.weights for n in node.all_input_nodes)
+
+    @staticmethod
+    def is_kind(node: fx.Node, *kinds: type) -> bool:
+        rule: Rule | None = node.meta.get("rule")
+        if rule is None:  # one of several results, or what a tensor is once an alias was written: elements in their places
+            return "part" in node.meta and Shape in kinds
+        return isinstance(rule.kind, kinds)
+
+    @staticmethod
+    def rule_name(node: fx.Node) -> str:
+        rule: Rule | None = node.meta.get("rule")
+        return "" if rule is None else rule.name
+
+    def _modules_applied_to_inputs(self) -> set[str]:
+        """Layers that act on plain values and on what a decoder gives: an encoder of both, features of a perceptual loss.
+
+        A decoder that is applied to a posterior's mean too is none, for its first layer acts on a latent; nor is the layer that a
+        decoder ends in, whatever it shares with an encoder.
+        """
+        calls = [n for n in self.nodes if n.op == "call_module"]
+        plain = [n for n in calls if n not in self.recording.depends]
+        random = {str(n.target) for n in calls if n in self.recording.depends}
+        first: set[str] = set()
+        given: set[fx.Node] = set()  # by a decoder
+        for node in self.nodes:
+            sources = [n for n in node.all_input_nodes if n in self.recording.depends]
+            if sources and node in self.recording.depends and "draw" not in node.meta:
+                if any(n in given for n in sources):
+                    given.add(node)
+                elif self.has_weights(node):
+                    given.add(node)
+                    first.add(str(node.target))
+        of_mean = self.forward_of(n for n in plain if str(n.target) in first)
+        last = {str(n.target) for n in calls if n in self.recording.depends and self._ends_in_a_reconstruction(n)}
+        return {str(n.target) for n in plain if str(n.target) in random - first - last and n not in of_mean}
+
+    def _ends_in_a_reconstruction(self, node: fx.Node) -> bool:
+        """What leaves, or is held against an input, is of an input's size and ``node``, or an elementwise function of it."""
+        todo = [node]
+        while todo:
+            each = todo.pop()
+            if not self.fits_an_input(each):
+                continue
+            if each in self.outputs or any(other in self.raw for user in each.users for other in user.all_input_nodes):
+                return True
+            todo += [user for user in each.users if self.is_kind(user, Elementwise, Shape)]
+        return False
+
+    def decodes(self, node: fx.Node, random: set[fx.Node] | frozenset[fx.Node]) -> bool:
+        """A decoder's operation on a random value: a learned layer, or a product or distance of random values."""
+        sources = [n for n in node.all_input_nodes if n in random]
+        if not sources or "draw" in node.meta or asks(node):
+            return False
+        if self.has_weights(node):
+            return str(node.target) not in self.reference or node.op != "call_module"
+        both = self.is_kind(node, Bilinear) or self.rule_name(node) in DISTANCES
+        given = [n for n in node.args if isinstance(n, fx.Node) and n in random]
+        return (both and len(given) > 1) or (self.by_products and self._sums_products(node, sources))
+
+    def _sums_products(self, node: fx.Node, sources: list[fx.Node]) -> bool:
+        """``(z[i] * z[j]).sum(1)``, the inner products of a graph's edges."""
+        if not self.reduces(node, sources) or self.rule_name(sources[0]) not in ("mul", "multiply"):
+            return False
+        factors = set(sources[0].all_input_nodes)
+        return len(factors) == 2 and all(n in self.recording.depends and self.is_kind(n, Shape) for n in factors)
+
+    def compares(self, node: fx.Node) -> bool:
+        return str(node.meta.get("dtype")) == "torch.bool"
+
+    @staticmethod
+    def is_loss(node: fx.Node) -> bool:
+        """A loss function or module."""
+        rule: Rule | None = node.meta.get("rule")
+        by_rule = rule is not None and isinstance(rule.kind, Collapse)
+        return by_rule or issubclass(node.meta.get("module_type", object), nn.modules.loss._Loss)
+
+    def reduces(self, node: fx.Node, sources: list[fx.Node]) -> bool:
+        """Fewer numbers come out than went in, and not because some were selected or gate the others."""
+        if self.is_kind(node, Shape) or "draw" in node.meta or "shape" not in node.meta:  # of several results, each has its own
+            return False
+        if self.rule_name(node) == "glu":
+            return False
+        return bool(sources) and size_of(node) < max(map(size_of, sources))
+
+    def fits_an_input(self, node: fx.Node) -> bool:
+        """As many numbers as in an input that is a batch of vectors or more."""
+        inputs = [n for n in self.nodes if n.op == "placeholder" and n not in self.given]
+        return rank_of(node) >= 2 and any(rank_of(n) >= 2 and size_of(n) == size_of(node) for n in inputs)
+
+    # --- what lies behind and between nodes -----------------------------------------------------------
+
+    def forward_of(self, starts: Iterable[fx.Node], stop: Callable[[fx.Node], bool] = lambda node: False) -> set[fx.Node]:
+        """The nodes that depend on ``starts``, not through one where ``stop`` holds."""
+        found = set(starts)
+        for node in self.nodes:
+            if node.op == "output" or node in found or asks(node):
+                continue
+            if any(n in found for n in node.all_input_nodes) and not stop(node):
+                found.add(node)
+        return found
+
+    def closure(self, random: set[fx.Node], begins: Callable[[fx.Node], bool]) -> set[fx.Node]:
+        """The random nodes at or behind one where ``begins`` holds."""
+        found: set[fx.Node] = set()
+        for node in self.nodes:
+            if node in random and (begins(node) or any(n in found for n in node.all_input_nodes)):
+                found.add(node)
+        return found
+
+    def behind(self, first: fx.Node, second: fx.Node) -> bool:
+        """True where ``second`` is made of ``first``."""
+        return second in self.forward_of((first,))
+
+    def between(self, first: fx.Node, second: fx.Node) -> list[fx.Node]:
+        """The nodes on the ways from ``first`` to ``second``, ``second`` among them."""
+        ahead = self.forward_of((first,)) - {first}
+        found, todo = [], [second]
+        seen: set[fx.Node] = set()
+        while todo:
+            node = todo.pop()
+            if node in ahead and node not in seen:
+                seen.add(node)
+                found.append(node)
+                todo += node.all_input_nodes
+        return found
+
+    def same(self, first: fx.Node, second: fx.Node) -> bool:
+        """``second`` is ``first``, or a view or an elementwise function of it."""
+        if first is second:
+            return True
+        if second in self.nuisance and first not in self.nuisance:  # a sample of a likelihood
+            return False
+        way = self.between(first, second)
+        return bool(way) and all(self.is_kind(n, Elementwise, Shape) or self._keeps_size(n) for n in way)
+
+    def _keeps_size(self, node: fx.Node) -> bool:
+        """A softmax, dropout or the like: no layer, and as many numbers as before."""
+        sources = [n for n in node.all_input_nodes if n in self.recording.depends]
+        return not self.has_weights(node) and len(sources) == 1 and size_of(sources[0]) == size_of(node)
+
+    @staticmethod
+    def stops_gradient(first: fx.Node, second: fx.Node) -> bool:
+        """``first`` has a gradient and ``second``, made of it, has none."""
+        return bool(first.meta.get("requires_grad")) and second.meta.get("requires_grad") is False
+
+    @staticmethod
+    def is_step(first: fx.Node, second: fx.Node) -> bool:
+        """Both are of one line of a loop: steps of a decoder that takes back what it gave."""
+        places = {(n.op, n.target, n.meta.get("where"), n.meta.get("module"), n.meta.get("shape")) for n in (first, second)}
+        return len(places) == 1 and bool(first.meta.get("where"))
+
+    def decodes_between(self, first: fx.Node, second: fx.Node, random: set[fx.Node]) -> bool:
+        """A decoder's operation lies between the two."""
+        return any(self.decodes(n, random) for n in self.between(first, second))
+
+
+def asks(node: fx.Node) -> bool:
+    """A question about shape or type, whose answer is not random."""
+    rule: Rule | None = node.meta.get("rule")
+    return (rule is not None and type(rule.kind) is Metadata) or (node.op == "call_method" and node.target == "size")
+
+
+def asks_of(draw: fx.Node, source: fx.Node) -> bool:
+    """A draw asks ``source`` for its shape alone, as ``randn_like(source)`` and ``source.normal_()`` do."""
+    name = str(getattr(draw.meta["draw"].func, "__name__", ""))
+    return name.endswith(("_like", "_")) and bool(draw.args) and draw.args[0] is source
+
+
+def size_of(node: fx.Node) -> int:
+    """How many numbers a value has."""
+    return math.prod(node.meta.get("shape", ()))
+
+
+def rank_of(node: fx.Node) -> int:
+    """How many dimensions have more than one entry, the first counted as it is."""
+    shape = node.meta.get("shape", ())
+    return len(shape[:1]) + sum(n > 1 for n in shape[1:])
+
+
+def batch_of(node: fx.Node) -> int:
+    """How long its first dimension is."""
+    shape = node.meta.get("shape", ())
+    return int(shape[0]) if shape else 1
