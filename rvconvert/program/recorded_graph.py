@@ -121,11 +121,12 @@ class RecordedGraph:
 
     def _ends_in_a_reconstruction(self, node: fx.Node) -> bool:
         """What leaves, or is held against an input, is of an input's size and ``node``, or an elementwise function of it."""
-        todo = [node]
+        todo, seen = [node], set()
         while todo:
             each = todo.pop()
-            if not self.fits_an_input(each):
+            if each in seen or not self.fits_an_input(each):
                 continue
+            seen.add(each)
             if each in self.outputs or any(other in self.raw for user in each.users for other in user.all_input_nodes):
                 return True
             todo += [user for user in each.users if self.is_kind(user, Elementwise, Shape)]

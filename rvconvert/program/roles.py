@@ -86,7 +86,7 @@ def assign(recording: Recording, named: Iterable[str] = (), *, paths: bool = Fal
 
 
 # Errors, log-likelihoods and their like are no activation of a last layer: a reconstruction ends before them.
-ERRORS = frozenset("pow square abs log log1p log2 log10 log_softmax logsigmoid neg".split())
+_ERRORS = frozenset("pow square abs log log1p log2 log10 log_softmax logsigmoid neg".split())
 _EXPONENTIALS = frozenset("exp expm1 softmax log_softmax logsumexp logaddexp".split())
 _PICKS = frozenset("argmax argmin argsort".split())
 _RESCALINGS = frozenset("mul multiply add sub subtract rsub div true_divide divide clamp clip clamp_min clamp_max".split())
@@ -400,7 +400,7 @@ class _Assignment(RecordedGraph):
             way = set(self.between(source, node))
             made_of = {n for each in way for n in each.all_input_nodes} - way - {source}
             gone_on = {user for each in way - {node} for user in each.users if user in random}
-            logarithms = any(self.rule_name(n) in ERRORS - _EVEN for n in way)
+            logarithms = any(self.rule_name(n) in _ERRORS - _EVEN for n in way)
             summary = any("shape" in n.meta and size_of(n) < size_of(source) for n in way)
             if summary and not logarithms and users | gone_on <= way and not made_of & self.conditioned:
                 return node
@@ -412,7 +412,7 @@ class _Assignment(RecordedGraph):
             return False
         name = self.rule_name(node)
         plain = self.is_kind(node, Elementwise, Shape) or name == "softmax"
-        return plain and name not in ERRORS and size_of(node) == size_of(node.all_input_nodes[0])
+        return plain and name not in _ERRORS and size_of(node) == size_of(node.all_input_nodes[0])
 
     def scales(self, source: fx.Node, node: fx.Node) -> bool:
         """``source`` times a factor of fewer numbers, such as one for each example: a library's size, a temperature."""
