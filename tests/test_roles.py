@@ -267,7 +267,7 @@ def test_a_kernel_over_a_hidden_layer_is_taken_of_a_draw() -> None:
 
 
 class Shared(nn.Module):
-    """``parts(self, h, p, z)`` gives reconstructions out of h, which is of the input, and of p(z); ``inside``: and their loss."""
+    """``parts(self, h, p)`` gives reconstructions of h, made of the input, and p, made of z; ``inside``: their loss."""
 
     def __init__(self, parts: Callable[..., Any], inside: bool) -> None:
         super().__init__()

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from rvconvert.errors import ConversionError, NonGaussianError, NoReparameterizationError, TracingError
 from rvconvert.places import short_place
+from rvconvert.rules.kinds import value_error
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -101,10 +102,7 @@ def _noise_among(recording: Recording, method: Callable[..., Any]) -> str | None
 
 def read_refusal(label: str, place: str) -> ConversionError:
     """Of a method in which Python decides by the value of a random variable."""
-    return ConversionError(
-        f"{label}: {place} asks for the value of a random variable, which has none: the result would depend on a draw. "
-        "Choose by torch.where(x > 0, a, b), or leave that part of the model out of the conversion (methods=...)."
-    )
+    return value_error(f"{label}: {place}")
 
 
 def _chooses(node: fx.Node) -> bool:

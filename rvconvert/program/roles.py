@@ -268,9 +268,8 @@ class _Assignment(RecordedGraph):
             for second in leaves:
                 if first is second or not self.behind(first, second):
                     # A function of a prior's parameters, which a latent and its decoder lie behind, as they are themselves.
-                    stem = self.stem(first, random)
-                    places = first not in fits and self.behind(stem, second) and self.decodes_between(stem, second, random)
-                    if first is not second and not self.behind(second, first) and places:
+                    other = first is not second and first not in fits and not self.behind(second, first)
+                    if other and self.decodes_between(self.stem(first, random), second, random):
                         dropped.add(first)
                     continue
                 if self.is_step(first, second):
@@ -305,9 +304,9 @@ class _Assignment(RecordedGraph):
 
     def is_stage(self, source: fx.Node, chosen: list[fx.Node], random: set[fx.Node]) -> bool:
         """A reconstruction made of others by a decoder of its own: of an input's size, or a step as they are."""
-        apart = [n for n in chosen if not self.same(source, n) and not self.same(n, source)]
-        stages = [n for n in apart if not self.behind(n, source) or self.decodes_between(n, source, random)]
-        return len(stages) == len(chosen) and (self.fits_an_input(source) or any(self.is_step(n, source) for n in chosen))
+        apart = all(not self.same(source, n) and not self.same(n, source) for n in chosen)
+        decoded = all(not self.behind(n, source) or self.decodes_between(n, source, random) for n in chosen)
+        return apart and decoded and (self.fits_an_input(source) or any(self.is_step(n, source) for n in chosen))
 
     def compared(self, random: set[fx.Node], decoded: set[fx.Node]) -> list[tuple[fx.Node, fx.Node]]:
         """(value, user): a reconstruction, and a network of features or a discriminator that takes it as it takes inputs.

@@ -20,7 +20,8 @@ from rvconvert.rules.kinds import Collapse, Function, add_rule
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-_REDUCTIONS: dict[Any, str] = {0: "none", 1: "mean", 2: "sum"}
+
+_REDUCTIONS: dict[Any, str] = {0: "none", 1: "mean", 2: "sum"}  # by torch._C._nn's numbers
 
 
 def _reduced(loss: Any, reduction: Any) -> Any:
@@ -28,12 +29,11 @@ def _reduced(loss: Any, reduction: Any) -> Any:
     return loss if reduction == "none" else torch.mean(loss) if reduction == "mean" else torch.sum(loss)
 
 
-def _squared(input: Any, target: Any, size_average: None = None, reduce: None = None, reduction: Any = "mean") -> Any:
-    return _reduced((input - target).square(), reduction)
+def _of_the_difference(loss: Callable[[Any], Any]) -> Callable[..., Any]:
+    def expected(input: Any, target: Any, reduction: Any = "mean") -> Any:
+        return _reduced(loss(input - target), reduction)
 
-
-def _absolute(input: Any, target: Any, size_average: None = None, reduce: None = None, reduction: Any = "mean") -> Any:
-    return _reduced((input - target).abs(), reduction)
+    return expected
 
 
 def _huber(input: Any, target: Any, reduction: Any = "mean", delta: float = 1.0) -> Any:
@@ -41,10 +41,8 @@ def _huber(input: Any, target: Any, reduction: Any = "mean", delta: float = 1.0)
     return _reduced(0.5 * (apart.square() - F.softshrink(apart, delta).square()), reduction)
 
 
-def _smooth(
-    input: Any, target: Any, size_average: None = None, reduce: None = None, reduction: Any = "mean", beta: float = 1.0
-) -> Any:
-    return _huber(input, target, reduction, beta) / beta if beta else _absolute(input, target, reduction=reduction)
+def _smooth(input: Any, target: Any, reduction: Any = "mean", beta: float = 1.0) -> Any:
+    return _huber(input, target, reduction, beta) / beta if beta else _reduced((input - target).abs(), reduction)
 
 
 def _gaussian(input: Any, target: Any, var: Any, full: bool = False, eps: float = 1e-6, reduction: Any = "mean") -> Any:
@@ -69,8 +67,8 @@ class Loss(Collapse):
 
 
 _LOSSES: dict[str, tuple[type[nn.Module], Callable[..., Any] | None]] = {
-    "mse_loss": (nn.MSELoss, _squared),
-    "l1_loss": (nn.L1Loss, _absolute),
+    "mse_loss": (nn.MSELoss, _of_the_difference(torch.square)),
+    "l1_loss": (nn.L1Loss, _of_the_difference(torch.abs)),
     "smooth_l1_loss": (nn.SmoothL1Loss, _smooth),
     "huber_loss": (nn.HuberLoss, _huber),
     "binary_cross_entropy": (nn.BCELoss, None),
