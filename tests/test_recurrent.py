@@ -83,3 +83,50 @@ def test_a_layer_in_single_precision_is_one_in_double(kind, both):
         results.append([x.double() for x in (y.mean, y.var, end.mean, end.var, *grads)])
     torch.testing.assert_close(*results, rtol=2e-3, atol=1e-3)
     torch.testing.assert_close(results[0][:4], results[1][:4], rtol=2e-4, atol=1e-5)
+
+
+# ---- what a cell's state carries to the next step ---------------------------------------------------------------------
+
+
+def moments_of_steps(cell, x, h, *, carry):
+    for _ in range(5):
+        state = cell(x, (h, h) if isinstance(cell, nn.LSTMCell) else h)
+        h = state[0] if isinstance(state, tuple) else state
+        if not carry:
+            h = h.with_moments(h.mean, h.var)
+    return h
+
+
+@named("kind", [nn.GRUCell, nn.LSTMCell, nn.RNNCell])
+def test_a_loop_of_cells_is_what_its_steps_are(kind):
+    """Squared weights and the gates of an input that stays the same, made once: the same moments and gradients."""
+    torch.manual_seed(0)
+    cell = kind(3, 4)
+    x, h = (rvconvert.RandomVariable(torch.randn(2, n), torch.rand(2, n)) for n in (3, 4))
+    found = []
+    for carry in (True, False):
+        cell.zero_grad()
+        out = moments_of_steps(cell, x, h, carry=carry)
+        (out.mean.sum() + out.var.square().sum()).backward()
+        found.append([out.mean, out.var, *(p.grad.clone() for p in cell.parameters())])
+    for ours, each in zip(*found, strict=True):
+        torch.testing.assert_close(ours, each)
+
+
+def test_a_cell_follows_its_weights_and_its_input():
+    """A weight written between two steps, another input, a first step without gradients."""
+    torch.manual_seed(0)
+    cell = nn.GRUCell(3, 4)
+    x, other, h = (rvconvert.RandomVariable(torch.randn(2, n), torch.rand(2, n)) for n in (3, 3, 4))
+    with torch.no_grad():
+        h = cell(x, h)
+    out = cell(x, h)
+    out.mean.sum().backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in cell.parameters())
+    assert cell(other, out).carried is out.carried is not h.carried
+    fresh = h.with_moments(h.mean, h.var)
+    torch.testing.assert_close(cell(other, out).var, cell(other, out.with_moments(out.mean, out.var)).var)
+    with torch.no_grad():
+        cell.weight_hh.mul_(2)
+    torch.testing.assert_close(cell(x, h).var, cell(x, fresh).var)
+    assert not torch.equal(cell(x, h).var, out.var)

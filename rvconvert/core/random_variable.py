@@ -133,6 +133,7 @@ class RandomVariable:
     _transposed: RandomVariable | None = None
     _terms: tuple[RandomVariable, RandomVariable] | None = None
     _selection: Hashable | None = None
+    _carried: Any = None
 
     def __init__(self, mean: torch.Tensor, var: torch.Tensor) -> None:
         if not (isinstance(mean, torch.Tensor) and isinstance(var, torch.Tensor)):
@@ -220,6 +221,16 @@ class RandomVariable:
     def sum_of(self, first: RandomVariable, second: RandomVariable) -> RandomVariable:
         """This variable, newly made, marked as the sum of two."""
         self._terms = first, second
+        return self
+
+    @property
+    def carried(self) -> Any:
+        """What the rule that made this variable leaves for the next one of its kind; None for nothing."""
+        return self._carried
+
+    def carrying(self, value: Any) -> RandomVariable:
+        """This variable, newly made, with what the next rule of its kind may use."""
+        self._carried = value
         return self
 
     def remade(self, mean: Remake, var: Remake) -> RandomVariable:

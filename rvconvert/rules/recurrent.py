@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from rvconvert.core.random_variable import RandomVariable, random_variables
 from rvconvert.core.registry import Exactness
+from rvconvert.moments.compilation import is_traced
 from rvconvert.rules.kinds import Composite, Shape, add_rule, full_precision
 from rvconvert.rules.recurrent_steps import STEPS, Pair, State, Step, joined, linear, unrolled
 
@@ -34,15 +36,47 @@ def _pair(x: Any, dtype: torch.dtype) -> Pair:
     return Pair(x.to(dtype), torch.zeros_like(x, dtype=dtype))
 
 
+class _Maps:
+    """A cell's maps of its input and of its hidden state: the state that a step returns carries them to the next step.
+
+    So in a loop weights are squared, and an input that stays the same is mapped, once.
+    """
+
+    def __init__(self, step: Step, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None, b_hh: Tensor | None) -> None:
+        self.weights, self.dtype = (w_ih, w_hh, b_ih, b_hh), w_ih.dtype
+        self.when = _now(self.weights)
+        self.of_input, self.of_hidden = linear(*_scaled(step, w_ih, b_ih)), linear(*_scaled(step, w_hh, b_hh))
+        self.last: tuple[Any, Pair] | None = None  # an input's key and its gates
+
+    def serve(self, weights: tuple[Tensor | None, ...]) -> bool:
+        """True for the same weights, if nothing was written into them."""
+        return not is_traced() and all(map(operator.is_, self.weights, weights)) and self.when == _now(weights)
+
+    def gates(self, input: Any) -> Pair:
+        """Of the cell's input."""
+        key = input.key if isinstance(input, RandomVariable) else None
+        if self.last is None or key is None or key != self.last[0]:
+            self.last = key, self.of_input(_pair(input, self.dtype))
+        return self.last[1]
+
+
+def _now(weights: tuple[Tensor | None, ...]) -> tuple[Any, ...]:
+    """Another value once something is written into a weight, and where gradients are kept or no longer kept."""
+    return torch.is_grad_enabled(), *(0 if w is None or w.is_inference() else w._version for w in weights)
+
+
 def _cell(step: Step) -> Callable[..., Any]:
     def cell(input: Any, hx: Any, w_ih: Tensor, w_hh: Tensor, b_ih: Any = None, b_hh: Any = None) -> Any:
-        like = random_variables(input, hx)[0]
+        like, before = random_variables(input, hx)[0], hx if isinstance(hx, (list, tuple)) else (hx,)
+        weights = w_ih, w_hh, b_ih, b_hh
         with full_precision(like):
-            state = tuple(_pair(h, w_hh.dtype) for h in (hx if isinstance(hx, (list, tuple)) else (hx,)))
-            gates = linear(*_scaled(step, w_ih, b_ih))(_pair(input, w_ih.dtype))
-            state, _ = step.forward(gates, linear(*_scaled(step, w_hh, b_hh))(state[0]), state)
-        found = [like.with_moments(*each) for each in state]
-        return tuple(found) if len(found) > 1 else found[0]
+            maps = before[0].carried if isinstance(before[0], RandomVariable) else None
+            if not (isinstance(maps, _Maps) and maps.serve(weights)):
+                maps = _Maps(step, *weights)
+            state = tuple(_pair(h, w_hh.dtype) for h in before)
+            state, _ = step.forward(maps.gates(input), maps.of_hidden(state[0]), state)
+        hidden, *rest = (like.with_moments(*each) for each in state)
+        return (hidden.carrying(maps), *rest) if rest else hidden.carrying(maps)
 
     return cell
 
