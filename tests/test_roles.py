@@ -266,6 +266,28 @@ def test_a_kernel_over_a_hidden_layer_is_taken_of_a_draw() -> None:
     assert [row.operation for row in rvconvert.plan(vae, example_inputs=x) if row.role == "reconstruction"] == ["Linear"]
 
 
+OF_EACH: dict[str, Callable[[Tensor], Tensor]] = {
+    "rate": lambda s: torch.exp(0.5 * s) + 0.1,
+    "elu written out": lambda s: torch.where(s > 0, s, 0.5 * (torch.exp(s) - 1)),
+}
+
+
+@pytest.mark.parametrize("name", OF_EACH)
+def test_an_exponential_of_each_example_that_leaves_has_its_moments(name: str) -> None:
+    """One number for each example, summed from what a decoder gives, is no score: nothing sums its exponential."""
+
+    def result(y: Tensor, x: Tensor, z: Tensor, mu: Tensor, std: Tensor, m: VAE) -> Any:
+        return y, OF_EACH[name]((y * m.scale).sum(1, keepdim=True))
+
+    x = torch.rand(4, 12, generator=torch.Generator().manual_seed(1))
+    vae = VAE(result, False)
+    rv = rvconvert.convert(vae, example_inputs=x)
+    with torch.no_grad():
+        found, draws = rv(x)[1], torch.stack([vae(x)[1] for _ in range(2000)])
+    assert torch.equal(found, rv(x)[1])
+    assert bool(((found - draws.mean(0)).abs() < 5 * draws.std(0) / 2000**0.5 + 0.02 * draws.std(0)).all())
+
+
 class Shared(nn.Module):
     """``parts(self, h, p)`` gives reconstructions of h, made of the input, and p, made of z; ``inside``: their loss."""
 

@@ -87,7 +87,8 @@ def assign(recording: Recording, named: Iterable[str] = (), *, paths: bool = Fal
 
 # Errors, log-likelihoods and their like are no activation of a last layer: a reconstruction ends before them.
 _ERRORS = frozenset("pow square abs log log1p log2 log10 log_softmax logsigmoid neg".split())
-_EXPONENTIALS = frozenset("exp expm1 softmax log_softmax logsumexp logaddexp".split())
+_EXPONENTIALS = frozenset("exp expm1".split())
+_SUMMING = frozenset("softmax log_softmax logsumexp logaddexp".split())
 _PICKS = frozenset("argmax argmin argsort".split())
 _RESCALINGS = frozenset("mul multiply add sub subtract rsub div true_divide divide clamp clip clamp_min clamp_max".split())
 _EVEN = frozenset("pow square abs norm vector_norm huber_loss".split())
@@ -180,11 +181,18 @@ class _Assignment(RecordedGraph):
         for node in reversed(self.nodes):
             if node in ends or self.decodes(node, random) or any(user in leads for user in node.users):
                 leads.add(node)
-        return frozenset(n for n in scores - leads if self.rule_name(n) in _EXPONENTIALS)
+        return frozenset(n for n in scores - leads if self.is_exponential(n))
 
     def importance_weights(self, scores: set[fx.Node]) -> set[tuple[fx.Node, fx.Node]]:
         """(score, exponential of it): weights of samples, which the moments of a Gaussian log-weight would let explode."""
-        return {(n, user) for n in scores for user in n.users if user in scores and self.rule_name(user) in _EXPONENTIALS}
+        return {(n, user) for n in scores for user in n.users if user in scores and self.is_exponential(user)}
+
+    def is_exponential(self, node: fx.Node) -> bool:
+        """Of scores that are summed, a density's or a weight's: not one that leaves as it is, the rate of an example."""
+        made = self.forward_of((node,))
+        summed = (n for n in made - {node} if n.op != "output" and self.reduces(n, [x for x in n.all_input_nodes if x in made]))
+        name = self.rule_name(node)
+        return name in _SUMMING or (name in _EXPONENTIALS and any(summed))
 
     def samples_likelihood(self, node: fx.Node) -> bool:
         """A draw that is no latent, or a comparison with one: what it makes of a random value is a draw at its mean."""

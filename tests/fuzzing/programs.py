@@ -397,6 +397,8 @@ class Builder:
         """Take the line if torch runs it and its value is of a fair size."""
         scope = {**SCOPE, "self": self.model, **{name: value.probe for name, value in self.values.items()}}
         if overwrites:
+            if any(step == 0 and n > 1 for n, step in zip(scope[overwrites].shape, scope[overwrites].stride(), strict=True)):
+                return False  # an expanded tensor, which torch does not write into
             scope[overwrites] = scope[overwrites].clone()
         try:
             with torch.no_grad():
@@ -613,9 +615,9 @@ class Builder:
 
     def softmax(self) -> None:
         x = self.pick()
-        if not x:
-            return
         dim = self.rng.choice([1, -1])
+        if not x or self.values[x].probe.shape[dim] == 1:
+            return
         kind = self.rng.choice(["softmax", "softmax", "log_softmax"])
         text = self.rng.choice([f"F.{kind}(x, dim={dim})", f"torch.{kind}(x, {dim})", f"x.{kind}({dim})",
                                 f"nn.{'Softmax' if kind == 'softmax' else 'LogSoftmax'}(dim={dim})"])  # fmt: skip
