@@ -405,6 +405,14 @@ SPELLED = {
     "0.5 x (1 + erf(x / sqrt 2))": lambda x: 0.5 * x * (1 + torch.erf(x / 2**0.5)),
     "0.5 x (1 + tanh(...))": lambda x: 0.5 * x * (1 + torch.tanh(0.79788456 * (x + 0.044715 * x**3))),
     "x tanh(x)": lambda x: x * x.tanh(),
+    "1 / (1 + exp(-x))": lambda x: 1 / (1 + torch.exp(-x)),
+    "x / (1 + exp(-x))": lambda x: x / (1 + torch.exp(-x)),
+    "2 / (1 + exp(-2x)) - 1": lambda x: 2 / (1 + torch.exp(-2 * x)) - 1,
+    "log(1 + exp(x))": lambda x: torch.log(1 + torch.exp(x)),
+    "log1p(exp(x))": lambda x: x.exp().log1p(),
+    "x tanh(log(1 + exp(x)))": lambda x: x * torch.tanh(torch.log(1 + torch.exp(x))),
+    "log cosh x": lambda x: torch.log(torch.cosh(x)),
+    "-1 / (-2 + tanh x)": lambda x: -1 / (x.tanh() - 2),
 }
 
 
@@ -432,6 +440,44 @@ def test_a_function_of_several_operations_is_read_from_a_table_made_on_the_spot(
     for mine, up, down in zip((y.mean, y.var), exactly(by_var=step), exactly(by_var=-step), strict=True):
         (found,) = torch.autograd.grad(mine.sum(), v, retain_graph=True)
         torch.testing.assert_close(found.double(), (up - down) / (2 * step * torch.from_numpy(GRID[1])), rtol=2e-2, atol=1e-3)
+
+
+BOUNDED = {
+    "sqrt(1 + x^2)": lambda x: (1 + x**2) ** 0.5,
+    "x / sqrt(1 + x^2)": lambda x: x * torch.rsqrt(1 + x.square()),
+    "x / (1 + |x|)": lambda x: x / (1 + x.abs()),
+    "1 / (1 + relu(x))": lambda x: 1 / (1 + torch.relu(x)),
+    "sqrt(relu(x) + 1e-2)": lambda x: torch.sqrt(torch.relu(x) + 1e-2),
+    "log(clamp(x, 0.1))": lambda x: torch.log(x.clamp(min=0.1)),
+    "log10(sigmoid(x) + 0.01)": lambda x: torch.log10(torch.sigmoid(x) + 0.01),
+    "log2(where)": lambda x: torch.log2(torch.where(x > 0, x.square() + 1, torch.cos(x) + 2)),
+    "(3 - 2 sigmoid(x))^-1.5": lambda x: torch.pow(3 - torch.sigmoid(x) * 2, -1.5),
+    "a / (b + exp(x)), a tensor": lambda x: torch.linspace(1, 2, 5).to(x.dtype) / (0.5 + torch.exp(x)),
+    "reciprocal(1 + x x)": lambda x: torch.reciprocal(1 + x * x),
+    "1 / maximum": lambda x: torch.div(1.0, torch.clamp_min(x, 1.0) + 1),
+}
+
+
+@named("name", BOUNDED)
+def test_a_function_of_what_keeps_off_its_pole_is_one_function(name):
+    """A root, logarithm or quotient of what is known to stay inside its domain: no lognormal law, which sees the input alone."""
+    mean, var = (torch.tensor(a, requires_grad=True) for a in ([-2.0, -1.0, 0.0, 1.0, 2.0], [1.0, 2.0, 1.0, 0.5, 1.0]))
+    y = BOUNDED[name](rvconvert.RandomVariable(mean, var))
+    z = torch.linspace(-9, 9, 20001, dtype=torch.float64)[:, None]
+    values, weight = BOUNDED[name](mean.detach() + var.detach().sqrt() * z), torch.softmax(-z * z / 2, 0)
+    out = (weight * values).sum(0)
+    torch.testing.assert_close(y.mean.double(), out, rtol=2e-3, atol=1e-3)
+    torch.testing.assert_close(y.var.double(), (weight * (values - out).square()).sum(0), rtol=2e-2, atol=1e-3)
+    gradients = torch.autograd.grad(y.mean.sum() + y.var.sum(), (mean, var))
+    assert all(each.isfinite().all() for each in gradients)
+
+
+def test_two_variables_divide_by_the_inverse_of_the_second():
+    x, y = (rvconvert.RandomVariable(torch.full((3,), m), torch.full((3,), v)) for m, v in ((0.5, 2.0), (-1.0, 1.5)))
+    quotient, inverse = x / (1 + torch.exp(-y)), torch.sigmoid(y)
+    torch.testing.assert_close(quotient.mean, x.mean * inverse.mean, rtol=1e-4, atol=0)
+    square = (x.mean.square() + x.var) * (inverse.mean.square() + inverse.var)
+    torch.testing.assert_close(quotient.var, square - quotient.mean.square(), rtol=1e-3, atol=0)
 
 
 @named(

@@ -3,7 +3,9 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
+import rvconvert
 from rvconvert import REGISTRY, RandomVariable
 from rvconvert.core.registry import Exactness
 from rvconvert.rules.kinds import Collapse, Elementwise, Metadata, Read
@@ -240,3 +242,32 @@ def test_what_is_selected_before_and_after_a_change_are_two_variables():
     assert before.key != z[0].key
     assert z[0].key == z[0].key != z[1].key
     assert z[True].key != z[1].key
+
+
+@pytest.mark.parametrize("n", [2, 3, 9, 200])
+def test_a_norm_of_one_feature_among_equal_ones_has_no_negative_variance(n):
+    """Its scale is lost whatever it is, so that its variance is next to 0, a sum of terms that cancel."""
+    mean = torch.zeros(500, n)
+    mean[:, 0] = torch.linspace(-40, 40, 500)
+    var = torch.rand(500, n, generator=torch.Generator().manual_seed(0))
+    x = RandomVariable(mean, var)
+    for out in (F.layer_norm(x, (n,), eps=1e-12), F.group_norm(x, 1, eps=1e-12), F.instance_norm(x[:, None], eps=1e-12)):
+        assert bool((out.var >= 0).all())
+
+
+@pytest.mark.parametrize("copy", [lambda x: x, torch.clone, torch.detach, lambda x: x.float()])
+def test_a_term_taken_from_a_sum_again_leaves_the_other_one(copy):
+    class Hierarchy(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first = nn.Linear(3, 3)
+
+        def forward(self, z):
+            lower = self.first(z)
+            whole = copy(z + lower)
+            return lower, whole - copy(z), whole - lower, z
+
+    rv = rvconvert.convert(Hierarchy(), random_inputs=("z",), output="distribution")
+    lower, first, second, z = rv(RandomVariable(torch.randn(4, 3), torch.rand(4, 3)))
+    torch.testing.assert_close((first.mean, first.var), (lower.mean, lower.var))
+    torch.testing.assert_close((second.mean, second.var), (z.mean, z.var))

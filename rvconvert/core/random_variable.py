@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import types
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import nullcontext
@@ -79,6 +80,7 @@ class Origin:
     ``joint`` marks a function that joins elements (a softmax), which is known of the root of a law alone.
     ``affine``: a sum or product with constants, which leaves a Gaussian Gaussian.
     ``key`` is equal for equal functions of numbers alone; None where a tensor takes part.
+    ``interval``: where the variable's values lie, ends included, whatever the parent's are.
     """
 
     parent: RandomVariable
@@ -89,6 +91,7 @@ class Origin:
     joint: bool = False
     affine: bool = False
     key: Hashable | None = None
+    interval: tuple[float, float] = (-math.inf, math.inf)
 
 
 class Density(Protocol):

@@ -60,18 +60,27 @@ def fitted(function: Function) -> Smooth | None:
     if values.shape != ends.shape or values.dtype != ends.dtype or not values.isfinite().all():
         return None
     slopes = (values[1::2] - values[::2]) / (ends[1::2] - ends[::2])
-    near, middle, far = slopes.view(2, 3, -1).unbind(1)
+    near, middle, far = slopes.view(2, 3, -1).unbind(1)  # on the left and on the right
     line = (((near - far).abs() < 1e-6) & ((middle - far).abs() < 1e-6)).all(0).nonzero()
-
-    def in_double(x: Tensor) -> Tensor:  # what cancels far from 0 in several operations keeps the table's accuracy
-        return function(x.double()).to(x.dtype) if x.device.type != "mps" else function(x)
 
     for first in line[:1].flatten().tolist():
         for width in _WIDTHS[first : first + 7 : 3]:
-            curve = Smooth(in_double, width)
+            curve = Smooth(_continued(function, 60 * _WIDTHS[first], *far[:, first].tolist()), width)
             if _agrees(curve):
                 return curve
     return None
+
+
+def _continued(function: Function, end: float, left: float, right: float) -> Function:
+    """In double precision, as several operations cancel far from 0; beyond ``end`` a line, as an exponential overflows there."""
+
+    def continued(x: Tensor) -> Tensor:
+        wide = x if x.device.type == "mps" else x.double()
+        inside = wide.clamp(-end, end)
+        beyond = wide - inside
+        return (function(inside) + left * beyond.clamp(max=0.0) + right * beyond.clamp(min=0.0)).to(x.dtype)
+
+    return continued
 
 
 def _agrees(curve: Smooth) -> bool:

@@ -13,7 +13,19 @@ from torch import nn
 from rvconvert import moments as gaussian
 from rvconvert.core.random_variable import RandomVariable, random_variables
 from rvconvert.core.registry import Exactness
-from rvconvert.rules.kinds import Composite, Elementwise, Shape, add_rule, bind, everywhere, first_order, not_everywhere
+from rvconvert.rules.intervals import keeps_above, monotone, of_clamp, within
+from rvconvert.rules.kinds import (
+    Composite,
+    Elementwise,
+    Interval,
+    Shape,
+    add_rule,
+    anywhere,
+    bind,
+    everywhere,
+    first_order,
+    not_everywhere,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -44,24 +56,36 @@ def kinks_of(positions: Callable[..., tuple[float, ...]]) -> Callable[..., tuple
     return kinks
 
 
+_INTERVALS = {
+    **dict.fromkeys("relu softplus abs absolute exp exp2 square".split(), (0.0, math.inf)),
+    **dict.fromkeys("sigmoid hardsigmoid ndtr".split(), (0.0, 1.0)),
+    **dict.fromkeys("tanh softsign erf sin cos".split(), (-1.0, 1.0)),
+    **dict.fromkeys(("cosh", "i0"), (1.0, math.inf)),
+    "relu6": (0.0, 6.0),
+    "erfc": (0.0, 2.0),
+    "expm1": (-1.0, math.inf),
+    "logsigmoid": (-math.inf, 0.0),
+}
+
+
+def _interval_of(name: str) -> Callable[..., Interval]:
+    return within(*_INTERVALS[name]) if name in _INTERVALS else anywhere
+
+
 def _activation(
     name: str,
     function: Callable[..., Any],
     *modules: type[nn.Module],
     kinks: Callable[..., tuple[float, ...]] | None = None,
-    exactness: Exactness = Exactness.MOMENT_MATCHED,
-    assumption: str = _GAUSSIAN,
 ) -> None:
-    domain = not_everywhere if exactness is Exactness.APPROXIMATE else everywhere
-    explodes = name in ("exp", "expm1", "sinh", "cosh")
     kind = Elementwise(
         closed_form(function),
         kinks=kinks and kinks_of(kinks),
-        whole_line=domain,
-        explodes=explodes,
+        joins=everywhere if name in ("exp", "expm1", "sinh", "cosh") else not_everywhere,
         result_alone=name in ("relu", "tanh", "sigmoid"),
+        interval=_interval_of(name),
     )
-    add_rule(name, kind, exactness, assumption, modules=modules)
+    add_rule(name, kind, Exactness.MOMENT_MATCHED, _GAUSSIAN, modules=modules)
 
 
 def _at_zero() -> tuple[float, ...]:
@@ -98,10 +122,19 @@ _activation("sinh", gaussian.sinh)
 _activation("cosh", gaussian.cosh)
 _activation("cos", gaussian.cos)
 _activation("erf", gaussian.erf)
-_POSITIVE = "a positive, lognormal input"
-_activation("sqrt", gaussian.sqrt, exactness=Exactness.APPROXIMATE, assumption=_POSITIVE)
-_activation("rsqrt", gaussian.rsqrt, exactness=Exactness.APPROXIMATE, assumption=_POSITIVE)
-_activation("log", gaussian.log, exactness=Exactness.APPROXIMATE, assumption=_POSITIVE)
+
+
+def _of_positive(
+    name: str,
+    moments: Callable[..., Any],
+    function: Callable[[float], float],
+    least: float = 0.0,
+    assumption: str = "a positive, lognormal input, or a function of a Gaussian that keeps above 0",
+) -> None:
+    """A monotone function that is defined above ``least``: of what is known to keep above it, one function with that."""
+    inside = keeps_above(least)
+    kind = Elementwise(moments, whole_line=inside, joins=inside, interval=monotone(function, least))
+    add_rule(name, kind, Exactness.APPROXIMATE, assumption)
 
 
 def _logarithm(base: float, shift: float = 0.0) -> Any:
@@ -112,10 +145,12 @@ def _logarithm(base: float, shift: float = 0.0) -> Any:
     return moments
 
 
-add_rule("log2", Elementwise(_logarithm(2.0), whole_line=not_everywhere), Exactness.APPROXIMATE, _POSITIVE)
-add_rule("log10", Elementwise(_logarithm(10.0), whole_line=not_everywhere), Exactness.APPROXIMATE, _POSITIVE)
-_LOG1P = Elementwise(_logarithm(math.e, 1.0), whole_line=not_everywhere)
-add_rule("log1p", _LOG1P, Exactness.APPROXIMATE, "1 + x is positive and lognormal")
+_of_positive("sqrt", closed_form(gaussian.sqrt), math.sqrt)
+_of_positive("rsqrt", closed_form(gaussian.rsqrt), lambda x: x**-0.5)
+_of_positive("log", closed_form(gaussian.log), math.log)
+_of_positive("log2", _logarithm(2.0), math.log2)
+_of_positive("log10", _logarithm(10.0), math.log10)
+_of_positive("log1p", _logarithm(math.e, 1.0), math.log1p, -1.0, "1 + x is positive and lognormal, or as for log")
 
 
 def _clamp(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -133,7 +168,7 @@ def _clamp_kinks(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[float, 
 
 
 for _name in ("clamp", "clip"):
-    add_rule(_name, Elementwise(_clamp, _clamp, kinks=_clamp_kinks), Exactness.MOMENT_MATCHED, _GAUSSIAN)
+    add_rule(_name, Elementwise(_clamp, _clamp, kinks=_clamp_kinks, interval=of_clamp), Exactness.MOMENT_MATCHED, _GAUSSIAN)
 
 
 def _clamp_min(input: Any, min: Any) -> Any:
@@ -175,7 +210,8 @@ _BY_QUADRATURE = "atan arctan asinh arcsinh erfc exp2 sinc i0 i0e i1e ndtr tanhs
 _QUADRATURE_MODULES: dict[str, tuple[type[nn.Module], ...]] = {"tanhshrink": (nn.Tanhshrink,)}
 for _name in _BY_QUADRATURE:
     _modules = _QUADRATURE_MODULES.get(_name, ())
-    add_rule(_name, Elementwise(), Exactness.MOMENT_MATCHED, "a Gaussian input; quadrature", modules=_modules)
+    _kind = Elementwise(interval=_interval_of(_name))
+    add_rule(_name, _kind, Exactness.MOMENT_MATCHED, "a Gaussian input; quadrature", modules=_modules)
 
 # Defined on a part of the line, or with poles: a Gaussian has no moments under them.
 _PARTIAL = "asin acos atanh acosh arcsin arccos arctanh arccosh tan logit erfinv lgamma digamma".split()

@@ -15,14 +15,28 @@ from rvconvert.core.registry import Exactness
 from rvconvert.errors import UnsupportedOperationError
 from rvconvert.moments.quadrature import quadrature
 from rvconvert.rules.extrema import constants
+from rvconvert.rules.intervals import (
+    divisor_keeps_off_zero,
+    of_either,
+    of_negative,
+    of_power,
+    of_product,
+    of_quotient,
+    of_reversed_difference,
+    of_reversed_quotient,
+    of_sum,
+    reversed_divisor_keeps_off_zero,
+)
 from rvconvert.rules.kinds import (
     Composite,
     Elementwise,
     add_rule,
     at_means,
     bind,
+    copied,
     everywhere,
     first_order,
+    interval_of,
     is_same,
     moments,
     spread,
@@ -74,11 +88,12 @@ def _quotient(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple
         quotient: Any = like.with_moments(*_quotient(torch.div, (a, b), {}))
         whole: Any = {"floor": torch.floor, "trunc": torch.trunc}[mode](quotient)
         return whole.mean, whole.var
+    divisor = b
     (a, a_var), (b, b_var) = moments(a), moments(b)
     if b_var is None:
         mean = a / b
         return mean, spread(a_var / (b * b), mean)
-    inverse, inverse_var = gaussian.reciprocal(b, b_var)
+    inverse, inverse_var = gaussian.reciprocal(b, b_var) if a_var is None else moments(torch.reciprocal(divisor))
     mean = a * inverse
     var = inverse_var * (a * a)
     if a_var is not None:
@@ -130,11 +145,14 @@ class Sum(Elementwise):
 
 
 def _without(whole: RandomVariable, part: RandomVariable) -> RandomVariable | None:
-    """The other term of a sum that ``part`` is one of."""
-    if whole.terms is None:
-        return None
-    first, second = whole.terms
-    return second if is_same(part, first) else first if is_same(part, second) else None
+    """The other term of a sum that ``part`` is one of, or a copy of one."""
+    for first, second in (x.terms for x in copied(whole) if x.terms is not None):
+        for each in copied(part):
+            if is_same(each, first):
+                return second
+            if is_same(each, second):
+                return first
+    return None
 
 
 _LINES: dict[str, Callable[..., Any]] = {
@@ -143,11 +161,17 @@ _LINES: dict[str, Callable[..., Any]] = {
     "subtract": lambda a, b, alpha: a - alpha * b,
     "rsub": lambda a, b, alpha: b - alpha * a,
 }
+_INTERVALS: dict[str, Callable[..., Any]] = {
+    "add": of_sum(1),
+    "sub": of_sum(-1),
+    "subtract": of_sum(-1),
+    "rsub": of_reversed_difference,
+}
 for _name, _operation in _LINES.items():
-    _of_two = Sum(_sum, _sum, line=_line(_operation), affine=everywhere)
+    _of_two = Sum(_sum, _sum, line=_line(_operation), affine=everywhere, interval=_INTERVALS[_name])
     add_rule(_name, _of_two, Exactness.EXACT_IF_INDEPENDENT, _INDEPENDENT, keeps_latent=True)
 for _name in ("mul", "multiply"):
-    _kind = Elementwise(_product, _product, line=_line(lambda a, b, _: a * b), affine=everywhere)
+    _kind = Elementwise(_product, _product, line=_line(lambda a, b, _: a * b), affine=everywhere, interval=of_product)
     add_rule(_name, _kind, Exactness.EXACT_IF_INDEPENDENT, _INDEPENDENT, keeps_latent=True)
 
 
@@ -165,8 +189,9 @@ def _constant_divisor(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
 
 def _over(name: str) -> Elementwise:
     if name in ("rdiv", "reciprocal"):
-        return Elementwise(_quotient, _quotient)
-    return Elementwise(_quotient, _quotient, line=_over_number, affine=_constant_divisor)
+        return Elementwise(_quotient, _quotient, joins=reversed_divisor_keeps_off_zero, interval=of_reversed_quotient)
+    line, joins = _over_number, divisor_keeps_off_zero
+    return Elementwise(_quotient, _quotient, line=line, affine=_constant_divisor, joins=joins, interval=of_quotient)
 
 
 for _name in ("div", "divide", "true_divide", "rdiv", "reciprocal"):
@@ -185,7 +210,7 @@ def _negative(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple
 
 
 for _name in ("neg", "negative"):
-    _kind = Elementwise(_negative, line=lambda args, kwargs: (-1.0, 0.0), affine=everywhere)
+    _kind = Elementwise(_negative, line=lambda args, kwargs: (-1.0, 0.0), affine=everywhere, interval=of_negative)
     add_rule(_name, _kind, Exactness.EXACT, keeps_latent=True)
 
 
@@ -241,9 +266,19 @@ def _whole_exponent(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     return isinstance(exponent, (int, float)) and exponent >= 0 and exponent == int(exponent)
 
 
+def _fraction_of_positive(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """A root, or a negative power, of what is known to keep above 0."""
+    (x, exponent), _, _ = bind(("input", "exponent"), args, kwargs)
+    return isinstance(exponent, (int, float)) and not _whole_exponent(args, kwargs) and interval_of(x)[0] > 0
+
+
+def _has_a_power(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    return _whole_exponent(args, kwargs) or _fraction_of_positive(args, kwargs)
+
+
 add_rule(
     "pow",
-    Elementwise(_power, first_order, whole_line=_whole_exponent),
+    Elementwise(_power, first_order, whole_line=_has_a_power, joins=_fraction_of_positive, interval=of_power),
     Exactness.MOMENT_MATCHED,
     "a Gaussian input, whole powers exact; under a negative or fractional power a lognormal one",
     keeps_latent=True,
@@ -379,7 +414,9 @@ def _where_method(self: Any, condition: Any, other: Any) -> Any:
 
 
 _WHERE = "condition and branches are independent, unless all are functions of one variable"
-add_rule("where", Elementwise(_where, _where), Exactness.EXACT_IF_INDEPENDENT, _WHERE, functions=(torch.where,))
+add_rule(
+    "where", Elementwise(_where, _where, interval=of_either), Exactness.EXACT_IF_INDEPENDENT, _WHERE, functions=(torch.where,)
+)
 add_rule("Tensor.where", Composite(_where_method), Exactness.EXACT_IF_INDEPENDENT, _WHERE, functions=(torch.Tensor.where,))
 for _name in ("round", "floor", "ceil", "trunc", "fix", "frac"):
     add_rule(_name, Elementwise(), Exactness.APPROXIMATE, _STEPS)

@@ -12,6 +12,7 @@ from rvconvert import moments as gaussian
 from rvconvert.core.random_variable import RandomVariable
 from rvconvert.core.registry import Exactness
 from rvconvert.errors import UnsupportedOperationError
+from rvconvert.rules.intervals import of_extremum
 from rvconvert.rules.kinds import Composite, Elementwise, add_rule, bind, moments
 
 __all__ = ["by_pairs", "clark_maximum", "constants", "maximum_over"]
@@ -86,9 +87,10 @@ def constants(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[float, ...
 
 
 for _name, _sign in (("maximum", 1), ("minimum", -1), ("fmax", 1), ("fmin", -1)):
+    _interval = of_extremum(max if _sign > 0 else min)
     add_rule(
         _name,
-        Elementwise(_maximum(_sign), _maximum(_sign), kinks=constants, meeting=True),
+        Elementwise(_maximum(_sign), _maximum(_sign), kinks=constants, meeting=True, interval=_interval),
         Exactness.EXACT_IF_INDEPENDENT,
         "Gaussian, independent operands (Clark 1961)",
     )

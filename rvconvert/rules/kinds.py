@@ -7,6 +7,7 @@ moments. Adding an operation of a known kind takes one line; see README.md besid
 
 from __future__ import annotations
 
+import math
 import types
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import nullcontext
@@ -24,21 +25,25 @@ from rvconvert.moments.composed import composed_moments
 from rvconvert.rules.density import moments_under
 
 __all__ = [
+    "ANYWHERE",
     "MOVES_ANY_LAYOUT",
     "Bilinear",
     "Collapse",
     "Composite",
     "Elementwise",
     "FixedLinear",
+    "Interval",
     "Metadata",
     "Read",
     "Shape",
     "add_rule",
     "at_means",
     "bind",
+    "copied",
     "first_order",
     "full_precision",
     "gaussian_ancestor",
+    "interval_of",
     "is_same",
     "moments",
     "out_of_place",
@@ -253,7 +258,7 @@ class Shape:
             made.distributed(like.density.moved(lambda x: self.call(func, dict.fromkeys(present, x), rest, options)))
         if self.same and isinstance(made, RandomVariable):
             same = _of_no_gradient if getattr(func, "__name__", "") == "detach" else lambda x: func(x, *rest, **options)
-            made.derived(origin=Origin(like.snapshot(), same, line=(1.0, 0.0), affine=True))
+            made.derived(origin=Origin(like.snapshot(), same, line=(1.0, 0.0), affine=True, interval=interval_of(like)))
         if isinstance(made, RandomVariable) and getattr(func, "__name__", "") in _TRANSPOSE and made.ndim > 1:
             exchanged = like.mean.mT
             if (mean.shape, mean.stride()) == (exchanged.shape, exchanged.stride()):
@@ -425,6 +430,22 @@ def widened(product: Function, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor
 _ABOVE = dict.fromkeys(("gt", "ge", "greater", "greater_equal"), True) | dict.fromkeys(("lt", "le", "less", "less_equal"), False)
 
 
+Interval = tuple[float, float]
+ANYWHERE: Interval = (-math.inf, math.inf)
+
+
+def interval_of(value: Any) -> Interval:
+    """Where a number is, and where the values of a random variable lie, as far as that is known."""
+    if isinstance(value, RandomVariable):
+        return ANYWHERE if value.origin is None else value.origin.interval
+    return (float(value), float(value)) if isinstance(value, (int, float)) else ANYWHERE
+
+
+def anywhere(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Interval:
+    """Nothing is known of where the values lie."""
+    return ANYWHERE
+
+
 def everywhere(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     """The function is defined on the whole line, whatever its arguments."""
     return True
@@ -588,8 +609,9 @@ class Elementwise:
     a common one that is not defined on the ``whole_line``, since quadrature would leave its domain. ``kinks`` says where
     the function of one variable is not smooth, ``line`` gives its slope and shift where it is a line of plain numbers.
     A function that is ``meeting`` has a kink where two operands are equal, as maxima and comparisons have.
-    One that ``explodes``, as the exponential does, is one function with what bent its input, back to a Gaussian: the
-    closed form would give the tail of a Gaussian to what is bounded.
+    One that ``joins``, as the exponential does, or a logarithm of what is known to be positive, is one function with what
+    bent its input, back to a Gaussian: the closed form would give the tail of a Gaussian to what is bounded.
+    ``interval`` says where the values of the function lie.
     A draw that is not Gaussian is integrated over its own law, but where the function is ``affine`` in it.
     Of one with ``result_alone`` torch keeps no more than that for gradients; so here, where its input can be made again.
     """
@@ -601,7 +623,8 @@ class Elementwise:
     line: Callable[[tuple[Any, ...], dict[str, Any]], tuple[float, float] | None] | None = None
     meeting: bool = False
     affine: Callable[[tuple[Any, ...], dict[str, Any]], bool] = not_everywhere
-    explodes: bool = False
+    joins: Callable[[tuple[Any, ...], dict[str, Any]], bool] = not_everywhere
+    interval: Callable[[tuple[Any, ...], dict[str, Any]], Interval] = anywhere
     result_alone: bool = False
 
     def __call__(self, func: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> RandomVariable:
@@ -627,7 +650,7 @@ class Elementwise:
 
             direct = len(random_variables(args, kwargs)) == 1
             affine = direct and self.affine(args, kwargs)
-            if direct and whole_line and self.explodes:
+            if direct and whole_line and self.joins(args, kwargs):
                 chain = gaussian_ancestor(like)
                 if chain is not None:  # its closed form would take what is bent already as Gaussian
                     parent, kinks = chain.variable, chain.kinks
@@ -645,7 +668,8 @@ class Elementwise:
                 moments = (parent.mean.expand(shape), parent.var.expand(shape))
                 mean, var = composed_moments(key, lambda value: _as_float(function(value), value), *moments, kinks)
         line = self.line(args, kwargs) if direct and self.line is not None else None
-        origin = Origin(parent.snapshot(), function, kinks, whole_line, line, affine=affine, key=key)
+        lies = self.interval(args, kwargs)
+        origin = Origin(parent.snapshot(), function, kinks, whole_line, line, affine=affine, key=key, interval=lies)
         return like.with_moments(mean, var).derived(origin=origin)
 
     @staticmethod

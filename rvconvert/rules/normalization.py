@@ -333,7 +333,8 @@ def standardized(mean: Tensor, var: Tensor, axes: tuple[int, ...], eps: float, c
     )
     if centred:
         spread = torch.addcmul(spread, c, (v * c).sum(axes, keepdim=True), value=2 / n**2)
-    return out, spread
+    # A sum of squares, which is 0 where all other elements are alike; expanded, it rounds to either side of 0 there.
+    return out, spread.clamp(min=0.0)
 
 
 def _with_gain(mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Tensor]:
