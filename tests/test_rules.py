@@ -271,3 +271,10 @@ def test_a_term_taken_from_a_sum_again_leaves_the_other_one(copy):
     lower, first, second, z = rv(RandomVariable(torch.randn(4, 3), torch.rand(4, 3)))
     torch.testing.assert_close((first.mean, first.var), (lower.mean, lower.var))
     torch.testing.assert_close((second.mean, second.var), (z.mean, z.var))
+
+
+@pytest.mark.parametrize("function", [torch.softmax, torch.log_softmax])
+def test_a_softmax_that_is_certain_has_no_negative_variance(function):
+    mean, var = 30 * torch.randn(400, 5, generator=torch.Generator().manual_seed(0)), torch.rand(400, 5)
+    var[:, 1:] *= 1e-6
+    assert bool((function(RandomVariable(mean, var), 1).var >= 0).all())

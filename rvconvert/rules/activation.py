@@ -13,7 +13,7 @@ from torch import nn
 from rvconvert import moments as gaussian
 from rvconvert.core.random_variable import RandomVariable, random_variables
 from rvconvert.core.registry import Exactness
-from rvconvert.rules.intervals import keeps_above, monotone, of_clamp, within
+from rvconvert.rules.intervals import OFF_ZERO, keeps_above, monotone, of_clamp, within
 from rvconvert.rules.kinds import (
     Composite,
     Elementwise,
@@ -132,7 +132,7 @@ def _of_positive(
     assumption: str = "a positive, lognormal input, or a function of a Gaussian that keeps above 0",
 ) -> None:
     """A monotone function that is defined above ``least``: of what is known to keep above it, one function with that."""
-    inside = keeps_above(least)
+    inside = keeps_above(least if name != "rsqrt" else OFF_ZERO)
     kind = Elementwise(moments, whole_line=inside, joins=inside, interval=monotone(function, least))
     add_rule(name, kind, Exactness.APPROXIMATE, assumption)
 

@@ -17,6 +17,7 @@ from rvconvert.moments.quadrature import quadrature
 from rvconvert.rules.extrema import constants
 from rvconvert.rules.intervals import (
     divisor_keeps_off_zero,
+    keeps_off_zero,
     of_either,
     of_negative,
     of_power,
@@ -269,7 +270,9 @@ def _whole_exponent(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
 def _fraction_of_positive(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     """A root, or a negative power, of what is known to keep above 0."""
     (x, exponent), _, _ = bind(("input", "exponent"), args, kwargs)
-    return isinstance(exponent, (int, float)) and not _whole_exponent(args, kwargs) and interval_of(x)[0] > 0
+    if not isinstance(exponent, (int, float)) or _whole_exponent(args, kwargs):
+        return False
+    return interval_of(x)[0] > 0 if exponent > 0 else keeps_off_zero(interval_of(x)) and interval_of(x)[0] > 0
 
 
 def _has_a_power(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:

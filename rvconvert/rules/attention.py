@@ -33,8 +33,8 @@ def _softmax_in_parts(mean: Tensor, var: Tensor, dim: int) -> tuple[Tensor, Tens
     square = p * p
     part = square * var
     total = part.sum(dim, keepdim=True)
-    # J_ij = p_i (d_ij - p_j).
-    return p, torch.addcmul(torch.addcmul(part, part, p, value=-2), square, total), part, total
+    # J_ij = p_i (d_ij - p_j); a sum of terms that are no less than each of them, so that none comes out negative.
+    return p, square * torch.addcmul(total - part, var, (1 - p).square()), part, total
 
 
 def _dim(input: Any, dim: int | None) -> int:
@@ -60,9 +60,9 @@ def _log_softmax(input: Any, dim: Any = None, _stacklevel: int = 3, dtype: Any =
     with full_precision(x):
         p = torch.softmax(x.mean, dim)
         curvature = (p * (1 - p) * x.var).sum(dim, keepdim=True)
-        total = (p.square() * x.var).sum(dim, keepdim=True)
+        part = p.square() * x.var
         mean = torch.log_softmax(x.mean, dim) - 0.5 * curvature
-        return x.with_moments(mean, x.var * (1 - 2 * p) + total)
+        return x.with_moments(mean, torch.addcmul(part.sum(dim, keepdim=True) - part, x.var, (1 - p).square()))
 
 
 _SOFTMAX = "elements are independent; second order at the mean, so for variances up to about 1"

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 _POSITIVE = (0.0, math.inf)
+OFF_ZERO = 0.01  # what a clamp holds nearer to 0 is a norm that is divided by, taken as lognormal
 
 
 def within(low: float, high: float) -> Callable[..., Interval]:
@@ -39,6 +40,11 @@ def monotone(function: Callable[[float], float], above: float) -> Callable[..., 
 def keeps_above(least: float) -> Callable[..., bool]:
     """The one operand is a variable of which it is known that it keeps above a number."""
     return lambda args, kwargs: interval_of(_operands(args, kwargs)[0])[0] > least
+
+
+def keeps_off_zero(interval: Interval) -> bool:
+    """Far enough to divide by."""
+    return interval[0] >= OFF_ZERO or interval[1] <= -OFF_ZERO
 
 
 def _operands(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
@@ -99,12 +105,12 @@ def _inverse(of: Interval) -> Interval:
 def divisor_keeps_off_zero(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     """The random divisor of a / b."""
     (_, b), _, rest = bind(("input", "other"), args, kwargs)
-    return isinstance(b, RandomVariable) and not rest.get("rounding_mode") and _inverse(interval_of(b)) != ANYWHERE
+    return isinstance(b, RandomVariable) and not rest.get("rounding_mode") and keeps_off_zero(interval_of(b))
 
 
 def reversed_divisor_keeps_off_zero(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     """The random divisor of b / a."""
-    return _inverse(interval_of(_operands(args, kwargs)[0])) != ANYWHERE
+    return keeps_off_zero(interval_of(_operands(args, kwargs)[0]))
 
 
 def of_power(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Interval:
