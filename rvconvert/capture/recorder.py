@@ -60,6 +60,7 @@ _TENSOR_PROPERTIES = {
     for name in dir(torch.Tensor)
     if hasattr(attribute := getattr(torch.Tensor, name), "__get__") and not callable(attribute)
 }
+_LIKE_ANOTHER = frozenset("expand_as view_as reshape_as type_as to".split())  # of which the second argument is asked for no value
 _CONSTANT = itertools.count()
 
 
@@ -339,6 +340,9 @@ class _Recorder(TorchFunctionMode, Handler):
             self.written_back(*plain_args)
         node_args = tuple(self.argument(a) for a in args)
         node_kwargs = {k: self.argument(v) for k, v in kwargs.items()}
+        if name in _LIKE_ANOTHER:
+            node_args = (*node_args[:1], *map(self.like, node_args[1:]))
+            node_kwargs = {k: self.like(v) for k, v in node_kwargs.items()}
         if func is torch.Tensor.new and len(args) == 2 and isinstance(args[1], torch.Size):
             # new(Size) makes that size, new(tuple) a tensor of those values
             node_args = (node_args[0], self.add("call_function", torch.Size, (list(node_args[1]),), {}))
@@ -360,6 +364,14 @@ class _Recorder(TorchFunctionMode, Handler):
             self.recording.depends.add(node)
         self.finish(node, result, mutated)
         return result
+
+    def like(self, value: Any) -> Any:
+        """What is asked of a random value as for its shape and type, in its place: the answer is not random."""
+        if not (isinstance(value, fx.Node) and value in self.recording.depends):
+            return value
+        asked = self.add("call_function", torch.empty_like, (value,), {})
+        asked.meta["rule"] = self.registry.find(torch.empty_like)
+        return asked
 
     def written_back(self, target: Any, index: Any, value: Any) -> None:
         """``x[i] += y`` writes through a view and writes the view back: the whole is as fresh as the part."""

@@ -150,6 +150,12 @@ class RecordedGraph:
         factors = set(sources[0].all_input_nodes)
         return len(factors) == 2 and all(n in self.recording.depends and self.is_kind(n, Shape) for n in factors)
 
+    def values_in(self, node: fx.Node) -> list[fx.Node]:
+        """The tensors whose values go into ``node``: no sizes, nor what a view takes its shape from."""
+        if self.is_kind(node, Shape) and node.args and isinstance(node.args[0], fx.Node):
+            return [node.args[0]]
+        return [n for n in node.all_input_nodes if "shape" in n.meta]
+
     def compares(self, node: fx.Node) -> bool:
         return str(node.meta.get("dtype")) == "torch.bool"
 

@@ -154,6 +154,9 @@ class _Assignment(RecordedGraph):
             for value in dict.fromkeys(related)
             if value is not main and value in decoded and value not in losses and not self.stops_gradient(main, value)
             if self.same(value, main) or self.same(main, value)
+            # What is made of the other one's mean has no variance.
+            if not any(value in self.forward_of((user,)) for source, user in at_mean if source is main)
+            if not any(main in self.forward_of((user,)) for source, user in at_mean if source is value)
         ]
         return Roles(
             tuple(latents),
@@ -375,7 +378,7 @@ class _Assignment(RecordedGraph):
     def _is_given(self, node: fx.Node, random: set[fx.Node]) -> bool:
         """By a layer, its activation included, or by a sum of such."""
         while self.is_activation(node):
-            (node,) = node.all_input_nodes
+            (node,) = self.values_in(node)
         return node in random and (self.decodes(node, random) or self.is_sum(node, random))
 
     def extended(
@@ -415,11 +418,11 @@ class _Assignment(RecordedGraph):
 
     def is_activation(self, node: fx.Node) -> bool:
         """A function of one value and constants that ends a decoder."""
-        if len(node.all_input_nodes) != 1 or self.is_loss(node):
+        if len(self.values_in(node)) != 1 or self.is_loss(node):
             return False
         name = self.rule_name(node)
         plain = self.is_kind(node, Elementwise, Shape) or name == "softmax"
-        return plain and name not in _ERRORS and size_of(node) == size_of(node.all_input_nodes[0])
+        return plain and name not in _ERRORS and size_of(node) == size_of(self.values_in(node)[0])
 
     def scales(self, source: fx.Node, node: fx.Node) -> bool:
         """``source`` times a factor of fewer numbers, such as one for each example: a library's size, a temperature."""
