@@ -151,6 +151,7 @@ class _Recorder(TorchFunctionMode, Handler):
         path = self.tensors.get(id(tensor)) or self.attributes.get(id(tensor))
         if path is not None:
             node = self.graph.get_attr(path)
+            node.meta["requires_grad"] = tensor.requires_grad
         else:
             key = _storage_key(tensor)
             shared = self.storages.get(key) if key is not None else None

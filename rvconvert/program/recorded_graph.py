@@ -42,6 +42,7 @@ class RecordedGraph:
         for node in self.nodes:
             self._describe(node)
         self.reference = self._modules_applied_to_inputs()
+        self.filters = self._filters()
 
     # --- what a node is ----------------------------------------------------------------------------
 
@@ -119,6 +120,32 @@ class RecordedGraph:
         last = {str(n.target) for n in calls if n in self.recording.depends and self._ends_in_a_reconstruction(n)}
         return {str(n.target) for n in plain if str(n.target) in random - first - last and n not in of_mean}
 
+    def _filters(self) -> set[fx.Node]:
+        """Operations with fixed weights that inputs and what a decoder gives both go through: a window, an edge filter."""
+        by_weight: dict[str, list[fx.Node]] = {}
+        for node in self.nodes:
+            if node.op == "call_function" and self.has_weights(node):
+                for weight in self._attributes_in([n for n in node.all_input_nodes if n in self.weights]):
+                    by_weight.setdefault(weight, []).append(node)
+        found: set[fx.Node] = set()
+        for users in by_weight.values():
+            of_inputs = any(source in self.raw for n in users if n not in self.recording.depends for source in n.all_input_nodes)
+            if of_inputs and any(n in self.recording.depends for n in users):
+                found.update(users)
+        return found
+
+    def _attributes_in(self, todo: list[fx.Node]) -> set[str]:
+        """The names of the buffers that values are made of; none where a parameter is among them."""
+        found: set[str] = set()
+        while todo:
+            node = todo.pop()
+            todo += node.all_input_nodes
+            if node.meta.get("requires_grad"):
+                return set()
+            if node.op == "get_attr":
+                found.add(str(node.target))
+        return found
+
     def _ends_in_a_reconstruction(self, node: fx.Node) -> bool:
         """What leaves, or is held against an input, is of an input's size and ``node``, or an elementwise function of it."""
         todo, seen = [node], set()
@@ -138,7 +165,7 @@ class RecordedGraph:
         if not sources or "draw" in node.meta or asks(node):
             return False
         if self.has_weights(node):
-            return str(node.target) not in self.reference or node.op != "call_module"
+            return str(node.target) not in self.reference if node.op == "call_module" else node not in self.filters
         both = self.is_kind(node, Bilinear) or self.rule_name(node) in DISTANCES
         given = [n for n in node.args if isinstance(n, fx.Node) and n in random]
         return (both and len(given) > 1) or (self.by_products and self._sums_products(node, sources))

@@ -121,13 +121,15 @@ class _Assignment(RecordedGraph):
         if meeting:  # what is kept on the model beside a loss is no output
             leaves = [n for n in leaves if n in self.returned]
         chosen = list(leaves)
+        heads = self.heads(meeting, leaves)
         candidates = meeting or (set() if leaves else {source for source, _ in edges})
         candidates = candidates | {source for source, _ in compared}
         for source in (n for n in self.nodes if n in candidates):
             # What leaves may be a copy for a log, without a gradient, or for display of what the loss is made of.
             shown = source in meeting
             chosen = [source if self.is_copy(source, n, shown=shown) else n for n in chosen]
-            known = any(self.same(source, n) or self.same(n, source) or self.behind(n, source) for n in chosen)
+            known = source in heads
+            known = known or any(self.same(source, n) or self.same(n, source) or self.behind(n, source) for n in chosen)
             known = known and not (source in meeting and self.is_stage(source, chosen, random))
             if not known and not any(self.decodes_between(source, n, random) for n in leaves):
                 chosen.append(source)
@@ -297,6 +299,11 @@ class _Assignment(RecordedGraph):
         least = min((size_of(n) for n in kept if n in fits), default=0)  # fewer numbers beside it are a score: logits of classes
         return [n for n in kept if size_of(n) >= least]
 
+    def heads(self, meeting: set[fx.Node], leaves: list[fx.Node]) -> set[fx.Node]:
+        """Of the values that meet inputs, those of fewer numbers than a reconstruction: logits of classes, a reward."""
+        least = min((size_of(n) for n in (*meeting, *leaves) if self.fits_an_input(n)), default=0)
+        return {n for n in meeting if size_of(n) < least and not self.fits_an_input(n)}
+
     def stem(self, node: fx.Node, random: set[fx.Node]) -> fx.Node:
         """What ``node`` is a view or an elementwise function of, as far back as a layer."""
         while not self.decodes(node, random) and self.is_kind(node, Elementwise, Shape):
@@ -445,11 +452,21 @@ class _Assignment(RecordedGraph):
             others = [n for n in node.all_input_nodes if n not in random]
             # Not so what an encoder reads beside an input, or as the difference from it: the state before it, a canvas.
             compared = any(n in self.raw for n in others) and not self.is_kind(node, Shape) and self.is_scored(node, losses)
-            if compared or (self.is_loss(node) and any(n in self.conditioned for n in others)):
+            compared = compared or (self.is_loss(node) and any(n in self.conditioned for n in others))
+            if compared and not self.is_width(source, node):
                 return True
-            if node is user or not self.decodes(node, random):
+            # An input that meets a sum weighs it.
+            summed = self.reduces(node, [n for n in node.all_input_nodes if n in random])
+            if (node is user or not self.decodes(node, random)) and not summed:
                 todo += list(node.users)
         return False
+
+    @staticmethod
+    def is_width(source: fx.Node, loss: fx.Node) -> bool:
+        """``source`` is the variance that a Gaussian likelihood takes beside its mean."""
+        given = loss.args[2] if len(loss.args) > 2 else loss.kwargs.get("var")
+        gaussian = getattr(loss.meta.get("module_type"), "__name__", "") == "GaussianNLLLoss"
+        return given is source and (gaussian or RecordedGraph.rule_name(loss) == "gaussian_nll_loss")
 
     def is_scored(self, node: fx.Node, losses: frozenset[fx.Node]) -> bool:
         """A loss is made of ``node`` without any layer."""
