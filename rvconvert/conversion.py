@@ -93,7 +93,7 @@ class Conversion:
         self.gains = Gains()  # of covariance="calibrated"
         self.calls = 0
         self.warned: set[str] = set()
-        self.posteriors: set[str] = set()  # methods that have drawn from a posterior in training mode
+        self.posteriors: dict[str, frozenset[str]] = {}  # of methods, the layers that place their latents in training mode
         self.versions: list[int] = []
 
     # --- the two ways a random variable leaves --------------------------------------------------
@@ -194,6 +194,17 @@ class Conversion:
             names = " and ".join(self.options.random_inputs)
             why = f"{names} came as a plain tensor. Give the posterior: rvconvert.RandomVariable(mu, logvar.exp())"
         self.warn("no penalty", f"{self.plain_class.__name__}.{name} attaches no variance penalty L_c: {why}")
+
+    def warn_of_no_call(self, model: nn.Module) -> None:
+        """Say once that the model is trained and nothing called a converted method."""
+        if not self.calls and any(p.grad is not None for p in model.parameters()):
+            self.warn(
+                "never called",
+                f"{self.plain_class.__name__} has gradients, but its converted {' and '.join(self.options.methods)} was never "
+                "called, so it is trained as the plain model, without L_c. Call model(x) in the loop, or convert what the loop "
+                "calls: methods=('training_step',); a loop that encodes, samples and decodes by itself converts the decoder, "
+                "methods=('decode',), random_inputs=('z',), and gives it rvconvert.RandomVariable(mu, logvar.exp()) for a sample",
+            )
 
     def count_call(self, model: nn.Module) -> None:
         """Count; say once that gradients arrive and no parameter moves: an optimizer made before ``convert`` moves others."""
@@ -463,10 +474,10 @@ class Conversion:
 
     def roles(self, recording: Recording, name: str, model: nn.Module) -> Roles:
         """The roles in a recording of the method, which may have shown a posterior in training mode."""
-        known = not model.training and name in self.posteriors
+        known = None if model.training else self.posteriors.get(name)
         roles = assign(recording, self.options.latent, paths=not self.settings.needs_rules, posterior=known)
-        if roles.posterior and model.training:
-            self.posteriors.add(name)
+        if roles.posterior is not None and model.training:
+            self.posteriors[name] = self.posteriors.get(name, frozenset()) | roles.posterior
         return roles
 
     def refusal(self, recording: Recording, roles: Roles, name: str, model: nn.Module) -> ConversionError | None:

@@ -41,6 +41,12 @@ class ConvertedModel:
     def penalty_scale(self, value: float) -> None:
         conversion_of(self).penalty_scale = value
 
+    def train(self, mode: bool = True) -> Any:
+        """``nn.Module.train``; said once: gradients came, and no call of what was converted."""
+        conversion = conversion_of(self)
+        conversion.warn_of_no_call(self)  # type: ignore[arg-type]
+        return conversion.plain_class.train(self, mode)  # type: ignore[type-var]
+
     @property
     def conversion_options(self) -> Options:
         """How the model was converted."""

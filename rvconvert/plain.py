@@ -41,13 +41,7 @@ def to_plain(rv_model: nn.Module, latent: str = "sample") -> nn.Module:
     plain = plain_copy(rv_model)
     conversion = conversion_of(rv_model)
     methods = conversion.options.methods
-    if not conversion.calls and any(p.grad is not None for p in rv_model.parameters()):
-        conversion.warn(
-            "never called",
-            f"this model has gradients, but its converted {' and '.join(methods)} was never called, so it was trained as the "
-            "plain model, without L_c. A loop that encodes, samples and decodes by itself needs the method that does all "
-            "three, methods=(...), or a converted decoder: convert(model.decoder, random_inputs=(...))",
-        )
+    conversion.warn_of_no_call(rv_model)
     if latent == "mean":
         make_deterministic(plain, methods, frozenset(conversion.latents))
     return plain

@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributions import Bernoulli, Normal
+from torch.distributions import Bernoulli, Normal, kl_divergence
 
 import rvconvert
 from rvconvert import ConversionError
@@ -25,6 +25,7 @@ class VAE(nn.Module):
         torch.manual_seed(0)
         self.encoder, self.decoder, self.head = nn.Linear(12, 8), nn.Linear(4, 12), nn.Linear(12, 1)
         self.prior, self.scale = nn.Linear(4, 4), nn.Parameter(torch.full((12,), -0.5))
+        self.register_buffer("window", torch.full((1, 1, 3), 1 / 3))
         self.result, self.reads = result, reads
 
     def forward(self, x: Tensor) -> Any:
@@ -917,3 +918,233 @@ def test_log_q_of_a_draw_around_a_random_location_is_that_of_its_noise(width: fl
     entropy = 3 * (0.5 * math.log(2 * math.pi * 0.25) + 0.5)
     torch.testing.assert_close(log_q, torch.full((8,), -entropy), rtol=1e-4, atol=0)
     torch.testing.assert_close(squares, torch.full((8,), 0.75), rtol=1e-4, atol=0)
+
+
+# ---- beside the reconstruction ------------------------------------------------------------------------------------------
+
+
+def penalty_of(rv: nn.Module, *args: Tensor) -> float:
+    rv(*args)
+    return float(rv.last_penalty)
+
+
+LIKE_IT: dict[str, Callable[[Tensor, Tensor, VAE], Tensor]] = {
+    "expand_as": lambda y, x, m: m.scale.expand_as(y),
+    "type_as": lambda y, x, m: x.type_as(y),
+    "to": lambda y, x, m: x.to(y),
+    "view_as": lambda y, x, m: x.view_as(y),
+    "reshape_as": lambda y, x, m: x.reshape_as(y),
+}
+
+
+@pytest.mark.parametrize("name", LIKE_IT)
+def test_what_takes_its_shape_or_type_from_the_reconstruction_is_plain(name: str) -> None:
+    x = torch.rand(4, 12)
+    rv = rvconvert.convert(VAE(lambda y, x, z, mu, std, m: (y, LIKE_IT[name](y, x, m)), False), example_inputs=x)
+    alone = rvconvert.convert(VAE(lambda y, x, z, mu, std, m: y, False), example_inputs=x)
+    assert penalty_of(rv, x) == pytest.approx(penalty_of(alone, x))
+    y, other = rv(x)
+    assert type(y) is Tensor
+    torch.testing.assert_close(other, LIKE_IT[name](y, x, rv))
+
+
+LIKELIHOODS: dict[str, Callable[[Tensor, Tensor, VAE], Tensor]] = {
+    "log_prob": lambda y, x, m: -Normal(y, F.softplus(m.head(y)) + 0.1).log_prob(x).mean(),
+    "gaussian_nll_loss": lambda y, x, m: F.gaussian_nll_loss(y, x, F.softplus(m.head(y)).expand(8, 12) + 0.1),
+    "GaussianNLLLoss": lambda y, x, m: nn.GaussianNLLLoss()(y, x, torch.exp(m.head(y)).expand(8, 12)),
+    "negative binomial": lambda y, x, m: -(x * torch.log(r := F.softplus(y)) - (x + 1) * torch.log(1 + r)).mean(),
+    "factor analysis": lambda y, x, m: (
+        -torch.distributions.LowRankMultivariateNormal(y, m.decoder.weight[:, :2], m.scale.exp()).log_prob(x).mean()
+    ),
+    "a window of the model": lambda y, x, m: F.l1_loss(*(F.conv1d(each[:, None], m.window) for each in (y, x))),
+}
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("name", LIKELIHOODS)
+def test_a_likelihood_inside_has_l_c_on_the_mean_alone(name: str, weighted: bool) -> None:
+    x = torch.rand(8, 12)
+
+    def result(y: Tensor, x: Tensor, z: Tensor, mu: Tensor, std: Tensor, m: VAE) -> Tensor:
+        loss = LIKELIHOODS[name](y, x, m)
+        return loss * x[0, 0] / x.sum() if weighted else loss
+
+    rv = rvconvert.convert(VAE(result, False), example_inputs=x)
+    expected = rvconvert.convert(VAE(lambda y, *_: F.softplus(y) if name == "negative binomial" else y, False), example_inputs=x)
+    assert penalty_of(rv, x) == pytest.approx(penalty_of(expected, x), rel=1e-4)
+
+
+class TwoLevels(nn.Module):
+    """``loss(reconstruction error, KL of either level, weights)``, each of each example; ``head``: its labels and loss beside."""
+
+    def __init__(self, loss: Callable[..., Tensor], head: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second, self.posterior = nn.Linear(10, 8), nn.Linear(8, 4), nn.Linear(8, 6)
+        self.prior = nn.Sequential(nn.Linear(2, 8), nn.ReLU(), nn.Linear(8, 6))
+        self.decoder, self.classifier = nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 10)), nn.Linear(3, 5)
+        self.loss, self.head = loss, head
+
+    def forward(self, x: Tensor, w: Tensor) -> Tensor:
+        h = torch.relu(self.first(x))
+        m2, l2 = self.second(h).chunk(2, -1)
+        z2 = m2 + (0.5 * l2).exp() * torch.randn_like(m2)
+        (pm, pl), (qm, ql) = self.prior(z2).chunk(2, -1), self.posterior(h).chunk(2, -1)
+        z1 = qm + (0.5 * ql).exp() * torch.randn_like(qm)
+        error = (self.decoder(z1) - x).square().sum(-1)
+        below, above = (Normal(m, (0.5 * v).exp()) for m, v in ((qm, ql), (pm, pl)))
+        kl = kl_divergence(below, above).sum(-1) + kl_divergence(Normal(m2, (0.5 * l2).exp()), Normal(0.0, 1.0)).sum(-1)
+        loss = self.loss(error, kl, w)
+        return loss + F.cross_entropy(self.classifier(z1), w.long()) if self.head else loss
+
+
+WEIGHTED: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
+    "no weight": lambda error, kl, w: (error + kl).mean(),
+    "of each example": lambda error, kl, w: (w * (error + kl)).sum() / len(w),
+    "beta, a tensor": lambda error, kl, w: (error + w[0] * kl).mean(),
+    "the sum of a mask": lambda error, kl, w: (error + kl).sum() / w.sum(),
+}
+
+
+@pytest.mark.parametrize("head", [False, True])
+@pytest.mark.parametrize("name", WEIGHTED)
+def test_an_input_that_weighs_a_loss_and_a_head_add_no_l_c(name: str, head: bool) -> None:
+    x, w = torch.rand(4, 10), torch.ones(4)
+    rv = rvconvert.convert(TwoLevels(WEIGHTED[name], head), example_inputs=(x, w))
+    expected = rvconvert.convert(TwoLevels(WEIGHTED["no weight"], False), example_inputs=(x, w))
+    assert penalty_of(rv, x, w) == pytest.approx(penalty_of(expected, x, w))
+    rows = rvconvert.plan(TwoLevels(WEIGHTED[name], head), example_inputs=(x, w))
+    assert [row.operation for row in rows if row.role == "reconstruction"] == ["Linear"]
+
+
+class StateSpace(nn.Module):
+    """``leave`` takes reconstructions, latents, the posterior's and the prior's means, one a step; z is as large as x."""
+
+    def __init__(self, leave: Callable[..., Any]) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.posterior, self.prior, self.decoder = nn.Linear(5 + 5, 10), nn.Linear(5, 10), nn.Linear(5, 5)
+        self.leave = leave
+
+    def forward(self, x: Tensor) -> Any:
+        z, steps = x.new_zeros(len(x), 5), []
+        for t in range(x.shape[1]):
+            pm, _ = torch.tanh(self.prior(z)).chunk(2, -1)
+            qm, ql = self.posterior(torch.cat([z, x[:, t]], -1)).chunk(2, -1)
+            z = qm + (0.5 * ql).exp() * torch.randn_like(qm)
+            steps.append((self.decoder(z), z, qm, pm))
+        return self.leave(*zip(*steps, strict=True))
+
+
+RETURNED: dict[str, Callable[..., Any]] = {
+    "stacked": lambda y, z, q, p: tuple(torch.stack(each, 1) for each in (y, z, q, p)),
+    "latents": lambda y, z, q, p: (torch.stack(y, 1), torch.stack(z, 1)),
+    "posterior in lists": lambda y, z, q, p: (torch.stack(y, 1), list(q)),
+}
+
+
+@pytest.mark.parametrize("name", RETURNED)
+def test_latents_and_their_parameters_that_leave_have_no_l_c(name: str) -> None:
+    x = torch.rand(4, 3, 5)
+    rv = rvconvert.convert(StateSpace(RETURNED[name]), example_inputs=x)
+    alone = rvconvert.convert(StateSpace(lambda y, *_: torch.stack(y, 1)), example_inputs=x)
+    assert penalty_of(rv, x) == pytest.approx(penalty_of(alone, x))
+
+
+def test_a_flow_s_latent_that_a_loss_outside_is_made_of_warns() -> None:
+    def result(y: Tensor, x: Tensor, z: Tensor, mu: Tensor, std: Tensor, m: VAE) -> Any:
+        last = z + torch.tanh((z * m.scale[:4]).sum(1, keepdim=True)) * m.prior.bias
+        return m.decoder(last), z, last
+
+    x = torch.rand(4, 12)
+    rv = rvconvert.convert(VAE(result, False), example_inputs=x)
+    y, _, last = rv(x)
+    loss = F.mse_loss(y, x) - Normal(0.0, 1.0).log_prob(last).mean()
+    with pytest.warns(UserWarning, match="is no KL"):
+        loss.backward()
+
+
+def test_noise_that_is_added_to_a_latent_goes_on_being_drawn() -> None:
+    """A diffusion of the latent: the score network's target is the noise."""
+
+    def result(y: Tensor, x: Tensor, z: Tensor, mu: Tensor, std: Tensor, m: VAE) -> Any:
+        t, eps = torch.rand(len(z), 1), torch.randn_like(z)
+        return y, F.mse_loss(m.prior(torch.sqrt(1 - t) * z + torch.sqrt(t) * eps), eps)
+
+    x = torch.rand(4, 12)
+    roles = [row.role for row in rvconvert.plan(VAE(result, False), example_inputs=x) if row.role in ("latent", "nuisance")]
+    assert roles == ["latent", "nuisance", "nuisance"]
+    rv = rvconvert.convert(VAE(result, False), example_inputs=x)
+    assert not torch.equal(rv(x)[1], rv(x)[1])
+
+
+BESIDE: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "a term": lambda y, b: y + b,
+    "a term of its logarithm": lambda y, b: torch.exp(0.1 * y + b),
+    "a factor": lambda y, b: y * torch.exp(b),
+    "a place": lambda y, b: F.grid_sample(
+        y.view(-1, 1, 3, 4), b.view(-1, 1, 1, 2).expand(-1, 3, 4, 2), align_corners=False
+    ).flatten(1),
+}
+
+
+@pytest.mark.parametrize("name", BESIDE)
+def test_a_latent_that_meets_what_a_decoder_gives_is_one(name: str) -> None:
+    class Offset(VAE):
+        def forward(self, x: Tensor) -> Tensor:
+            mu, logvar = self.encoder(x).chunk(2, -1)
+            first, second = (m + torch.randn_like(m) * (0.5 * v).exp() for m, v in ((mu, logvar), (mu[:, :2], logvar[:, :2])))
+            return BESIDE[name](self.decoder(first), second if name == "a place" else second[:, :1])
+
+    x = torch.rand(4, 12)
+    rv = rvconvert.convert(Offset(None, False), example_inputs=x)  # type: ignore[arg-type]
+    assert torch.equal(rv(x), rv(x))
+    rows = rvconvert.plan(Offset(None, False), example_inputs=x)  # type: ignore[arg-type]
+    assert [row.role for row in rows if row.role in ("latent", "nuisance")] == ["latent", "latent"]
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_a_learned_prior_s_draw_in_eval_mode_goes_on_drawing(shared: bool) -> None:
+    """Drawn by the function that draws from the posterior, as from layers of its own."""
+
+    class Conditional(VAE):
+        def draw(self, moments: Tensor) -> Tensor:
+            mu, logvar = moments.chunk(2, -1)
+            return mu + torch.randn_like(mu) * (0.5 * logvar).exp()
+
+        def forward(self, c: Tensor, x: Tensor | None = None) -> Tensor:
+            if x is not None:
+                z = self.draw(self.encoder(torch.cat([x, c], 1)))
+            elif shared:
+                z = self.draw(self.encoder(torch.cat([torch.zeros(len(c), 8), c], 1)))
+            else:
+                z = self.draw(torch.cat([self.prior(c), self.prior(c)], 1))
+            return self.decoder(z)
+
+    x, c = torch.rand(8, 8), torch.rand(8, 4)
+    rv = rvconvert.convert(Conditional(None, False))  # type: ignore[arg-type]
+    assert torch.equal(rv(c, x), rv(c, x))
+    rv.eval()
+    assert torch.equal(rv(c, x), rv(c, x))
+    assert torch.allclose(rv(c), rv(c)) == shared  # by the posterior's own layers it is one
+
+
+def test_a_loop_that_calls_nothing_converted_is_told() -> None:
+    rv = rvconvert.convert(VAE(lambda y, *_: y, False))
+    x = torch.rand(4, 12)
+    mu, logvar = rv.encoder(x).chunk(2, -1)
+    F.mse_loss(rv.decoder(mu + torch.randn_like(mu) * (0.5 * logvar).exp()), x).backward()
+    with pytest.warns(UserWarning, match="never called"):
+        rv.train()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        called = rvconvert.convert(VAE(lambda y, *_: y, False))
+        called.eval().train()
+        called(x).sum().backward()
+        called.train()
+
+
+def test_a_latent_s_name_that_names_no_draw_is_refused() -> None:
+    x = torch.rand(4, 12)
+    with pytest.raises(ConversionError, match=r"latent='test_roles.py:1' names no draw in it; it draws at .*test_roles"):
+        rvconvert.convert(VAE(lambda y, *_: y, False), latent="test_roles.py:1", example_inputs=x)

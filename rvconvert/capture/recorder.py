@@ -36,7 +36,7 @@ from rvconvert.capture.python_state import (
 )
 from rvconvert.capture.recording import Recording
 from rvconvert.capture.traced_number import TracedFloat, TracedInt, ignored, traced_size, untraced
-from rvconvert.core.random_variable import RandomVariable
+from rvconvert.core.random_variable import RandomVariable, is_in_place
 from rvconvert.core.tree import flatten
 from rvconvert.errors import TracingError
 from rvconvert.places import short_place
@@ -321,7 +321,7 @@ class _Recorder(TorchFunctionMode, Handler):
             return func(*plain_args, **plain_kwargs)
         mutable = _tensors(plain_args, plain_kwargs)
         versions = [_version(x) for x in mutable]
-        target = plain_args[0] if name.endswith("_") and plain_args else None
+        target = plain_args[0] if plain_args and is_in_place(func, plain_kwargs) else None
         if isinstance(target, torch.Tensor) and _storage(target) in self.parameters:
             if _runs("torch/optim"):
                 raise TracingError(

@@ -15,10 +15,22 @@ if TYPE_CHECKING:
     from rvconvert.capture.recording import Recording
     from rvconvert.core.registry import Rule
 
-__all__ = ["DIFFERENCES", "DISTANCES", "PRODUCTS", "RecordedGraph", "asks", "asks_of", "batch_of", "rank_of", "size_of"]
+__all__ = [
+    "DIFFERENCES",
+    "DISTANCES",
+    "LOCATIONS",
+    "PRODUCTS",
+    "RecordedGraph",
+    "asks",
+    "asks_of",
+    "batch_of",
+    "rank_of",
+    "size_of",
+]
 
 PRODUCTS = frozenset("mul multiply addcmul lerp div true_divide divide".split())
 DIFFERENCES = frozenset("sub subtract rsub".split())
+LOCATIONS = frozenset("add sub subtract rsub addcmul".split())
 DISTANCES = frozenset("cdist pairwise_distance cosine_similarity dist".split())
 
 
@@ -36,7 +48,7 @@ class RecordedGraph:
         self.conditioned: set[fx.Node] = set()  # depends on an input
         self.learned: set[fx.Node] = set()  # depends on an input through a learned layer
         self.weights: set[fx.Node] = set()  # made of parameters and buffers alone
-        self.posterior = False  # the latents have one
+        self.posterior: frozenset[str] | None = None  # the layers that place the latents, which have one
         self.nuisance: set[fx.Node] = set()  # made of draws that are no latent
         self.by_products = False  # a sum of products of two latents decodes: where nothing else does
         for node in self.nodes:
@@ -182,6 +194,36 @@ class RecordedGraph:
         if self.is_kind(node, Shape) and node.args and isinstance(node.args[0], fx.Node):
             return [node.args[0]]
         return [n for n in node.all_input_nodes if "shape" in n.meta]
+
+    def placing(self, draw: fx.Node) -> set[fx.Node]:
+        """What gives a draw its location and scale, back to the layers that make it."""
+        todo = [n for n in draw.all_input_nodes if not asks_of(draw, n)]
+        chain, seen = [draw], {draw}
+        while chain:
+            node = chain.pop()
+            for user in node.users:
+                if user in seen or self.has_weights(user) or not self.is_kind(user, Elementwise, Shape):
+                    continue
+                seen.add(user)
+                others = [n for n in user.all_input_nodes if n not in seen]
+                todo += others
+                if not (self.rule_name(user) in LOCATIONS and any(n in self.learned for n in others)):  # at its location it ends
+                    chain.append(user)
+        found: set[fx.Node] = set()
+        while todo:
+            node = todo.pop()
+            if node in found or node in self.raw or node in self.weights or asks(node):
+                continue
+            found.add(node)
+            if not self.has_weights(node):
+                todo += node.all_input_nodes
+        return found
+
+    def layers_placing(self, draw: fx.Node) -> frozenset[str]:
+        """The names of the layers that give a draw its location and scale."""
+        layers = [n for n in self.placing(draw) if self.has_weights(n)]
+        weights = [n for layer in layers for n in layer.all_input_nodes if n in self.weights]
+        return frozenset(str(n.target) for n in (*layers, *weights) if n.op in ("call_module", "get_attr"))
 
     def compares(self, node: fx.Node) -> bool:
         return str(node.meta.get("dtype")) == "torch.bool"

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from rvconvert.errors import ConversionError, NonGaussianError, NoReparameterizationError, TracingError
 from rvconvert.places import short_place
+from rvconvert.program.latents import is_named
 from rvconvert.rules.kinds import value_error
 
 if TYPE_CHECKING:
@@ -47,6 +48,10 @@ def refusal(
         found = [f"  {short_place(n.meta['where'])}: {n.meta['source']}\n    {n.meta['draw'].law.refusal}" for n in others]
         found = list(dict.fromkeys(found))  # a line of a loop is one
         return NonGaussianError("\n".join([f"{label}: a latent is drawn from a law that has no random variable:", *found]))
+    unknown = [name for name in options.latent if not any(is_named(draw, name) for draw in recording.draws)]
+    if unknown and recording.draws and len(options.methods) == 1:
+        places = ", ".join(dict.fromkeys(short_place(str(n.meta["where"])) for n in recording.draws))
+        return ConversionError(f"{label}: latent={', '.join(map(repr, unknown))} names no draw in it; it draws at {places}")
     given = bool(recording.random_inputs or options.random_inputs)
     if given or any(n in roles.random for n in recording.output.all_input_nodes):
         return None

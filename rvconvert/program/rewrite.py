@@ -111,7 +111,7 @@ def to_random_variables(
     for index, leaf in enumerate(given):
         if not isinstance(leaf, fx.Node) or leaf not in roles.random or (output == "distribution" and index < kept_from):
             values.append(nodes[leaf] if isinstance(leaf, fx.Node) else leaf)
-        elif leaf in roles.decoded or leaf in roles.losses or index >= kept_from:
+        elif index >= kept_from or (leaf not in roles.hidden and (leaf in roles.decoded or leaf in roles.losses)):
             values.append(collapse(leaf))
         else:
             with graph.inserting_after(nodes[leaf]):

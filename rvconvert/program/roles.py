@@ -11,14 +11,14 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING
 
+from torch import fx
+
 from rvconvert.program.latents import find_latents, named_latents
 from rvconvert.program.recorded_graph import DIFFERENCES, PRODUCTS, RecordedGraph, asks_of, batch_of, rank_of, size_of
 from rvconvert.rules.kinds import Elementwise, Shape
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
-
-    from torch import fx
 
     from rvconvert.capture.recording import Recording
 
@@ -42,7 +42,8 @@ class Roles:
         unused: random nodes whose value nothing uses, such as a check of a distribution's arguments.
         indices: places that were picked at the means, and what is made of such alone: plain tensors.
         scores: values of a loss function, errors, and what is made of them: Python may report them, as logs do.
-        posterior: the latents are drawn from what a layer made of the input.
+        posterior: the names of the layers that place the latents, if these are drawn from what an encoder made of the input.
+        hidden: latents, and values of their size on the way to a reconstruction, that leave.
     """
 
     latents: tuple[fx.Node, ...]
@@ -56,7 +57,8 @@ class Roles:
     unused: frozenset[fx.Node]
     indices: frozenset[fx.Node]
     scores: frozenset[fx.Node]
-    posterior: bool
+    posterior: frozenset[str] | None
+    hidden: frozenset[fx.Node]
 
     def of(self, node: fx.Node) -> str:
         """The role of a node in a word; empty if it has none of its own."""
@@ -71,17 +73,19 @@ class Roles:
         return "loss" if node in self.losses else ""
 
 
-def assign(recording: Recording, named: Iterable[str] = (), *, paths: bool = False, posterior: bool = False) -> Roles:
+def assign(
+    recording: Recording, named: Iterable[str] = (), *, paths: bool = False, posterior: frozenset[str] | None = None
+) -> Roles:
     """The roles in a recording.
 
     Args:
         recording: of the method.
         named: the draws that are latents whatever they do, by the end of their ``file:line`` or their node's name.
         paths: random variables are on paths of their own, so that weights of samples are weights.
-        posterior: the method has a posterior in training: what it draws beside a condition in eval mode is the prior's.
+        posterior: the layers that place the method's latents in training, if known: what others draw in eval mode is a prior's.
     """
     graph = _Assignment(recording)
-    latents = named_latents(graph, tuple(named)) if named else find_latents(graph, posterior=posterior)
+    latents = named_latents(graph, tuple(named)) if named else find_latents(graph, posterior)
     return graph.roles(latents, paths)
 
 
@@ -114,6 +118,7 @@ class _Assignment(RecordedGraph):
         compared = self.compared(random, decoded)
         features = self.forward_of(user for _, user in compared)
         leaves = [n for n in leaving if n in decoded and n not in losses and n not in features]
+        leaves = self.without_latents(leaves, latents, random)
         leaves = self.reconstructions_that_leave(leaves, random)
         inside = self.only_towards(losses, random)
         edges = list(dict.fromkeys([*self.frontier(losses, inside, decoded, random), *compared]))
@@ -173,6 +178,7 @@ class _Assignment(RecordedGraph):
             self.indices(random),
             self.scores(random, decoded),
             self.posterior,
+            self.hidden(leaving, latents, chosen, random),
         )
 
     def drawn(self, scores: set[fx.Node], random: set[fx.Node], ends: set[fx.Node]) -> frozenset[fx.Node]:
@@ -298,6 +304,37 @@ class _Assignment(RecordedGraph):
         kept = [n for n in leaves if n not in dropped]
         least = min((size_of(n) for n in kept if n in fits), default=0)  # fewer numbers beside it are a score: logits of classes
         return [n for n in kept if size_of(n) >= least]
+
+    def without_latents(self, leaves: list[fx.Node], latents: list[fx.Node], random: set[fx.Node]) -> list[fx.Node]:
+        """Decoded values that leave, without latents and the parameters of these and of their priors, of a size with an input."""
+        parameters = {n for draw in latents for n in self.placing(draw)}
+        own = [n for n in leaves if n in parameters or any(self.stem(part, random) in parameters for part in self.parts(n))]
+        own += [n for n in leaves if n not in own and any(self.same(draw, part) for part in self.parts(n) for draw in latents)]
+        rest = [n for n in leaves if n not in own]
+        shapes = {n.meta.get("shape") for n in (*own, *latents)}
+        behind = {n: {draw for draw in latents if self.behind(draw, n)} for n in rest}
+        # Made of fewer latents than another value of an input's size: p(z_t | z_t-1) beside p(x_t | z_t).
+        whole = [behind[n] for n in rest if self.fits_an_input(n) or n.meta.get("shape") not in shapes]
+        priors = [n for n in rest if n.meta.get("shape") in shapes and any(behind[n] < each for each in whole)]
+        return [n for n in rest if n not in priors] or leaves
+
+    def parts(self, node: fx.Node) -> list[fx.Node]:
+        """What a value is joined of, as steps are stacked; itself where it is not."""
+        joined = node.args[0] if node.args and self.rule_name(node) in ("stack", "cat") else None
+        return [n for n in joined if isinstance(n, fx.Node)] if isinstance(joined, (list, tuple)) else [node]
+
+    def hidden(
+        self, leaving: list[fx.Node], latents: list[fx.Node], chosen: list[fx.Node], random: set[fx.Node]
+    ) -> frozenset[fx.Node]:
+        """Of what leaves and is no reconstruction: a latent, or what a flow makes of one."""
+        shapes = {n.meta.get("shape") for n in latents}
+        found = set()
+        for node in leaving:
+            as_it_is = any(self.same(draw, part) for draw in latents for part in self.parts(node))
+            on_the_way = node.meta.get("shape") in shapes and any(self.decodes_between(node, n, random) for n in chosen)
+            if node not in chosen and (as_it_is or on_the_way):
+                found.add(node)
+        return frozenset(found)
 
     def heads(self, meeting: set[fx.Node], leaves: list[fx.Node]) -> set[fx.Node]:
         """Of the values that meet inputs, those of fewer numbers than a reconstruction: logits of classes, a reward."""

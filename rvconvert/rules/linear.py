@@ -49,6 +49,13 @@ for _name, _operands in (("kron", ("input", "other")), ("mv", ("input", "vec")))
     add_rule(_name, Bilinear(_operands), Exactness.EXACT_IF_INDEPENDENT, _INDEPENDENT)
 for _name, _other in (("matmul", "other"), ("mm", "mat2"), ("bmm", "mat2"), ("dot", "tensor"), ("vdot", "other")):
     add_rule(_name, MatrixProduct(("input", _other)), Exactness.EXACT_IF_INDEPENDENT, _INDEPENDENT)
+add_rule(
+    "sparse.mm",
+    MatrixProduct(("mat1", "mat2")),
+    Exactness.EXACT_IF_INDEPENDENT,
+    _INDEPENDENT,
+    functions=(torch.sparse.mm,),
+)
 
 
 def _rmatmul(x: Any, other: Any) -> Any:
