@@ -47,81 +47,115 @@ def find_latents(graph: RecordedGraph, posterior: frozenset[str] | None = None) 
     return found if found or posterior is not None else _latents(graph, beside=True)
 
 
+Draws = frozenset["fx.Node"]
+_NONE: Draws = frozenset()
+
+
 def _latents(graph: RecordedGraph, *, beside: bool = False) -> list[fx.Node]:
     """The latents; with ``beside`` a draw that only stands beside the input, ``cat([x, eps])``, or shifts it is one."""
-    noise: dict[fx.Node, frozenset[fx.Node]] = {}  # draws that a value is, scaled and shifted by constants
-    posterior: dict[fx.Node, frozenset[fx.Node]] = {}  # draws that the input has placed or scaled
-    found: set[fx.Node] = set()
-    values: set[fx.Node] = set()  # a decoder's, and what is made of them
-    shifted: set[fx.Node] = set()  # draws that an input alone, through no layer, has placed
-    decoded: set[fx.Node] = set()
-    settled: set[fx.Node] = set()  # draws that have a location
-    located: set[fx.Node] = set()  # of these, the ones that an encoder has given it
-    drawn: set[fx.Node] = set()  # what is made of latents through no layer
-    none: frozenset[fx.Node] = frozenset()
-    depends = graph.recording.depends
-    for node in graph.given:
-        posterior[node] = frozenset((node,))
+    walk = _Walk(graph, beside)
     for node in graph.nodes:
-        sources = node.all_input_nodes
-        placed = none.union(*(posterior.get(n, none) for n in sources))
-        plain = none.union(*(noise.get(n, none) for n in sources))
-        if "draw" in node.meta:
-            own = frozenset((node,))
-            by_input = any(n in graph.learned or n in posterior for n in sources if not asks_of(node, n))
-            if not node.meta["draw"].can_be_latent and any(n in values for n in sources):
-                by_input = False  # a token drawn from what a decoder gives, which it takes back
-            noise[node], posterior[node] = (none, placed | own) if by_input else (own, placed)
-            if by_input:
-                settled.add(node)
-                located.add(node)
-                drawn.add(node)
-            continue
-        if node not in depends or not (placed or plain):
-            continue
-        if graph.decodes(node, depends):
-            found |= placed
-            decoded |= plain
-            posterior[node], noise[node] = placed, none
-            values.add(node)
-            continue
-        behind = [n for n in sources if n in values]
-        if behind:
-            values.add(node)
-            # A factor or a place of what a decoder gives, with a posterior of its own; a term of it, which has a location too.
-            beside_it = none.union(*(posterior.get(n, none) for n in sources if n not in values))
-            if graph.rule_name(node) in PRODUCTS or not graph.is_kind(node, Elementwise, Shape):
-                found |= beside_it
-            elif graph.rule_name(node) in LOCATIONS:
-                found |= beside_it & located
-        # What is added to a latent as it is, a diffusion's noise, has nothing of the input itself.
-        others = [n for n in sources if not noise.get(n) and n not in drawn]
-        reached = any(n in graph.learned or posterior.get(n) for n in others)
-        moves = graph.is_kind(node, Shape) or graph.rule_name(node) in _WRITES
-        fresh = none.union(*(posterior.get(n, none) for n in sources if n in drawn)) - settled
-        if plain and reached and not _gates(graph, node, noise) and (beside or not moves):
-            fresh |= plain
-            placed, plain = placed | plain, none
-        by = [n for n in others if n in graph.learned] if graph.rule_name(node) in LOCATIONS else []
-        if by:
-            settled |= fresh
-            located |= fresh if any(n not in values for n in by) else none
-        if placed and (fresh or all(not posterior.get(n) or n in drawn for n in sources)):
-            drawn.add(node)
-        if any(n in graph.raw for n in others):
-            shifted |= plain
-        if graph.compares(node) and not placed:
-            plain = none  # a mask of a fixed probability is as dropout's
-        posterior[node], noise[node] = placed, plain
+        walk.visit(node)
+    found = walk.found
     if not found:  # an encoder alone, whose sample is what it gives; noise on an input, if there is no other draw
         leaving = [n for n in graph.outputs if rank_of(n) >= 2]
-        found = set(none.union(*(posterior.get(n, none) for n in leaving)))
+        found = set(_NONE.union(*(walk.posterior.get(n, _NONE) for n in leaving)))
         if beside:
-            found = found or (shifted & decoded.union(*(noise.get(n, none) for n in leaving)))
+            found = found or (walk.shifted & walk.decoded.union(*(walk.noise.get(n, _NONE) for n in leaving)))
     return [n for n in graph.recording.draws if n in found and n.meta["draw"].law is not INTEGER]
 
 
-def _gates(graph: RecordedGraph, node: fx.Node, noise: dict[fx.Node, frozenset[fx.Node]]) -> bool:
+class _Walk:
+    """Follows draws through a graph, from its beginning to its end.
+
+    Attributes:
+        noise, posterior: of a value, the draws that it is, scaled and shifted by constants; those that the input has placed.
+        found: the latents.
+        values: what a decoder gives, and what is made of it.
+        drawn: what is made of placed draws through no layer: latents.
+        settled, located: draws that have a location; of these, the ones that an encoder has given it.
+        shifted: draws that an input alone, through no layer, has placed.
+        decoded: draws that go into a decoder as they are.
+    """
+
+    def __init__(self, graph: RecordedGraph, beside: bool) -> None:
+        self.graph, self.beside = graph, beside
+        self.noise: dict[fx.Node, Draws] = {}
+        self.posterior = {node: frozenset((node,)) for node in graph.given}
+        self.found: set[fx.Node] = set()
+        self.values: set[fx.Node] = set()
+        self.drawn: set[fx.Node] = set()
+        self.settled: set[fx.Node] = set()
+        self.located: set[fx.Node] = set()
+        self.shifted: set[fx.Node] = set()
+        self.decoded: set[fx.Node] = set()
+
+    def visit(self, node: fx.Node) -> None:
+        """The next node."""
+        depends = self.graph.recording.depends
+        if "draw" in node.meta:
+            self.draws(node)
+            return
+        placed, plain = (_NONE.union(*(of.get(n, _NONE) for n in node.all_input_nodes)) for of in (self.posterior, self.noise))
+        if node not in depends or not (placed or plain):
+            return
+        if self.graph.decodes(node, depends):
+            self.found |= placed
+            self.decoded |= plain
+            self.values.add(node)
+            self.posterior[node], self.noise[node] = placed, _NONE
+            return
+        if any(n in self.values for n in node.all_input_nodes):
+            self.meets_a_decoder(node)
+        placed, plain = self.places(node, placed, plain)
+        if self.graph.compares(node) and not placed:
+            plain = _NONE  # a mask of a fixed probability is as dropout's
+        self.posterior[node], self.noise[node] = placed, plain
+
+    def draws(self, node: fx.Node) -> None:
+        """A draw, which has parameters of its own if the input reaches its arguments."""
+        graph, own = self.graph, frozenset((node,))
+        placed = _NONE.union(*(self.posterior.get(n, _NONE) for n in node.all_input_nodes))
+        by_input = any(n in graph.learned or n in self.posterior for n in node.all_input_nodes if not asks_of(node, n))
+        if not node.meta["draw"].can_be_latent and any(n in self.values for n in node.all_input_nodes):
+            by_input = False  # a token drawn from what a decoder gives, which it takes back
+        self.noise[node], self.posterior[node] = (_NONE, placed | own) if by_input else (own, placed)
+        if by_input:
+            for held in (self.drawn, self.settled, self.located):
+                held.add(node)
+
+    def meets_a_decoder(self, node: fx.Node) -> None:
+        """A factor of what a decoder gives, or its place, is a latent if the input has placed it; a term, if at a location."""
+        self.values.add(node)
+        met = _NONE.union(*(self.posterior.get(n, _NONE) for n in node.all_input_nodes if n not in self.values))
+        if self.graph.rule_name(node) in PRODUCTS or not self.graph.is_kind(node, Elementwise, Shape):
+            self.found |= met
+        elif self.graph.rule_name(node) in LOCATIONS:
+            self.found |= met & self.located
+
+    def places(self, node: fx.Node, placed: Draws, plain: Draws) -> tuple[Draws, Draws]:
+        """The draws that the input has placed or scaled by now, and the others."""
+        graph, sources = self.graph, node.all_input_nodes
+        # What is added to a latent as it is, a diffusion's noise, has nothing of the input itself.
+        others = [n for n in sources if not self.noise.get(n) and n not in self.drawn]
+        reached = any(n in graph.learned or self.posterior.get(n) for n in others)
+        moves = graph.is_kind(node, Shape) or graph.rule_name(node) in _WRITES
+        fresh = _NONE.union(*(self.posterior.get(n, _NONE) for n in sources if n in self.drawn)) - self.settled
+        if plain and reached and not _gates(graph, node, self.noise) and (self.beside or not moves):
+            fresh |= plain
+            placed, plain = placed | plain, _NONE
+        learned = [n for n in others if n in graph.learned]
+        if learned and graph.rule_name(node) in LOCATIONS:
+            self.settled |= fresh
+            self.located |= fresh if any(n not in self.values for n in learned) else _NONE
+        if placed and (fresh or all(not self.posterior.get(n) or n in self.drawn for n in sources)):
+            self.drawn.add(node)
+        if any(n in graph.raw for n in others):
+            self.shifted |= plain
+        return placed, plain
+
+
+def _gates(graph: RecordedGraph, node: fx.Node, noise: dict[fx.Node, Draws]) -> bool:
     """A product with a draw of zeros and ones: a mask, not a scale."""
     drawn = {d.meta["draw"].law.name for n in node.all_input_nodes for d in noise.get(n, ())}
     return graph.rule_name(node) in PRODUCTS and bool(drawn) and drawn <= {"Bernoulli"}
