@@ -46,6 +46,11 @@ __all__ = ["Conversion", "Examined", "Program"]
 logger = logging.getLogger("rvconvert")
 _SAID: set[str] = set()  # once a process
 _PATIENCE = 50  # calls in training; gradients may be accumulated over some
+_OFTEN = (
+    "{} was recorded for {} kinds of call, which took several steps' time each: lengths of its inputs, or plain numbers among "
+    "its arguments, differ. Give a number that changes with every call, an annealed weight or a step, as a tensor, "
+    "torch.tensor(step); pad lengths to some sizes"
+)
 MOST_PROGRAMS = 64  # kept for each model; the one used longest ago goes
 
 
@@ -367,6 +372,7 @@ class Conversion:
             self.programs[(*situation, *kinds, self.state(situation, model))] = program
             if len(self.programs) > MOST_PROGRAMS:
                 self.programs.popitem(last=False)
+                self.warn("programs", _OFTEN.format(f"{self.plain_class.__name__}.{name}", MOST_PROGRAMS))
             return program
 
     def program(self, name: str, examined: Examined) -> Program:

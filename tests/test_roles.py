@@ -1148,3 +1148,34 @@ def test_a_latent_s_name_that_names_no_draw_is_refused() -> None:
     x = torch.rand(4, 12)
     with pytest.raises(ConversionError, match=r"latent='test_roles.py:1' names no draw in it; it draws at .*test_roles"):
         rvconvert.convert(VAE(lambda y, *_: y, False), latent="test_roles.py:1", example_inputs=x)
+
+
+@pytest.mark.parametrize("hard", [False, True])
+def test_a_category_drawn_from_what_a_decoder_gives_has_l_c_on_its_logits(hard: bool) -> None:
+    def categories(y: Tensor, *_: Any) -> Tensor:
+        return F.gumbel_softmax(y.view(-1, 3, 4), tau=0.7, hard=hard).flatten(1)
+
+    x = torch.rand(4, 12)
+    rv = rvconvert.convert(VAE(categories, False), example_inputs=x)
+    logits = rvconvert.convert(VAE(lambda y, *_: y, False), example_inputs=x)
+    assert penalty_of(rv, x) == pytest.approx(penalty_of(logits, x))
+    gradients = []
+    for penalty in (0.0, 50.0):
+        made = rvconvert.convert(VAE(categories, False), penalty=penalty)
+        torch.manual_seed(1)
+        F.mse_loss(made(x), x).backward()
+        gradients.append(made.decoder.weight.grad)
+    assert not torch.allclose(*gradients)
+
+
+def test_a_number_that_changes_with_every_call_is_said() -> None:
+    class Annealed(VAE):
+        def forward(self, x: Tensor, step: int = 0) -> Any:
+            return super().forward(x) * (1 + 0 * step)
+
+    rv = rvconvert.convert(Annealed(lambda y, *_: y, False))
+    x = torch.rand(2, 12)
+    for step in range(64):
+        rv(x, step)
+    with pytest.warns(UserWarning, match=r"torch.tensor\(step\)"):
+        rv(x, 64)

@@ -53,7 +53,7 @@ def refusal(
         places = ", ".join(dict.fromkeys(short_place(str(n.meta["where"])) for n in recording.draws))
         return ConversionError(f"{label}: latent={', '.join(map(repr, unknown))} names no draw in it; it draws at {places}")
     given = bool(recording.random_inputs or options.random_inputs)
-    if given or any(n in roles.random for n in recording.output.all_input_nodes):
+    if given or roles.reconstructions or any(n in roles.random for n in recording.output.all_input_nodes):
         return None
     return _nothing_to_convert(recording, options, plain_class, name, method)
 
