@@ -454,6 +454,8 @@ BOUNDED = {
     "(3 - 2 sigmoid(x))^-1.5": lambda x: torch.pow(3 - torch.sigmoid(x) * 2, -1.5),
     "a / (b + exp(x)), a tensor": lambda x: torch.linspace(1, 2, 5).to(x.dtype) / (0.5 + torch.exp(x)),
     "reciprocal(1 + x x)": lambda x: torch.reciprocal(1 + x * x),
+    "clamp(sigmoid(2x))": lambda x: torch.sigmoid(2 * x).clamp(1e-6, 1 - 1e-6),
+    "clamp(tanh(x), min=0)": lambda x: torch.tanh(x).clamp(min=0.0),
     "1 / maximum": lambda x: torch.div(1.0, torch.clamp_min(x, 1.0) + 1),
 }
 

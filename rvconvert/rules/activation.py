@@ -13,7 +13,7 @@ from torch import nn
 from rvconvert import moments as gaussian
 from rvconvert.core.random_variable import RandomVariable, random_variables
 from rvconvert.core.registry import Exactness
-from rvconvert.rules.intervals import OFF_ZERO, keeps_above, monotone, of_clamp, within
+from rvconvert.rules.intervals import OFF_ZERO, is_bounded, keeps_above, monotone, of_clamp, within
 from rvconvert.rules.kinds import (
     Composite,
     Elementwise,
@@ -167,8 +167,9 @@ def _clamp_kinks(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[float, 
     return tuple(float(b) for b in (*args[1:], *kwargs.values()) if isinstance(b, (int, float)))
 
 
+_CLAMP = Elementwise(_clamp, _clamp, kinks=_clamp_kinks, joins=is_bounded, interval=of_clamp)
 for _name in ("clamp", "clip"):
-    add_rule(_name, Elementwise(_clamp, _clamp, kinks=_clamp_kinks, interval=of_clamp), Exactness.MOMENT_MATCHED, _GAUSSIAN)
+    add_rule(_name, _CLAMP, Exactness.MOMENT_MATCHED, _GAUSSIAN)
 
 
 def _clamp_min(input: Any, min: Any) -> Any:

@@ -42,6 +42,11 @@ def keeps_above(least: float) -> Callable[..., bool]:
     return lambda args, kwargs: interval_of(_operands(args, kwargs)[0])[0] > least
 
 
+def is_bounded(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """The operand is a variable that keeps between two numbers, as no Gaussian does."""
+    return all(map(math.isfinite, interval_of(_operands(args, kwargs)[0])))
+
+
 def keeps_off_zero(interval: Interval) -> bool:
     """Far enough to divide by."""
     return interval[0] >= OFF_ZERO or interval[1] <= -OFF_ZERO
