@@ -27,7 +27,7 @@ _lock = threading.RLock()
 
 
 def composed_moments(
-    key: Hashable | None, function: Function, mean: Tensor, var: Tensor, kinks: Sequence[float]
+    key: Hashable | None, function: Function, mean: Tensor, var: Tensor, kinks: Sequence[float], *, wide: bool = False
 ) -> tuple[Tensor, Tensor]:
     """Moments of f(X), X ~ N(mean, var).
 
@@ -36,11 +36,14 @@ def composed_moments(
         function: elementwise, on the whole line.
         mean, var: of one shape.
         kinks: where the function or a derivative jumps.
+        wide: the function is computed in double precision: what is divided by may be lost to rounding far from the mean.
     """
     if key is not None and not kinks and mean.dtype == torch.float32 and not is_traced():
         curve = _curve(key, function)
         if curve is not None:
             return table_moments(curve, mean, var)
+    if wide and mean.dtype == torch.float32 and mean.device.type != "mps":
+        return quadrature(lambda x: function(x.double()).to(x.dtype), mean, var, kinks)
     return quadrature(function, mean, var, kinks)
 
 

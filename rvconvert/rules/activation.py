@@ -13,7 +13,7 @@ from torch import nn
 from rvconvert import moments as gaussian
 from rvconvert.core.random_variable import RandomVariable, random_variables
 from rvconvert.core.registry import Exactness
-from rvconvert.rules.intervals import OFF_ZERO, is_bounded, keeps_above, monotone, of_clamp, within
+from rvconvert.rules.intervals import OFF_ZERO, POSITIVE, is_bounded, keeps_above, monotone, of_clamp, within
 from rvconvert.rules.kinds import (
     Composite,
     Elementwise,
@@ -57,8 +57,10 @@ def kinks_of(positions: Callable[..., tuple[float, ...]]) -> Callable[..., tuple
 
 
 _INTERVALS = {
-    **dict.fromkeys("relu softplus abs absolute exp exp2 square".split(), (0.0, math.inf)),
-    **dict.fromkeys("sigmoid hardsigmoid ndtr".split(), (0.0, 1.0)),
+    **dict.fromkeys("softplus abs absolute exp exp2 square".split(), POSITIVE),
+    **dict.fromkeys("hardsigmoid ndtr".split(), (0.0, 1.0)),
+    "sigmoid": (POSITIVE[0], 1.0),
+    "relu": (0.0, math.inf),
     **dict.fromkeys("tanh softsign erf sin cos".split(), (-1.0, 1.0)),
     **dict.fromkeys(("cosh", "i0"), (1.0, math.inf)),
     "relu6": (0.0, 6.0),

@@ -15,7 +15,7 @@ from rvconvert.rules.kinds import ANYWHERE, Interval, bind, interval_of, is_same
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-_POSITIVE = (0.0, math.inf)
+POSITIVE = (math.ulp(0.0), math.inf)  # of what is never 0, but at single points
 OFF_ZERO = 0.01  # what a clamp holds nearer to 0 is a norm that is divided by, taken as lognormal
 
 
@@ -82,7 +82,7 @@ def of_negative(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Interval:
 def of_product(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Interval:
     """a b; a variable times itself is no negative number."""
     a, b = _operands(args, kwargs)
-    return _POSITIVE if isinstance(b, RandomVariable) and is_same(a, b) else _product(interval_of(a), interval_of(b))
+    return POSITIVE if isinstance(b, RandomVariable) and is_same(a, b) else _product(interval_of(a), interval_of(b))
 
 
 def _product(a: Interval, b: Interval) -> Interval:
@@ -124,7 +124,7 @@ def of_power(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Interval:
     if not isinstance(exponent, (int, float)):
         return ANYWHERE
     if exponent > 0 and exponent % 2 == 0:
-        return _POSITIVE
+        return POSITIVE
     low, high = interval_of(x)
     if low <= 0 or exponent == 0:
         return ANYWHERE

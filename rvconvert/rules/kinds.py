@@ -214,6 +214,7 @@ class Collapse:
         return at_means(func, args, kwargs)
 
 
+_KEEPS_ORDER = frozenset("expand expand_as broadcast_to view view_as reshape reshape_as flatten squeeze".split())
 _TRANSPOSE = frozenset("t transpose swapaxes swapdims permute adjoint movedim moveaxis".split())
 
 
@@ -242,6 +243,9 @@ class Shape:
         mean = self.call(func, {n: substitute(v, lambda x: x.mean) for n, v in present.items()}, rest, options)
         if mean is like.mean:  # x.float() of what is float already, x.contiguous(): the variable itself
             return like
+        name = getattr(func, "__name__", "")
+        if name in _KEEPS_ORDER and mean.shape == like.shape and isinstance(present.get("input"), RandomVariable):
+            return like  # so is what is viewed as what it is
         var = self.call(
             func,
             {n: variance_or_zero(v) if n in self.data else substitute(v, lambda x: x.mean) for n, v in present.items()},
@@ -643,18 +647,20 @@ class Elementwise:
                 return like.with_moments(*(self.independent or first_order)(func, args, kwargs))
             parent, functions, kinks, whole_line, keys = ancestor
             whole_line = whole_line and self.whole_line(args, kwargs)
+            direct = len(random_variables(args, kwargs)) == 1
+            affine = direct and self.affine(args, kwargs)
+            # A closed form, and quadrature over several operands, would take what is bent already as Gaussian.
+            joined = self.joins(args, kwargs) if direct else not (kinks or self.meeting)
+            chain = gaussian_ancestor(parent) if whole_line and joined else None
+            if chain is not None:
+                direct, parent, kinks = False, chain.variable, chain.kinks
+                functions = [_chain(chain.function, each) for each in functions]
+                keys = [None if key is None or chain.key is None else (chain.key, key) for key in keys]
 
             def function(value: torch.Tensor) -> torch.Tensor:
                 values = {id(x): f(value) for x, f in zip(inputs, functions, strict=True)}
                 return func(*substitute(args, lambda x: values[id(x)]), **substitute(kwargs, lambda x: values[id(x)]))
 
-            direct = len(random_variables(args, kwargs)) == 1
-            affine = direct and self.affine(args, kwargs)
-            if direct and whole_line and self.joins(args, kwargs):
-                chain = gaussian_ancestor(like)
-                if chain is not None:  # its closed form would take what is bent already as Gaussian
-                    parent, kinks = chain.variable, chain.kinks
-                    functions, keys, direct = [chain.function], [chain.key], False
             if direct and self.kinks is not None:
                 kinks = self.kinks(args, kwargs)
             key = _spelling(func, args, kwargs, {id(x): key for x, key in zip(inputs, keys, strict=True)})
@@ -666,7 +672,8 @@ class Elementwise:
             else:
                 shape = torch.broadcast_shapes(parent.shape, *_shapes(args, kwargs))
                 moments = (parent.mean.expand(shape), parent.var.expand(shape))
-                mean, var = composed_moments(key, lambda value: _as_float(function(value), value), *moments, kinks)
+                made = lambda value: _as_float(function(value), value)  # noqa: E731
+                mean, var = composed_moments(key, made, *moments, kinks, wide=chain is not None)
         line = self.line(args, kwargs) if direct and self.line is not None else None
         lies = self.interval(args, kwargs)
         origin = Origin(parent.snapshot(), function, kinks, whole_line, line, affine=affine, key=key, interval=lies)

@@ -186,12 +186,13 @@ def _node_by_node(program: Program, values: dict[str, RandomVariable], outcome: 
         _expect(bool((got.var >= 0).all()), f"{step.line}: a negative variance, {float(got.var.min()):.3g}")
         expected: Expected | None = reference.step(step)
         given = [values[name] for part in step.parts for name in part.inputs if name in values]
-        # What explodes, or is defined on a part of the line alone, is taken back to the Gaussian behind its input; the reference
-        # does not follow the latter.
+        # What explodes, is defined on a part of the line alone or has one variable twice is taken back to the Gaussian behind its
+        # input; the reference follows an exponential alone.
         bent = any(gaussian_ancestor(x) is not None for x in given)
         explodes = bent and re.search("exp|sinh|cosh", step.line)
         partial = bent and re.search(r"log|sqrt|/ |reciprocal|\*\* 0.5|clamp|clip", step.line)
-        if partial or any(name in beyond for part in step.parts for name in part.inputs):
+        twice = bent and len(re.findall(r"\bv\d+\b", step.line.partition("=")[2])) > 1
+        if partial or twice or any(name in beyond for part in step.parts for name in part.inputs):
             beyond.add(step.out)
         # What a term is taken from again is the other term.
         of_terms = re.search("sub| - |-=", step.line) and any(c.terms is not None for x in given for c in copied(x))
