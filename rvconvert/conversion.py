@@ -30,6 +30,7 @@ from rvconvert.errors import ConversionError, NoReparameterizationError
 from rvconvert.penalty import attach_penalty, variance_penalty
 from rvconvert.program.gains import gain_keys
 from rvconvert.program.plan import refuse_unsupported, report_graph
+from rvconvert.program.recorded_graph import Posterior
 from rvconvert.program.refusal import read_refusal, refusal
 from rvconvert.program.rewrite import compile_graph, to_random_variables
 from rvconvert.program.roles import Roles, assign
@@ -98,7 +99,7 @@ class Conversion:
         self.gains = Gains()  # of covariance="calibrated"
         self.calls = 0
         self.warned: set[str] = set()
-        self.posteriors: dict[str, frozenset[str]] = {}  # of methods, the layers that place their latents in training mode
+        self.posteriors: dict[str, Posterior] = {}  # of the latents of methods, in training mode
         self.versions: list[int] = []
 
     # --- the two ways a random variable leaves --------------------------------------------------
@@ -287,7 +288,8 @@ class Conversion:
         hooked = tuple([i for i, m in enumerate(modules) if m._forward_hooks or m._forward_pre_hooks])
         first = next((p for m in modules for p in m._parameters.values() if p is not None), None)
         weights = None if first is None else (first.dtype, first.device)
-        return (name, structure.signature(), training, hooked, weights, autocast_state())
+        known = None if model.training else self.posteriors.get(name)  # by which a prior's draw is told
+        return (name, structure.signature(), training, hooked, weights, autocast_state(), known)
 
     def state(self, situation: Any, model: nn.Module) -> tuple[Any, ...]:
         """What Python holds now of all that recordings in this situation have read."""
@@ -372,7 +374,8 @@ class Conversion:
             self.programs[(*situation, *kinds, self.state(situation, model))] = program
             if len(self.programs) > MOST_PROGRAMS:
                 self.programs.popitem(last=False)
-                self.warn("programs", _OFTEN.format(f"{self.plain_class.__name__}.{name}", MOST_PROGRAMS))
+                if "attributes" not in self.warned:
+                    self.warn("programs", _OFTEN.format(f"{self.plain_class.__name__}.{name}", MOST_PROGRAMS))
             return program
 
     def program(self, name: str, examined: Examined) -> Program:
@@ -411,7 +414,7 @@ class Conversion:
         """True where the method draws nothing in this mode but does in the other (``if self.training: ...``)."""
         if not isinstance(examined.refusal, NoReparameterizationError):
             return False
-        if any(key[0] == name for key in (*self.programs, *self.once)):
+        if name in self.posteriors or any(key[0] == name for key in (*self.programs, *self.once)):
             return True
         for other in each_mode(model):
             if other:
@@ -483,7 +486,9 @@ class Conversion:
         known = None if model.training else self.posteriors.get(name)
         roles = assign(recording, self.options.latent, paths=not self.settings.needs_rules, posterior=known)
         if roles.posterior is not None and model.training:
-            self.posteriors[name] = self.posteriors.get(name, frozenset()) | roles.posterior
+            known = self.posteriors.get(name, Posterior(frozenset(), 0))
+            layers, inputs = known.layers | roles.posterior.layers, max(known.inputs, roles.posterior.inputs)
+            self.posteriors[name] = Posterior(layers, inputs)
         return roles
 
     def refusal(self, recording: Recording, roles: Roles, name: str, model: nn.Module) -> ConversionError | None:

@@ -59,7 +59,7 @@ class ConvertedModel:
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         conversion = conversion_of(self)
-        rest = (conversion.options, conversion.gains.to_tensors(), conversion.penalty_scale)
+        rest = (conversion.options, conversion.gains.to_tensors(), conversion.penalty_scale, conversion.posteriors)
         if conversion.own:
             return _rebuilt, (plain_copy(self), *rest)  # type: ignore[arg-type]
         # Its own parameters, so that an optimizer in the same file, or another process, goes on with these.
@@ -77,7 +77,7 @@ class ConvertedModel:
         copied.places = dict(conversion.places)
         copied.gains = Gains.from_tensors(conversion.gains.to_tensors())
         copied.once, copied.penalty_scale = set(conversion.once), conversion.penalty_scale
-        copied.latents = set(conversion.latents)
+        copied.latents, copied.posteriors = set(conversion.latents), dict(conversion.posteriors)
         memo[id(self)] = made
         return made
 
@@ -86,10 +86,17 @@ def _blank(plain_class: type[nn.Module], *rest: Any) -> nn.Module:
     return _rebuilt(plain_class.__new__(plain_class), *rest)
 
 
-def _rebuilt(plain: nn.Module, options: Options, gains: dict[str, torch.Tensor], penalty_scale: float = 1.0) -> nn.Module:
+def _rebuilt(
+    plain: nn.Module,
+    options: Options,
+    gains: dict[str, torch.Tensor],
+    penalty_scale: float = 1.0,
+    posteriors: dict[str, Any] | None = None,
+) -> nn.Module:
     model = convert_copy(plain, options)
     conversion = conversion_of(model)
     conversion.gains, conversion.penalty_scale = Gains.from_tensors(gains), penalty_scale
+    conversion.posteriors = dict(posteriors or {})
     return model
 
 

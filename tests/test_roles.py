@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import math
+import pickle
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -1179,3 +1181,161 @@ def test_a_number_that_changes_with_every_call_is_said() -> None:
         rv(x, step)
     with pytest.warns(UserWarning, match=r"torch.tensor\(step\)"):
         rv(x, 64)
+
+
+# ---- which draws are latents --------------------------------------------------------------------------------------------
+
+PLACED: dict[str, Callable[..., Tensor]] = {
+    "location, then noise": lambda z, m, s, e: (z + m) + s * e,
+    "noise, then location": lambda z, m, s, e: (z + s * e) + m,
+    "both, then a latent": lambda z, m, s, e: z + (m + s * e),
+    "a random walk": lambda z, m, s, e: z + s * e,
+    "drift to a location": lambda z, m, s, e: 0.9 * z + 0.1 * m + s * e,
+}
+
+
+@pytest.mark.parametrize("name", PLACED)
+def test_a_second_latent_is_one_in_any_order_of_its_terms(name: str) -> None:
+    class Second(VAE):
+        def forward(self, x: Tensor) -> Tensor:
+            mu, logvar = self.encoder(x).chunk(2, -1)
+            z = mu + torch.randn_like(mu) * (0.5 * logvar).exp()
+            return self.decoder(PLACED[name](z, self.prior(torch.tanh(mu)), self.scale[:4].exp(), torch.randn_like(z)))
+
+    rows = rvconvert.plan(Second(None, False), example_inputs=torch.rand(4, 12))  # type: ignore[arg-type]
+    assert [row.role for row in rows if row.role in ("latent", "nuisance")] == ["latent", "latent"]
+
+
+class Encoders(VAE):
+    """One encoder in training, another one in eval mode, of as many inputs: an average of weights, a second stage."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        mu, logvar = (self.encoder(x) if self.training else self.other(x)).chunk(2, -1)
+        return self.decoder(mu + torch.randn_like(mu) * (0.5 * logvar).exp())
+
+
+def test_another_encoder_in_eval_mode_places_the_latent_still() -> None:
+    vae, x = Encoders(None, False), torch.rand(4, 12)  # type: ignore[arg-type]
+    vae.other = nn.Linear(12, 8)
+    rv = rvconvert.convert(vae)
+    rv(x)
+    rv.eval()
+    assert torch.equal(rv(x), rv(x))
+
+
+class Prior(VAE):
+    def forward(self, c: Tensor, x: Tensor | None = None) -> Tensor:
+        moments = torch.cat([self.prior(c)] * 2, 1) if x is None else self.encoder(torch.cat([x, c], 1))
+        mu, logvar = moments.chunk(2, -1)
+        return self.decoder(mu + torch.randn_like(mu) * (0.5 * logvar).exp())
+
+
+@pytest.mark.parametrize("way", ["as it is", "an evaluation first", "deepcopy", "pickle"])
+def test_a_prior_s_draw_in_eval_mode_is_known_after_training(way: str) -> None:
+    x, c = torch.rand(8, 8), torch.rand(8, 4)
+    rv = rvconvert.convert(Prior(None, False))  # type: ignore[arg-type]
+    if way == "an evaluation first":
+        rv.eval()(c)
+    rv.train()(c, x).mean().backward()
+    rv = {"deepcopy": copy.deepcopy, "pickle": lambda model: pickle.loads(pickle.dumps(model))}.get(way, lambda model: model)(rv)
+    rv.eval()
+    assert not torch.allclose(rv(c), rv(c))
+
+
+BASES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "linear": F.linear,
+    "matmul": lambda z, basis: torch.matmul(z, basis.t()),
+    "einsum": lambda z, basis: torch.einsum("bi,oi->bo", z, basis),
+}
+
+
+@pytest.mark.parametrize("inside", [False, True])
+@pytest.mark.parametrize("name", BASES)
+def test_a_basis_that_the_encoder_reads_the_input_by_decodes(name: str, inside: bool) -> None:
+    class Components(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.register_buffer("basis", torch.randn(12, 4))
+            self.encoder = nn.Linear(4, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            mu, logvar = self.encoder(torch.matmul(x, self.basis)).chunk(2, -1)
+            y = BASES[name](mu + torch.randn_like(mu) * (0.5 * logvar).exp(), self.basis)
+            return F.mse_loss(y, x) if inside else y
+
+    x = torch.rand(4, 12, generator=torch.Generator().manual_seed(1))
+    y = rvconvert.convert(Components(), output="distribution")(x) if not inside else None
+    rv = rvconvert.convert(Components(), example_inputs=x)
+    found = penalty_of(rv, x)
+    assert found > 0
+    if y is not None:
+        assert found == pytest.approx(float(rvconvert.variance_penalty(y)))
+
+
+def test_modalities_of_fewer_latents_and_of_a_latent_s_size_have_l_c() -> None:
+    class Shared(VAE):
+        def forward(self, x: Tensor, w: Tensor) -> Any:
+            mu, logvar = self.encoder(x).chunk(2, -1)
+            shared, own = (mu + torch.randn_like(mu) * (0.5 * logvar).exp() for _ in range(2))
+            return self.decoder(shared + own), self.prior(shared), mu, logvar
+
+    rows = rvconvert.plan(Shared(None, False), example_inputs=(torch.rand(4, 12), torch.rand(4, 4)))  # type: ignore[arg-type]
+    assert [row.operation for row in rows if row.role == "reconstruction"] == ["Linear", "Linear"]
+
+
+def test_a_small_term_of_the_reconstruction_is_no_head() -> None:
+    x = torch.rand(4, 12)
+    result = lambda y, x, z, mu, std, m: F.mse_loss(m.head(y) * torch.linspace(0, 1, 12) + m.decoder(z), x)  # noqa: E731
+    rows = rvconvert.plan(VAE(result, False), example_inputs=x)
+    assert [row.operation for row in rows if row.role == "reconstruction"] == ["Linear", "Linear"]
+
+
+def test_a_closed_form_of_an_inner_posterior_does_not_warn() -> None:
+    class Inner(VAE):
+        def forward(self, x: Tensor) -> Any:
+            mu, logvar = self.encoder(x).chunk(2, -1)
+            inner = self.prior(mu + torch.randn_like(mu) * (0.5 * logvar).exp())
+            return self.decoder(inner + torch.randn_like(inner) * 0.1), inner
+
+    x = torch.rand(4, 12)
+    rv = rvconvert.convert(Inner(None, False), example_inputs=x)  # type: ignore[arg-type]
+    y, inner = rv(x)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        (F.mse_loss(y, x) + kl_divergence(Normal(inner, 0.1), Normal(0.0, 1.0)).mean()).backward()
+
+
+WITHOUT: dict[str, Callable[[Tensor], Tensor]] = {
+    "the first of several": lambda h: h.max(1, keepdim=True)[0],
+    "mean and variance": lambda h: torch.var_mean(h, 1, keepdim=True)[1],
+    "copied": lambda h: torch.zeros(8, 12).copy_(h),
+    "added in place": lambda h: torch.zeros(8, 12).add_(h),
+    "scattered": lambda h: torch.zeros(8, 12).index_add_(0, torch.arange(8), h),
+}
+
+
+@pytest.mark.parametrize("side", ["encoder", "decoder"])
+@pytest.mark.parametrize("name", WITHOUT)
+def test_what_is_made_without_gradients_has_none(name: str, side: str) -> None:
+    """At a posterior that does not vary, the gradients are the plain model's."""
+
+    class Centred(VAE):
+        def centred(self, h: Tensor) -> Tensor:
+            with torch.no_grad():
+                rest = WITHOUT[name](h)
+            return h - 0.5 * rest
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = torch.tanh(x * self.scale)
+            mu, logvar = self.encoder(self.centred(h) if side == "encoder" else h).chunk(2, -1)
+            y = self.decoder(mu + torch.randn_like(mu) * (0.5 * (logvar - 40)).exp())
+            return self.centred(y) if side == "decoder" else y
+
+    vae, x = Centred(None, False), torch.rand(8, 12)  # type: ignore[arg-type]
+    rv = rvconvert.convert(vae, penalty=0.0, example_inputs=x)
+    for model in (vae, rv):
+        F.mse_loss(model(x), x).backward()
+    for name_, p in rv.named_parameters():
+        if (plain := vae.get_parameter(name_).grad) is not None:
+            torch.testing.assert_close(p.grad, plain, rtol=1e-3, atol=1e-6)

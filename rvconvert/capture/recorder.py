@@ -344,6 +344,9 @@ class _Recorder(TorchFunctionMode, Handler):
         if name in _LIKE_ANOTHER:
             node_args = (*node_args[:1], *map(self.like, node_args[1:]))
             node_kwargs = {k: self.like(v) for k, v in node_kwargs.items()}
+        if mutated and not torch._C.is_grad_enabled() and not any(x.requires_grad for x in mutated):
+            rest = fx.node.map_arg((node_args[1:], node_kwargs), self.without_gradient)
+            node_args, node_kwargs = (*node_args[:1], *rest[0]), rest[1]
         if func is torch.Tensor.new and len(args) == 2 and isinstance(args[1], torch.Size):
             # new(Size) makes that size, new(tuple) a tensor of those values
             node_args = (node_args[0], self.add("call_function", torch.Size, (list(node_args[1]),), {}))
@@ -403,16 +406,32 @@ class _Recorder(TorchFunctionMode, Handler):
         if rule is None or not isinstance(rule.kind, Metadata):  # the answer to a question about shape is not random
             self.inherit(node)
         depends = node in self.recording.depends
-        if not torch._C.is_grad_enabled() and not mutated and isinstance(result, torch.Tensor) and result.is_floating_point():
-            self.track(result, node)
-            node = self.add("call_method", "detach", (node,), {})
-            node.meta["rule"] = self.registry.find(torch.Tensor.detach)
-            self.inherit(node)
+        if not torch._C.is_grad_enabled():
+            if not mutated and isinstance(result, torch.Tensor):
+                self.track(result, node)
+                node = self.detached(node) if result.is_floating_point() else node
+            elif not mutated and _tensors(result):
+                self.track(result, node)
+                for each in _tensors(result):
+                    if each.is_floating_point():
+                        self.track(each, self.detached(self.nodes[id(each)]))
+                return
         if depends:
             for tensor in {_storage(x) or id(x): x for x in reversed(mutated)}.values():  # of views, the one that was written
                 self.write(tensor, node)
         if not (depends and any(result is tensor for tensor in mutated)):
             self.track(result, node)
+
+    def without_gradient(self, node: fx.Node) -> fx.Node:
+        """A value that is written where gradients are off."""
+        return self.detached(node) if node.meta.get("requires_grad") else node
+
+    def detached(self, node: fx.Node) -> fx.Node:
+        """The node without a gradient, as its value is where gradients are off."""
+        made = self.add("call_method", "detach", (node,), {})
+        made.meta["rule"] = self.registry.find(torch.Tensor.detach)
+        self.inherit(made)
+        return made
 
     def write(self, tensor: torch.Tensor, node: fx.Node) -> None:
         """An in-place write of what may be random: later uses of the tensor see the node."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from rvconvert.program.recorded_graph import LOCATIONS, PRODUCTS, asks_of, rank_of
+from rvconvert.program.recorded_graph import LOCATIONS, PRODUCTS, Posterior, asks_of, rank_of
 from rvconvert.rules.draws import INTEGER
 from rvconvert.rules.kinds import Elementwise, Shape
 
@@ -29,21 +29,22 @@ def is_named(draw: fx.Node, name: str) -> bool:
     return name in (draw.name, place) or place.endswith("/" + name.lstrip("/"))
 
 
-def find_latents(graph: RecordedGraph, posterior: frozenset[str] | None = None) -> list[fx.Node]:
+def find_latents(graph: RecordedGraph, posterior: Posterior | None = None) -> list[fx.Node]:
     """Draws that a decoder's value depends on and whose scale or location the input reaches.
 
     Args:
         graph: of the recording.
-        posterior: the layers that place the latents in training, where that is known: what others place, a prior's, is no latent,
-            nor is a draw that only stands beside a condition.
+        posterior: of the latents in training, where that is known. A draw that fewer inputs place, by other layers, is a prior's,
+            and no latent; nor is one that only stands beside a condition.
     """
     found = _latents(graph)
     if not found:
         graph.by_products = True
         found = _latents(graph)
-    if posterior:
-        found = [draw for draw in found if not (placed := graph.layers_placing(draw)) or placed & posterior]
-    graph.posterior = frozenset().union(*map(graph.layers_placing, found)) if found else None
+    if posterior is not None:
+        found = [n for n in found if graph.layers_placing(n) & posterior.layers or graph.inputs_placing([n]) >= posterior.inputs]
+    if found:
+        graph.posterior = Posterior(frozenset().union(*map(graph.layers_placing, found)), graph.inputs_placing(found))
     return found if found or posterior is not None else _latents(graph, beside=True)
 
 
@@ -73,6 +74,7 @@ class _Walk:
         found: the latents.
         values: what a decoder gives, and what is made of it.
         drawn: what is made of placed draws through no layer: latents.
+        scaled: draws that a parameter has scaled.
         settled, located: draws that have a location; of these, the ones that an encoder has given it.
         shifted: draws that an input alone, through no layer, has placed.
         decoded: draws that go into a decoder as they are.
@@ -85,6 +87,7 @@ class _Walk:
         self.found: set[fx.Node] = set()
         self.values: set[fx.Node] = set()
         self.drawn: set[fx.Node] = set()
+        self.scaled: set[fx.Node] = set()
         self.settled: set[fx.Node] = set()
         self.located: set[fx.Node] = set()
         self.shifted: set[fx.Node] = set()
@@ -136,8 +139,11 @@ class _Walk:
     def places(self, node: fx.Node, placed: Draws, plain: Draws) -> tuple[Draws, Draws]:
         """The draws that the input has placed or scaled by now, and the others."""
         graph, sources = self.graph, node.all_input_nodes
-        # What is added to a latent as it is, a diffusion's noise, has nothing of the input itself.
-        others = [n for n in sources if not self.noise.get(n) and n not in self.drawn]
+        if any(n in graph.weights and n.meta.get("requires_grad") for n in sources):
+            self.scaled |= plain
+        # What is added to a whole latent, a diffusion's noise, has nothing of the input or the model itself.
+        bare = not plain & self.scaled
+        others = [n for n in sources if not self.noise.get(n) and not (bare and n in self.drawn and self.is_whole(n))]
         reached = any(n in graph.learned or self.posterior.get(n) for n in others)
         moves = graph.is_kind(node, Shape) or graph.rule_name(node) in _WRITES
         fresh = _NONE.union(*(self.posterior.get(n, _NONE) for n in sources if n in self.drawn)) - self.settled
@@ -148,11 +154,21 @@ class _Walk:
         if learned and graph.rule_name(node) in LOCATIONS:
             self.settled |= fresh
             self.located |= fresh if any(n not in self.values for n in learned) else _NONE
-        if placed and (fresh or all(not self.posterior.get(n) or n in self.drawn for n in sources)):
+        if placed and (fresh or all(n in self.drawn or n not in graph.learned for n in sources)):
             self.drawn.add(node)
         if any(n in graph.raw for n in others):
             self.shifted |= plain
         return placed, plain
+
+    def is_whole(self, node: fx.Node) -> bool:
+        """A latent, or a multiple of one, that serves something else too."""
+        random = self.graph.recording.depends
+        while sum(n in random for n in node.users) < 2:
+            sources = [n for n in node.all_input_nodes if n in self.drawn]
+            if len(sources) != 1:
+                return False
+            (node,) = sources
+        return True
 
 
 def _gates(graph: RecordedGraph, node: fx.Node, noise: dict[fx.Node, Draws]) -> bool:

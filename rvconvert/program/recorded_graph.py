@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from torch import fx, nn
 
@@ -20,6 +20,7 @@ __all__ = [
     "DISTANCES",
     "LOCATIONS",
     "PRODUCTS",
+    "Posterior",
     "RecordedGraph",
     "asks",
     "asks_of",
@@ -32,6 +33,13 @@ PRODUCTS = frozenset("mul multiply addcmul lerp div true_divide divide".split())
 DIFFERENCES = frozenset("sub subtract rsub".split())
 LOCATIONS = frozenset("add sub subtract rsub addcmul".split())
 DISTANCES = frozenset("cdist pairwise_distance cosine_similarity dist".split())
+
+
+class Posterior(NamedTuple):
+    """The names of the layers that place latents, and how many inputs reach these."""
+
+    layers: frozenset[str]
+    inputs: int
 
 
 class RecordedGraph:
@@ -48,7 +56,7 @@ class RecordedGraph:
         self.conditioned: set[fx.Node] = set()  # depends on an input
         self.learned: set[fx.Node] = set()  # depends on an input through a learned layer
         self.weights: set[fx.Node] = set()  # made of parameters and buffers alone
-        self.posterior: frozenset[str] | None = None  # the layers that place the latents, which have one
+        self.posterior: Posterior | None = None  # of the latents, where they have one
         self.nuisance: set[fx.Node] = set()  # made of draws that are no latent
         self.by_products = False  # a sum of products of two latents decodes: where nothing else does
         for node in self.nodes:
@@ -141,9 +149,21 @@ class RecordedGraph:
                     by_weight.setdefault(weight, []).append(node)
         found: set[fx.Node] = set()
         for users in by_weight.values():
-            of_inputs = any(source in self.raw for n in users if n not in self.recording.depends for source in n.all_input_nodes)
-            if of_inputs and any(n in self.recording.depends for n in users):
+            plain = self._without_layers([n for n in users if n not in self.recording.depends], users, self.recording.depends)
+            random = self._without_layers([n for n in users if n in self.recording.depends], users, set())
+            if any(n in plain for each in random for n in each.all_input_nodes):  # held against each other
                 found.update(users)
+        return found
+
+    def _without_layers(self, starts: list[fx.Node], allowed: list[fx.Node], ends: set[fx.Node]) -> set[fx.Node]:
+        """What is made of ``starts`` through no layer but those ``allowed``, up to what is among ``ends``."""
+        found, todo = set(starts), list(starts)
+        while todo:
+            for user in todo.pop().users:
+                stops = user in found or user in ends or user.op == "output" or asks(user)
+                if not stops and (user in allowed or not self.has_weights(user)):
+                    found.add(user)
+                    todo.append(user)
         return found
 
     def _attributes_in(self, todo: list[fx.Node]) -> set[str]:
@@ -218,6 +238,12 @@ class RecordedGraph:
             if not self.has_weights(node):
                 todo += node.all_input_nodes
         return found
+
+    def inputs_placing(self, draws: Iterable[fx.Node]) -> int:
+        """How many of the inputs reach the location and scale of draws."""
+        placing = {n for draw in draws for n in self.placing(draw)}
+        inputs = [n for n in self.nodes if n.op == "placeholder"]
+        return sum(not placing.isdisjoint(self.forward_of((n,))) for n in inputs)
 
     def layers_placing(self, draw: fx.Node) -> frozenset[str]:
         """The names of the layers that give a draw its location and scale."""

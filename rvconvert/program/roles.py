@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from torch import fx
 
 from rvconvert.program.latents import find_latents, named_latents
-from rvconvert.program.recorded_graph import DIFFERENCES, PRODUCTS, RecordedGraph, asks_of, batch_of, rank_of, size_of
+from rvconvert.program.recorded_graph import DIFFERENCES, PRODUCTS, Posterior, RecordedGraph, asks_of, batch_of, rank_of, size_of
 from rvconvert.rules.kinds import Elementwise, Shape
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ class Roles:
         unused: random nodes whose value nothing uses, such as a check of a distribution's arguments.
         indices: places that were picked at the means, and what is made of such alone: plain tensors.
         scores: values of a loss function, errors, and what is made of them: Python may report them, as logs do.
-        posterior: the names of the layers that place the latents, if these are drawn from what an encoder made of the input.
+        posterior: of the latents, if these are drawn from what an encoder made of the input.
         hidden: latents, and values of their size on the way to a reconstruction, that leave.
     """
 
@@ -57,7 +57,7 @@ class Roles:
     unused: frozenset[fx.Node]
     indices: frozenset[fx.Node]
     scores: frozenset[fx.Node]
-    posterior: frozenset[str] | None
+    posterior: Posterior | None
     hidden: frozenset[fx.Node]
 
     def of(self, node: fx.Node) -> str:
@@ -73,16 +73,14 @@ class Roles:
         return "loss" if node in self.losses else ""
 
 
-def assign(
-    recording: Recording, named: Iterable[str] = (), *, paths: bool = False, posterior: frozenset[str] | None = None
-) -> Roles:
+def assign(recording: Recording, named: Iterable[str] = (), *, paths: bool = False, posterior: Posterior | None = None) -> Roles:
     """The roles in a recording.
 
     Args:
         recording: of the method.
         named: the draws that are latents whatever they do, by the end of their ``file:line`` or their node's name.
         paths: random variables are on paths of their own, so that weights of samples are weights.
-        posterior: the layers that place the method's latents in training, if known: what others draw in eval mode is a prior's.
+        posterior: of the method's latents in training, if known: what fewer inputs place, by other layers, is a prior's draw.
     """
     graph = _Assignment(recording)
     latents = named_latents(graph, tuple(named)) if named else find_latents(graph, posterior)
@@ -101,6 +99,8 @@ _EVEN = frozenset("pow square abs norm vector_norm huber_loss".split())
 class _Assignment(RecordedGraph):
     """The roles of a graph's nodes, given its latents."""
 
+    decoded: set[fx.Node]
+
     def roles(self, latents: list[fx.Node], paths: bool) -> Roles:
         """Reconstructions and losses, given the latents."""
         self.nuisance = self.forward_of(n for n in self.recording.draws if n not in latents)
@@ -112,6 +112,7 @@ class _Assignment(RecordedGraph):
             decoded = self.closure(random, lambda n: self.decodes(n, random))
         if not decoded and self.given:  # a bare decoder of functions alone
             decoded = {n for n in random if n not in self.given}
+        self.decoded = decoded
         loss_like = self.loss_like(random, decoded)
         leaving = [n for n in dict.fromkeys(self.outputs) if n in random]
         losses = frozenset(n for n in leaving if n in loss_like)
@@ -122,11 +123,12 @@ class _Assignment(RecordedGraph):
         leaves = self.reconstructions_that_leave(leaves, random)
         inside = self.only_towards(losses, random)
         edges = list(dict.fromkeys([*self.frontier(losses, inside, decoded, random), *compared]))
-        meeting = {source for source, user in edges if self.meets_input(source, user, inside, random, losses)}
+        meets = [(source, self.meets_input(source, user, inside, random, losses)) for source, user in edges]
+        meeting = {source for source, at in meets if at is not None}
         if meeting:  # what is kept on the model beside a loss is no output
             leaves = [n for n in leaves if n in self.returned]
         chosen = list(leaves)
-        heads = self.heads(meeting, leaves)
+        heads = self.heads(meets, leaves)
         candidates = meeting or (set() if leaves else {source for source, _ in edges})
         candidates = candidates | {source for source, _ in compared}
         for source in (n for n in self.nodes if n in candidates):
@@ -311,12 +313,22 @@ class _Assignment(RecordedGraph):
         own = [n for n in leaves if n in parameters or any(self.stem(part, random) in parameters for part in self.parts(n))]
         own += [n for n in leaves if n not in own and any(self.same(draw, part) for part in self.parts(n) for draw in latents)]
         rest = [n for n in leaves if n not in own]
-        shapes = {n.meta.get("shape") for n in (*own, *latents)}
+        shapes = {n.meta.get("shape") for n in own}
         behind = {n: {draw for draw in latents if self.behind(draw, n)} for n in rest}
         # Made of fewer latents than another value of an input's size: p(z_t | z_t-1) beside p(x_t | z_t).
         whole = [behind[n] for n in rest if self.fits_an_input(n) or n.meta.get("shape") not in shapes]
-        priors = [n for n in rest if n.meta.get("shape") in shapes and any(behind[n] < each for each in whole)]
+        alike = [n for n in rest if n.meta.get("shape") in shapes and any(self.is_part(n) == self.is_part(m) for m in own)]
+        priors = [n for n in alike if any(behind[n] < each for each in whole)]
         return [n for n in rest if n not in priors] or leaves
+
+    def is_part(self, node: fx.Node) -> bool:
+        """One of several results of a layer, as a mean and a log-variance are."""
+        node = self.parts(node)[0]
+        while self.is_kind(node, Elementwise, Shape) and len(self.values_in(node)) == 1:
+            if "part" in node.meta:
+                return True
+            (node,) = self.values_in(node)
+        return False
 
     def parts(self, node: fx.Node) -> list[fx.Node]:
         """What a value is joined of, as steps are stacked; itself where it is not."""
@@ -328,18 +340,22 @@ class _Assignment(RecordedGraph):
     ) -> frozenset[fx.Node]:
         """Of what leaves and is no reconstruction: a latent, or what a flow makes of one."""
         shapes = {n.meta.get("shape") for n in latents}
+        parameters = {n for draw in latents for n in self.placing(draw)}
         found = set()
         for node in leaving:
             as_it_is = any(self.same(draw, part) for draw in latents for part in self.parts(node))
             on_the_way = node.meta.get("shape") in shapes and any(self.decodes_between(node, n, random) for n in chosen)
-            if node not in chosen and (as_it_is or on_the_way):
+            if node not in chosen and node not in parameters and (as_it_is or on_the_way):
                 found.add(node)
         return frozenset(found)
 
-    def heads(self, meeting: set[fx.Node], leaves: list[fx.Node]) -> set[fx.Node]:
-        """Of the values that meet inputs, those of fewer numbers than a reconstruction: logits of classes, a reward."""
-        least = min((size_of(n) for n in (*meeting, *leaves) if self.fits_an_input(n)), default=0)
-        return {n for n in meeting if size_of(n) < least and not self.fits_an_input(n)}
+    def heads(self, meets: list[tuple[fx.Node, fx.Node | None]], leaves: list[fx.Node]) -> set[fx.Node]:
+        """Of the values that meet inputs, those of fewer numbers than a reconstruction that meets others: logits, a reward."""
+        fitting = [(n, at) for n, at in meets if at is not None and self.fits_an_input(n)]
+        least = min((size_of(n) for n in (*(n for n, _ in fitting), *leaves) if self.fits_an_input(n)), default=0)
+        places = {at for _, at in fitting}  # a term of it meets the input where it does
+        small = {n for n, at in meets if at is not None and size_of(n) < least and not self.fits_an_input(n)}
+        return small - {n for n, at in meets if at in places}
 
     def stem(self, node: fx.Node, random: set[fx.Node]) -> fx.Node:
         """What ``node`` is a view or an elementwise function of, as far back as a layer."""
@@ -474,12 +490,13 @@ class _Assignment(RecordedGraph):
         name = self.rule_name(node)
         if name not in PRODUCTS - {"addcmul", "lerp"} or len(factors) != 1 or (name[:3] != "mul" and node.args[0] is not source):
             return False
-        return size_of(factors[0]) < size_of(source) == size_of(node) and not self.behind(source, factors[0])
+        weights = factors[0] in self.decoded  # of a mixture of what a decoder gives
+        return not weights and size_of(factors[0]) < size_of(source) == size_of(node) and not self.behind(source, factors[0])
 
     def meets_input(
         self, source: fx.Node, user: fx.Node, inside: set[fx.Node], random: set[fx.Node], losses: frozenset[fx.Node]
-    ) -> bool:
-        """On its way to the loss, through no other layer, the value meets an input."""
+    ) -> fx.Node | None:
+        """Where on its way to the loss, through no other layer, the value meets an input."""
         todo, seen = [user], set()
         while todo:
             node = todo.pop()
@@ -491,12 +508,12 @@ class _Assignment(RecordedGraph):
             compared = any(n in self.raw for n in others) and not self.is_kind(node, Shape) and self.is_scored(node, losses)
             compared = compared or (self.is_loss(node) and any(n in self.conditioned for n in others))
             if compared and not self.is_width(source, node):
-                return True
+                return node
             # An input that meets a sum weighs it.
             summed = self.reduces(node, [n for n in node.all_input_nodes if n in random])
             if (node is user or not self.decodes(node, random)) and not summed:
                 todo += list(node.users)
-        return False
+        return None
 
     @staticmethod
     def is_width(source: fx.Node, loss: fx.Node) -> bool:
