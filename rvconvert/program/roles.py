@@ -123,7 +123,9 @@ class _Assignment(RecordedGraph):
         leaves = self.reconstructions_that_leave(leaves, random)
         inside = self.only_towards(losses, random)
         edges = list(dict.fromkeys([*self.frontier(losses, inside, decoded, random), *compared]))
-        meets = [(source, self.meets_input(source, user, inside, random, losses)) for source, user in edges]
+        found = [(edge, self.meets_input(*edge, inside, random, losses)) for edge in edges]
+        edges = [edge if at is None else self.whole(*edge, at, random) for edge, at in found]
+        meets = [(source, at) for (source, _), (_, at) in zip(edges, found, strict=True)]
         meeting = {source for source, at in meets if at is not None}
         if meeting:  # what is kept on the model beside a loss is no output
             leaves = [n for n in leaves if n in self.returned]
@@ -510,17 +512,39 @@ class _Assignment(RecordedGraph):
             if compared and not self.is_width(source, node):
                 return node
             # An input that meets a sum weighs it.
-            summed = self.reduces(node, [n for n in node.all_input_nodes if n in random])
+            summed = self.reduces(node, [n for n in node.all_input_nodes if n in random]) and not self.fits_an_input(node)
             if (node is user or not self.decodes(node, random)) and not summed:
                 todo += list(node.users)
         return None
 
-    @staticmethod
-    def is_width(source: fx.Node, loss: fx.Node) -> bool:
-        """``source`` is the variance that a Gaussian likelihood takes beside its mean."""
+    def whole(self, source: fx.Node, user: fx.Node, at: fx.Node, random: set[fx.Node]) -> tuple[fx.Node, fx.Node]:
+        """The edge, moved to where a value as large as the input meets it: what layers give may be mixed or summed before."""
+        met = [n for n in at.all_input_nodes if n in random and self.behind(source, n)]
+        sizes = [size_of(n) for n in at.all_input_nodes if n in self.raw and self.is_step_of_input(n)]
+        if len(met) != 1 or met[0] is source or size_of(met[0]) not in sizes:
+            return source, user
+        way = self.between(source, met[0])
+        apart = any(self.rule_name(n) in _ERRORS or self.is_loss(n) or self.is_one_of_several(n, random) for n in way)
+        return (source, user) if apart else (met[0], at)
+
+    def is_one_of_several(self, node: fx.Node, random: set[fx.Node]) -> bool:
+        """Some of the elements of a value of which others are used too, as a mean beside a log-variance."""
+        selected = [n for n in self.values_in(node) if "part" in node.meta or size_of(node) < size_of(n)]
+        used = [[user for user in n.users if user in random and "int" not in str(user.meta.get("dtype"))] for n in selected]
+        return self.is_kind(node, Shape) and any(len(users) > 1 for users in used)
+
+    def is_step_of_input(self, node: fx.Node) -> bool:
+        """An input, or what is selected of one, more than a number for each example."""
+        while node.op != "placeholder" and self.is_kind(node, Shape) and len(self.values_in(node)) == 1:
+            (node,) = self.values_in(node)
+        return node.op == "placeholder" and rank_of(node) >= 2
+
+    def is_width(self, source: fx.Node, loss: fx.Node) -> bool:
+        """``source`` makes the variance that a Gaussian likelihood takes beside its mean."""
         given = loss.args[2] if len(loss.args) > 2 else loss.kwargs.get("var")
         gaussian = getattr(loss.meta.get("module_type"), "__name__", "") == "GaussianNLLLoss"
-        return given is source and (gaussian or RecordedGraph.rule_name(loss) == "gaussian_nll_loss")
+        likelihood = gaussian or self.rule_name(loss) == "gaussian_nll_loss"
+        return likelihood and isinstance(given, fx.Node) and self.same(source, given)
 
     def is_scored(self, node: fx.Node, losses: frozenset[fx.Node]) -> bool:
         """A loss is made of ``node`` without any layer."""
