@@ -512,3 +512,29 @@ def test_a_tensor_in_a_function_of_several_operations_gets_its_gradient(monkeypa
     slope = sum(side * (each.mean.sum() + each.var.sum()) for side, each in zip((1, -1), moved, strict=True)) / (2 * step)
     assert float(found) == pytest.approx(float(slope), rel=2e-2)
     assert not composed._found
+
+
+SOFTMAXES = {
+    "twice": lambda h: torch.exp(h) / torch.exp(h).sum(1, keepdim=True),
+    "once": lambda h: (e := h.exp()) / e.sum(dim=-1, keepdim=True),
+    "less the maximum": lambda h: (e := torch.exp(h - h.max(1, keepdim=True)[0])) / e.sum(1, keepdim=True),
+    "less the maximum, in place": lambda h: (e := torch.exp(h - h.amax(-1, keepdim=True).detach())).div_(torch.sum(e, 1, True)),
+}
+
+
+@named("name", SOFTMAXES)
+def test_a_softmax_written_out_is_one(name):
+    generator = torch.Generator().manual_seed(0)
+    h = rvconvert.RandomVariable(2 * torch.randn(3, 4, generator=generator), torch.rand(3, 4, generator=generator))
+    made, expected = SOFTMAXES[name](h), torch.softmax(h, 1)
+    torch.testing.assert_close((made.mean, made.var), (expected.mean, expected.var))
+
+
+def test_exponentials_over_another_sum_are_no_softmax():
+    h = rvconvert.RandomVariable(torch.zeros(3, 4), torch.full((3, 4), 0.1))
+    for made in (
+        h.exp() / (2 * h).exp().sum(1, keepdim=True),
+        h.exp() / h.exp().sum(0, keepdim=True) * 1,
+        h / h.exp().sum(1, keepdim=True),
+    ):
+        assert not torch.allclose(made.var, torch.softmax(h, 1).var)

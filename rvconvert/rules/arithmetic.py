@@ -40,6 +40,7 @@ from rvconvert.rules.kinds import (
     interval_of,
     is_same,
     moments,
+    rows_of,
     spread,
     unique,
 )
@@ -130,7 +131,9 @@ class Sum(Elementwise):
         name = getattr(func, "__name__", "")
         both = isinstance(a, RandomVariable) and isinstance(b, RandomVariable) and alpha in (None, 1)
         if not both or a.shape != b.shape:
-            return super().__call__(func, args, kwargs)
+            made = super().__call__(func, args, kwargs)
+            rows = rows_of(b) if both and name in ("sub", "sub_", "subtract", "__sub__", "__isub__") else None
+            return made.carrying(rows._replace(shifted=True)) if rows is not None and is_same(a, rows.of) else made
         if name in ("add", "add_", "__add__", "__radd__", "__iadd__"):
             made = super().__call__(func, args, kwargs)
             noisy = made.origin is None and (a.latent or b.latent)
@@ -188,11 +191,36 @@ def _constant_divisor(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     return not isinstance(b, RandomVariable) and not rest.get("rounding_mode")
 
 
+@dataclass(frozen=True)
+class Quotient(Elementwise):
+    """A quotient, which knows a softmax written out: exponentials, perhaps of what was shifted first, over their sum."""
+
+    def __call__(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> RandomVariable:
+        (a, b, mode), _, _ = bind(("input", "other", "rounding_mode"), args, kwargs)
+        rows = rows_of(b) if isinstance(b, RandomVariable) and isinstance(a, RandomVariable) and mode is None else None
+        if rows is not None and not rows.shifted:
+            exponent, summed = _exponent(a), _exponent(rows.of)
+            if exponent is not None and summed is not None and is_same(exponent, summed):
+                shift = rows_of(exponent)
+                of: Any = shift.of if shift is not None and shift.shifted and shift.dim == rows.dim else exponent
+                return torch.softmax(of, rows.dim)  # type: ignore[return-value]
+        return super().__call__(func, args, kwargs)
+
+
+def _exponent(x: RandomVariable) -> RandomVariable | None:
+    """The variable that ``x`` is the exponential of."""
+    for each in copied(x):
+        key = None if each.origin is None else each.origin.key
+        if isinstance(key, tuple) and getattr(key[0], "__name__", "") == "exp" and key[1:] == ((RandomVariable, ()),):
+            return each.origin.parent  # type: ignore[union-attr]
+    return None
+
+
 def _over(name: str) -> Elementwise:
     if name in ("rdiv", "reciprocal"):
         return Elementwise(_quotient, _quotient, joins=reversed_divisor_keeps_off_zero, interval=of_reversed_quotient)
     line, joins = _over_number, divisor_keeps_off_zero
-    return Elementwise(_quotient, _quotient, line=line, affine=_constant_divisor, joins=joins, interval=of_quotient)
+    return Quotient(_quotient, _quotient, line=line, affine=_constant_divisor, joins=joins, interval=of_quotient)
 
 
 for _name in ("div", "divide", "true_divide", "rdiv", "reciprocal"):

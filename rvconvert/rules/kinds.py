@@ -34,6 +34,7 @@ __all__ = [
     "FixedLinear",
     "Interval",
     "Metadata",
+    "OfRows",
     "Read",
     "Shape",
     "add_rule",
@@ -49,6 +50,7 @@ __all__ = [
     "out_of_place",
     "own_python",
     "recomputed",
+    "rows_of",
     "same_map",
     "spread",
     "substitute",
@@ -142,6 +144,19 @@ def copied(x: RandomVariable) -> Iterator[RandomVariable]:
     while x.origin is not None and x.origin.line == (1.0, 0.0):
         x = x.origin.parent
         yield x
+
+
+class OfRows(NamedTuple):
+    """Carried by a sum or maximum of a variable over a dimension that is kept, and by the variable ``shifted`` by one."""
+
+    of: RandomVariable
+    dim: int
+    shifted: bool = False
+
+
+def rows_of(x: RandomVariable) -> OfRows | None:
+    """What ``x``, or what it is a copy of, carries of this kind."""
+    return next((each.carried for each in copied(x) if isinstance(each.carried, OfRows)), None)
 
 
 def transposes(a: RandomVariable, b: RandomVariable) -> bool:
@@ -595,8 +610,14 @@ def _shapes(*values: Any) -> Iterator[torch.Size]:
             yield from _shapes(*value.values())
 
 
-def _as_float(value: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    return value if value.is_floating_point() else value.to(like.dtype)
+def _of_floats(function: Function) -> Function:
+    """``function`` with numbers in the place of truth values, as a comparison gives."""
+
+    def made(value: torch.Tensor) -> torch.Tensor:
+        result = function(value)
+        return result if result.is_floating_point() else result.to(value.dtype)
+
+    return made
 
 
 def _chain(first: Function, second: Function) -> Function:
@@ -672,8 +693,7 @@ class Elementwise:
             else:
                 shape = torch.broadcast_shapes(parent.shape, *_shapes(args, kwargs))
                 moments = (parent.mean.expand(shape), parent.var.expand(shape))
-                made = lambda value: _as_float(function(value), value)  # noqa: E731
-                mean, var = composed_moments(key, made, *moments, kinks, wide=chain is not None)
+                mean, var = composed_moments(key, _of_floats(function), *moments, kinks, wide=chain is not None)
         line = self.line(args, kwargs) if direct and self.line is not None else None
         lies = self.interval(args, kwargs)
         origin = Origin(parent.snapshot(), function, kinks, whole_line, line, affine=affine, key=key, interval=lies)

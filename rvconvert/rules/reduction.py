@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 from rvconvert.core.registry import Exactness
 from rvconvert.moments import sigmoid, softplus
 from rvconvert.rules.extrema import by_pairs
-from rvconvert.rules.kinds import Composite, FixedLinear, add_rule, same_map
+from rvconvert.rules.kinds import Composite, FixedLinear, OfRows, add_rule, bind, same_map
 from rvconvert.rules.normalization import standardized
 
 if TYPE_CHECKING:
@@ -29,7 +30,21 @@ def _mean_square(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Te
     return out * (out.numel() / var.numel())
 
 
-for _name in ("sum", "nansum", "cumsum", "trace", "sum_to_size"):
+@dataclass(frozen=True)
+class Total(FixedLinear):
+    """A sum, which over one dimension knows what it is the sum of."""
+
+    def __call__(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> RandomVariable:
+        made = super().__call__(func, args, kwargs)
+        (x, dim, keepdim), _, _ = bind(("input", "dim", "keepdim"), args, kwargs)
+        dims = dim if isinstance(dim, (list, tuple)) else (dim,)
+        if keepdim and len(dims) == 1 and isinstance(dims[0], int):
+            made.carrying(OfRows(x.snapshot(), dims[0] % x.ndim))
+        return made
+
+
+add_rule("sum", Total(same_map), Exactness.EXACT_IF_INDEPENDENT, _INDEPENDENT)
+for _name in ("nansum", "cumsum", "trace", "sum_to_size"):
     add_rule(_name, FixedLinear(same_map), Exactness.EXACT_IF_INDEPENDENT, _INDEPENDENT)
 for _name in ("mean", "nanmean"):
     add_rule(_name, FixedLinear(_mean_square), Exactness.EXACT_IF_INDEPENDENT, _INDEPENDENT)
