@@ -288,8 +288,11 @@ class Conversion:
         hooked = tuple([i for i, m in enumerate(modules) if m._forward_hooks or m._forward_pre_hooks])
         first = next((p for m in modules for p in m._parameters.values() if p is not None), None)
         weights = None if first is None else (first.dtype, first.device)
-        known = None if model.training else self.posteriors.get(name)  # by which a prior's draw is told
-        return (name, structure.signature(), training, hooked, weights, autocast_state(), known)
+        return (name, structure.signature(), training, hooked, weights, autocast_state(), self.posterior_of(name, model))
+
+    def posterior_of(self, name: str, model: nn.Module) -> Posterior | None:
+        """In eval mode, what training has shown of the method's latents, by which a prior's draw is told."""
+        return None if model.training else self.posteriors.get(name)
 
     def state(self, situation: Any, model: nn.Module) -> tuple[Any, ...]:
         """What Python holds now of all that recordings in this situation have read."""
@@ -483,8 +486,8 @@ class Conversion:
 
     def roles(self, recording: Recording, name: str, model: nn.Module) -> Roles:
         """The roles in a recording of the method, which may have shown a posterior in training mode."""
-        known = None if model.training else self.posteriors.get(name)
-        roles = assign(recording, self.options.latent, paths=not self.settings.needs_rules, posterior=known)
+        posterior = self.posterior_of(name, model)
+        roles = assign(recording, self.options.latent, paths=not self.settings.needs_rules, posterior=posterior)
         if roles.posterior is not None and model.training:
             known = self.posteriors.get(name, Posterior(frozenset(), 0))
             layers, inputs = known.layers | roles.posterior.layers, max(known.inputs, roles.posterior.inputs)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import pickle
+import time
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -1361,3 +1362,10 @@ def test_l_c_inside_is_where_it_is_if_the_reconstruction_leaves(name: str) -> No
     inside = rvconvert.convert(VAE(lambda y, x, z, mu, std, m: F.mse_loss(MADE[name](y, z, m), x), False), example_inputs=x)
     returned = rvconvert.convert(VAE(lambda y, x, z, mu, std, m: MADE[name](y, z, m), False), example_inputs=x)
     assert penalty_of(inside, x) == pytest.approx(penalty_of(returned, x), rel=1e-4)
+
+
+def test_a_long_sequence_in_lists_converts_in_seconds() -> None:
+    """Roles of many values that leave: what lies behind each is found once, not for each pair."""
+    start = time.perf_counter()
+    rvconvert.convert(StateSpace(lambda *steps: tuple(map(list, steps))), example_inputs=torch.rand(4, 30, 5))
+    assert time.perf_counter() - start < 20

@@ -47,6 +47,7 @@ class RecordedGraph:
 
     def __init__(self, recording: Recording) -> None:
         self.recording = recording
+        self._ahead: dict[fx.Node, set[fx.Node]] = {}
         self.nodes = list(recording.graph.nodes)
         self.given = set(recording.random_inputs)
         self.outputs = list(recording.output.all_input_nodes)
@@ -239,11 +240,15 @@ class RecordedGraph:
                 todo += node.all_input_nodes
         return found
 
+    def parameters_of(self, draws: Iterable[fx.Node]) -> set[fx.Node]:
+        """What is ``placing`` any of the draws."""
+        return {n for draw in draws for n in self.placing(draw)}
+
     def inputs_placing(self, draws: Iterable[fx.Node]) -> int:
         """How many of the inputs reach the location and scale of draws."""
-        placing = {n for draw in draws for n in self.placing(draw)}
+        placing = self.parameters_of(draws)
         inputs = [n for n in self.nodes if n.op == "placeholder"]
-        return sum(not placing.isdisjoint(self.forward_of((n,))) for n in inputs)
+        return sum(not placing.isdisjoint(self.ahead_of(n)) for n in inputs)
 
     def layers_placing(self, draw: fx.Node) -> frozenset[str]:
         """The names of the layers that give a draw its location and scale."""
@@ -294,18 +299,24 @@ class RecordedGraph:
                 found.add(node)
         return found
 
+    def ahead_of(self, node: fx.Node) -> set[fx.Node]:
+        """``node`` and what is made of it; found once."""
+        if node not in self._ahead:
+            self._ahead[node] = self.forward_of((node,))
+        return self._ahead[node]
+
     def behind(self, first: fx.Node, second: fx.Node) -> bool:
         """True where ``second`` is made of ``first``."""
-        return second in self.forward_of((first,))
+        return second in self.ahead_of(first)
 
     def between(self, first: fx.Node, second: fx.Node) -> list[fx.Node]:
         """The nodes on the ways from ``first`` to ``second``, ``second`` among them."""
-        ahead = self.forward_of((first,)) - {first}
+        ahead = self.ahead_of(first)
         found, todo = [], [second]
         seen: set[fx.Node] = set()
         while todo:
             node = todo.pop()
-            if node in ahead and node not in seen:
+            if node in ahead and node is not first and node not in seen:
                 seen.add(node)
                 found.append(node)
                 todo += node.all_input_nodes

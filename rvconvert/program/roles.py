@@ -166,8 +166,8 @@ class _Assignment(RecordedGraph):
             if value is not main and value in decoded and value not in losses and not self.stops_gradient(main, value)
             if self.same(value, main) or self.same(main, value)
             # What is made of the other one's mean has no variance.
-            if not any(value in self.forward_of((user,)) for source, user in at_mean if source is main)
-            if not any(main in self.forward_of((user,)) for source, user in at_mean if source is value)
+            if not any(value in self.ahead_of(user) for source, user in at_mean if source is main)
+            if not any(main in self.ahead_of(user) for source, user in at_mean if source is value)
         ]
         return Roles(
             tuple(latents),
@@ -204,7 +204,7 @@ class _Assignment(RecordedGraph):
 
     def is_exponential(self, node: fx.Node) -> bool:
         """Of scores that are summed, a density's or a weight's: not one that leaves as it is, the rate of an example."""
-        made = self.forward_of((node,))
+        made = self.ahead_of(node)
         summed = (n for n in made - {node} if n.op != "output" and self.reduces(n, [x for x in n.all_input_nodes if x in made]))
         name = self.rule_name(node)
         return name in _SUMMING or (name in _EXPONENTIALS and any(summed))
@@ -311,9 +311,9 @@ class _Assignment(RecordedGraph):
 
     def without_latents(self, leaves: list[fx.Node], latents: list[fx.Node], random: set[fx.Node]) -> list[fx.Node]:
         """Decoded values that leave, without latents and the parameters of these and of their priors, of a size with an input."""
-        parameters = {n for draw in latents for n in self.placing(draw)}
+        parameters = self.parameters_of(latents)
         own = [n for n in leaves if n in parameters or any(self.stem(part, random) in parameters for part in self.parts(n))]
-        own += [n for n in leaves if n not in own and any(self.same(draw, part) for part in self.parts(n) for draw in latents)]
+        own += [n for n in leaves if n not in own and self.is_latent(n, latents)]
         rest = [n for n in leaves if n not in own]
         shapes = {n.meta.get("shape") for n in own}
         behind = {n: {draw for draw in latents if self.behind(draw, n)} for n in rest}
@@ -322,6 +322,10 @@ class _Assignment(RecordedGraph):
         alike = [n for n in rest if n.meta.get("shape") in shapes and any(self.is_part(n) == self.is_part(m) for m in own)]
         priors = [n for n in alike if any(behind[n] < each for each in whole)]
         return [n for n in rest if n not in priors] or leaves
+
+    def is_latent(self, node: fx.Node, latents: list[fx.Node]) -> bool:
+        """A latent, or several of them joined."""
+        return any(self.same(draw, part) for part in self.parts(node) for draw in latents)
 
     def is_part(self, node: fx.Node) -> bool:
         """One of several results of a layer, as a mean and a log-variance are."""
@@ -342,12 +346,11 @@ class _Assignment(RecordedGraph):
     ) -> frozenset[fx.Node]:
         """Of what leaves and is no reconstruction: a latent, or what a flow makes of one."""
         shapes = {n.meta.get("shape") for n in latents}
-        parameters = {n for draw in latents for n in self.placing(draw)}
+        parameters = self.parameters_of(latents)
         found = set()
         for node in leaving:
-            as_it_is = any(self.same(draw, part) for draw in latents for part in self.parts(node))
             on_the_way = node.meta.get("shape") in shapes and any(self.decodes_between(node, n, random) for n in chosen)
-            if node not in chosen and node not in parameters and (as_it_is or on_the_way):
+            if node not in chosen and node not in parameters and (self.is_latent(node, latents) or on_the_way):
                 found.add(node)
         return frozenset(found)
 
@@ -391,7 +394,7 @@ class _Assignment(RecordedGraph):
             if node.op == "call_module" and str(node.target) in self.reference and node in random:
                 sources = [n for n in node.all_input_nodes if n in random]
                 whole = len(sources) == 1 and sources[0] in decoded and self.fits_an_input(sources[0])
-                if whole and not any(self.decodes(n, random) for n in self.forward_of((node,))):
+                if whole and not any(self.decodes(n, random) for n in self.ahead_of(node)):
                     found.append((sources[0], node))
         return found
 
