@@ -42,3 +42,13 @@ def test_logsumexp_leaves_out_what_is_masked():
     y = torch.logsumexp(x, 1)
     torch.testing.assert_close(y.mean, torch.tensor([0.5, -torch.inf]).double())
     torch.testing.assert_close(y.var[0], torch.tensor(0.3).double())
+
+
+def test_an_exponential_of_a_slope_that_is_a_tensor():
+    """In double precision inside, which the slopes, of single precision, meet."""
+    torch.manual_seed(0)
+    mean, slope = torch.linspace(-2, 2, 9), torch.tensor([0.3])
+    y = torch.expm1(0.4 * torch.nn.functional.prelu(RandomVariable(mean, torch.full((9,), 0.25)), slope))
+    samples = torch.expm1(0.4 * torch.nn.functional.prelu(mean + 0.5 * torch.randn(400_000, 9), slope))
+    torch.testing.assert_close(y.mean, samples.mean(0), rtol=0.01, atol=0.002)
+    torch.testing.assert_close(y.var, samples.var(0), rtol=0.02, atol=0)

@@ -610,6 +610,12 @@ def _shapes(*values: Any) -> Iterator[torch.Size]:
             yield from _shapes(*value.values())
 
 
+def _as_wide(given: Any, value: torch.Tensor) -> Any:
+    """A floating tensor, a slope say, as wide as the value it meets: not every operation takes two dtypes."""
+    narrow = isinstance(given, torch.Tensor) and given.is_floating_point() and given.itemsize < value.itemsize
+    return given.to(value.dtype) if narrow else given
+
+
 def _of_floats(function: Function) -> Function:
     """``function`` with numbers in the place of truth values, as a comparison gives."""
 
@@ -680,7 +686,8 @@ class Elementwise:
 
             def function(value: torch.Tensor) -> torch.Tensor:
                 values = {id(x): f(value) for x, f in zip(inputs, functions, strict=True)}
-                return func(*substitute(args, lambda x: values[id(x)]), **substitute(kwargs, lambda x: values[id(x)]))
+                given, named = (substitute(each, lambda x: values[id(x)]) for each in (args, kwargs))
+                return func(*(_as_wide(x, value) for x in given), **{name: _as_wide(x, value) for name, x in named.items()})
 
             if direct and self.kinks is not None:
                 kinks = self.kinks(args, kwargs)

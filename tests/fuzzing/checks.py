@@ -190,7 +190,7 @@ def _node_by_node(program: Program, values: dict[str, RandomVariable], outcome: 
         # input; the reference follows an exponential alone.
         bent = any(gaussian_ancestor(x) is not None for x in given)
         explodes = bent and re.search("exp|sinh|cosh", step.line)
-        partial = bent and re.search(r"log|sqrt|/ |reciprocal|\*\* 0.5|clamp|clip", step.line)
+        partial = bent and re.search(r"log|sqrt|/ |reciprocal|\*\* 0.5|clamp|clip|vector_norm|\.norm\(", step.line)
         twice = bent and len(re.findall(r"\bv\d+\b", step.line.partition("=")[2])) > 1
         if partial or twice or any(name in beyond for part in step.parts for name in part.inputs):
             beyond.add(step.out)
