@@ -8,6 +8,7 @@ import pickle
 import time
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -1231,14 +1232,24 @@ class Prior(VAE):
         return self.decoder(mu + torch.randn_like(mu) * (0.5 * logvar).exp())
 
 
-@pytest.mark.parametrize("way", ["as it is", "an evaluation first", "deepcopy", "pickle"])
-def test_a_prior_s_draw_in_eval_mode_is_known_after_training(way: str) -> None:
+def saved(rv: nn.Module, path: Path) -> nn.Module:
+    rvconvert.save(rv, path, kwargs={"result": None, "reads": False})
+    return rvconvert.load(path)
+
+
+@pytest.mark.parametrize("way", ["as it is", "an evaluation first", "deepcopy", "pickle", "file"])
+def test_a_prior_s_draw_in_eval_mode_is_known_after_training(way: str, tmp_path: Path) -> None:
     x, c = torch.rand(8, 8), torch.rand(8, 4)
     rv = rvconvert.convert(Prior(None, False))  # type: ignore[arg-type]
     if way == "an evaluation first":
         rv.eval()(c)
     rv.train()(c, x).mean().backward()
-    rv = {"deepcopy": copy.deepcopy, "pickle": lambda model: pickle.loads(pickle.dumps(model))}.get(way, lambda model: model)(rv)
+    ways = {
+        "deepcopy": copy.deepcopy,
+        "pickle": lambda model: pickle.loads(pickle.dumps(model)),
+        "file": lambda model: saved(model, tmp_path / "prior.pt"),
+    }
+    rv = ways.get(way, lambda model: model)(rv)
     rv.eval()
     assert not torch.allclose(rv(c), rv(c))
 

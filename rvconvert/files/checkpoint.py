@@ -184,7 +184,8 @@ def build(
         guessed = not isinstance(model, nn.Module) and kwargs is None and recipe.kwargs is None
         hint = "\nThe file does not say how the model was constructed: give its kwargs" if guessed else ""
         raise TransferError(f"{path}: {error}{hint}") from None
-    conversion_of(made).gains = Gains.from_tensors(checkpoint.gains)
+    conversion = conversion_of(made)
+    conversion.gains, conversion.posteriors = Gains.from_tensors(checkpoint.gains), recipe.known_posteriors()
     return made
 
 

@@ -22,6 +22,7 @@ from torch import nn
 from rvconvert.converted import conversion_of
 from rvconvert.errors import CheckpointError, ConversionError
 from rvconvert.options import Options
+from rvconvert.program.recorded_graph import Posterior
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -51,6 +52,7 @@ class Recipe:
         kwargs: the arguments its constructor was given; None if they are not known.
         options: the keyword arguments of ``convert``, with dtypes as strings.
         custom_rules: the model was converted with a rule table of its own, which a file cannot hold.
+        posteriors: of each method, the layers that placed its latents in training, and how many inputs reached these.
         version: of rvconvert, when the file was written.
     """
 
@@ -58,6 +60,7 @@ class Recipe:
     kwargs: dict[str, Any] | None
     options: dict[str, Any]
     custom_rules: bool = False
+    posteriors: dict[str, tuple[list[str], int]] = dataclasses.field(default_factory=dict)
     version: str = dataclasses.field(default_factory=library_version)
 
     @classmethod
@@ -66,7 +69,8 @@ class Recipe:
         conversion = conversion_of(rv_model)
         options = conversion.options
         spec = model or class_spec(conversion.plain_class)
-        return cls(spec, kwargs, options.to_dict(), options.rules is not None)
+        posteriors = {name: (sorted(known.layers), known.inputs) for name, known in conversion.posteriors.items()}
+        return cls(spec, kwargs, options.to_dict(), options.rules is not None, posteriors)
 
     def to_json(self) -> str:
         """The recipe as a line of JSON.
@@ -102,10 +106,15 @@ class Recipe:
                 raise ValueError
             if not (recipe.kwargs is None or isinstance(recipe.kwargs, dict)):
                 raise ValueError
+            recipe.known_posteriors()
             _check_options(recipe.options, version)
         except (TypeError, ValueError, KeyError, AttributeError, RecursionError):
             raise CheckpointError("the recipe in it is not one that rvconvert writes; save the model again") from None
         return recipe
+
+    def known_posteriors(self) -> dict[str, Posterior]:
+        """Of the latents of methods, in training mode."""
+        return {name: Posterior(frozenset(layers), int(inputs)) for name, (layers, inputs) in self.posteriors.items()}
 
     def conversion_options(self, rules: Registry | None = None) -> Options:
         """The options that the model was converted with."""
