@@ -517,6 +517,12 @@ def test_a_tensor_in_a_function_of_several_operations_gets_its_gradient(monkeypa
 SOFTMAXES = {
     "twice": lambda h: torch.exp(h) / torch.exp(h).sum(1, keepdim=True),
     "once": lambda h: (e := h.exp()) / e.sum(dim=-1, keepdim=True),
+    "sum unsqueezed": lambda h: (e := h.exp()) / e.sum(1).unsqueeze(1),
+    "sum indexed": lambda h: (e := h.exp()) / e.sum(-1)[:, None],
+    "sum viewed": lambda h: (e := h.exp()) / e.sum(1).view(-1, 1),
+    "sum spread": lambda h: (e := h.exp()) / e.sum(1, True).expand_as(e),
+    "sum unsqueezed and spread": lambda h: (e := h.exp()) / e.sum(1).unsqueeze(-1).expand(3, 4),
+    "maximum unsqueezed": lambda h: (e := torch.exp(h - h.amax(1).unsqueeze(1))) / e.sum(1, True),
     "less the maximum": lambda h: (e := torch.exp(h - h.max(1, keepdim=True)[0])) / e.sum(1, keepdim=True),
     "less the maximum, in place": lambda h: (e := torch.exp(h - h.amax(-1, keepdim=True).detach())).div_(torch.sum(e, 1, True)),
 }
@@ -530,9 +536,25 @@ def test_a_softmax_written_out_is_one(name):
     torch.testing.assert_close((made.mean, made.var), (expected.mean, expected.var))
 
 
+@pytest.mark.parametrize("keepdim", [False, True])
+def test_a_variable_less_its_logsumexp_is_a_log_softmax(keepdim):
+    generator = torch.Generator().manual_seed(0)
+    h = rvconvert.RandomVariable(2 * torch.randn(4, 4, generator=generator), torch.rand(4, 4, generator=generator))
+    total = torch.logsumexp(h, 1, keepdim=True) if keepdim else torch.logsumexp(h, 1)[:, None]
+    made, expected = h - total, torch.log_softmax(h, 1)
+    torch.testing.assert_close((made.mean, made.var), (expected.mean, expected.var))
+    across = h - torch.logsumexp(h, 1)  # along the other dimension, of a square
+    assert not torch.allclose(across.mean, torch.log_softmax(h, 1).mean, atol=0.1)
+
+
 def test_exponentials_over_another_sum_are_no_softmax():
     h = rvconvert.RandomVariable(torch.zeros(3, 4), torch.full((3, 4), 0.1))
+    square = rvconvert.RandomVariable(torch.zeros(4, 4), torch.full((4, 4), 0.1))
+    across = square.exp() / square.exp().sum(1)
+    assert not torch.allclose(across.var, torch.softmax(square, 1).var)
     for made in (
+        h.exp() / h.exp().amax(1, keepdim=True),
+        h.exp() / h.exp().sum(1)[[1, 0, 2]][:, None],
         h.exp() / (2 * h).exp().sum(1, keepdim=True),
         h.exp() / h.exp().sum(0, keepdim=True) * 1,
         h / h.exp().sum(1, keepdim=True),

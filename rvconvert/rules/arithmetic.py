@@ -34,16 +34,14 @@ from rvconvert.rules.kinds import (
     add_rule,
     at_means,
     bind,
-    copied,
     everywhere,
     first_order,
     interval_of,
-    is_same,
     moments,
-    rows_of,
     spread,
     unique,
 )
+from rvconvert.rules.relations import OfRows, copied, is_same, rows_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -130,10 +128,11 @@ class Sum(Elementwise):
         (a, b, alpha), _, _ = bind(("input", "other", "alpha"), args, kwargs)
         name = getattr(func, "__name__", "")
         both = isinstance(a, RandomVariable) and isinstance(b, RandomVariable) and alpha in (None, 1)
+        rows = rows_of(b) if both and name in ("sub", "sub_", "subtract", "__sub__", "__isub__") else None
+        if rows is not None and is_same(a, rows.of):
+            return self.shifted(rows, func, args, kwargs)
         if not both or a.shape != b.shape:
-            made = super().__call__(func, args, kwargs)
-            rows = rows_of(b) if both and name in ("sub", "sub_", "subtract", "__sub__", "__isub__") else None
-            return made.carrying(rows._replace(shifted=True)) if rows is not None and is_same(a, rows.of) else made
+            return super().__call__(func, args, kwargs)
         if name in ("add", "add_", "__add__", "__radd__", "__iadd__"):
             made = super().__call__(func, args, kwargs)
             noisy = made.origin is None and (a.latent or b.latent)
@@ -146,6 +145,12 @@ class Sum(Elementwise):
         if rest is not None:
             return -rest  # type: ignore[no-any-return, operator]
         return super().__call__(func, args, kwargs)
+
+    def shifted(self, rows: OfRows, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> RandomVariable:
+        """A variable less a reduction of its rows."""
+        if rows.by == "logsumexp":
+            return torch.log_softmax(rows.of, rows.dim)  # type: ignore[return-value, arg-type]
+        return super().__call__(func, args, kwargs).carrying(rows._replace(shifted=True))
 
 
 def _without(whole: RandomVariable, part: RandomVariable) -> RandomVariable | None:
@@ -197,7 +202,7 @@ class Quotient(Elementwise):
 
     def __call__(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> RandomVariable:
         (a, b, mode), _, _ = bind(("input", "other", "rounding_mode"), args, kwargs)
-        rows = rows_of(b) if isinstance(b, RandomVariable) and isinstance(a, RandomVariable) and mode is None else None
+        rows = rows_of(b, "sum") if isinstance(a, RandomVariable) and mode is None else None
         if rows is not None and not rows.shifted:
             exponent, summed = _exponent(a), _exponent(rows.of)
             if exponent is not None and summed is not None and is_same(exponent, summed):

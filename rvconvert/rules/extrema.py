@@ -13,7 +13,8 @@ from rvconvert.core.random_variable import RandomVariable
 from rvconvert.core.registry import Exactness
 from rvconvert.errors import UnsupportedOperationError
 from rvconvert.rules.intervals import of_extremum
-from rvconvert.rules.kinds import Composite, Elementwise, OfRows, add_rule, bind, moments
+from rvconvert.rules.kinds import Composite, Elementwise, add_rule, bind, moments
+from rvconvert.rules.relations import reducing
 
 __all__ = ["by_pairs", "clark_maximum", "constants", "maximum_over"]
 
@@ -58,9 +59,8 @@ def maximum_over(x: Any, dim: Any, keepdim: bool, sign: int = 1) -> Any:
         return x
     mean, var = by_pairs(sign * x.mean, x.var, dims, clark_maximum)
     out = x.with_moments(sign * mean, var)
-    if keepdim and len(dims) == 1:
-        out.carrying(OfRows(x.snapshot(), dims[0] % x.ndim))
-    return out if keepdim else torch.squeeze(out, tuple(d % x.ndim for d in dims))  # type: ignore[call-overload]
+    made: Any = out if keepdim else torch.squeeze(out, tuple(d % x.ndim for d in dims))  # type: ignore[call-overload]
+    return reducing(made, x, dims, "extremum")
 
 
 # ---- of two operands ---------------------------------------------------------------------------------------------

@@ -10,7 +10,8 @@ import math
 from typing import TYPE_CHECKING, Any
 
 from rvconvert.core.random_variable import RandomVariable
-from rvconvert.rules.kinds import ANYWHERE, Interval, bind, interval_of, is_same
+from rvconvert.rules.kinds import ANYWHERE, Interval, bind, interval_of
+from rvconvert.rules.relations import is_same
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -23,6 +23,7 @@ from rvconvert.errors import ConversionError
 from rvconvert.moments.compilation import is_traced
 from rvconvert.moments.composed import composed_moments
 from rvconvert.rules.density import moments_under
+from rvconvert.rules.relations import is_same, rows_moved, transposes
 
 __all__ = [
     "ANYWHERE",
@@ -34,23 +35,19 @@ __all__ = [
     "FixedLinear",
     "Interval",
     "Metadata",
-    "OfRows",
     "Read",
     "Shape",
     "add_rule",
     "at_means",
     "bind",
-    "copied",
     "first_order",
     "full_precision",
     "gaussian_ancestor",
     "interval_of",
-    "is_same",
     "moments",
     "out_of_place",
     "own_python",
     "recomputed",
-    "rows_of",
     "same_map",
     "spread",
     "substitute",
@@ -131,38 +128,6 @@ def recomputed(function: Function, *tensors: torch.Tensor | None) -> Any:
 def unique(*values: Any) -> list[RandomVariable]:
     """The random variables in nested arguments, each once, in order."""
     return list({id(x): x for x in random_variables(*values)}.values())
-
-
-def is_same(a: Any, b: RandomVariable) -> bool:
-    """True where ``a`` is the variable ``b``, a snapshot of it or what was selected of one variable in the same way."""
-    return isinstance(a, RandomVariable) and a.key == b.key
-
-
-def copied(x: RandomVariable) -> Iterator[RandomVariable]:
-    """The variable, and those that it is a copy of, nearest first."""
-    yield x
-    while x.origin is not None and x.origin.line == (1.0, 0.0):
-        x = x.origin.parent
-        yield x
-
-
-class OfRows(NamedTuple):
-    """Carried by a sum or maximum of a variable over a dimension that is kept, and by the variable ``shifted`` by one."""
-
-    of: RandomVariable
-    dim: int
-    shifted: bool = False
-
-
-def rows_of(x: RandomVariable) -> OfRows | None:
-    """What ``x``, or what it is a copy of, carries of this kind."""
-    return next((each.carried for each in copied(x) if isinstance(each.carried, OfRows)), None)
-
-
-def transposes(a: RandomVariable, b: RandomVariable) -> bool:
-    """True where the matrices ``a`` are known to be the transposes of ``b``."""
-    turned = [x.transposed for x in copied(a) if x.transposed is not None]
-    return any(is_same(x, y) for each in turned for x in copied(each) for y in copied(b))
 
 
 def at_means(func: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -278,6 +243,8 @@ class Shape:
         if self.same and isinstance(made, RandomVariable):
             same = _of_no_gradient if getattr(func, "__name__", "") == "detach" else lambda x: func(x, *rest, **options)
             made.derived(origin=Origin(like.snapshot(), same, line=(1.0, 0.0), affine=True, interval=interval_of(like)))
+        if alone and isinstance(made, RandomVariable):
+            made = rows_moved(made, like, func, args)
         if isinstance(made, RandomVariable) and getattr(func, "__name__", "") in _TRANSPOSE and made.ndim > 1:
             exchanged = like.mean.mT
             if (mean.shape, mean.stride()) == (exchanged.shape, exchanged.stride()):

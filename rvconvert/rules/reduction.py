@@ -13,8 +13,9 @@ from torch import Tensor
 from rvconvert.core.registry import Exactness
 from rvconvert.moments import sigmoid, softplus
 from rvconvert.rules.extrema import by_pairs
-from rvconvert.rules.kinds import Composite, FixedLinear, OfRows, add_rule, bind, same_map
+from rvconvert.rules.kinds import Composite, FixedLinear, add_rule, bind, same_map
 from rvconvert.rules.normalization import standardized
+from rvconvert.rules.relations import reducing
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -35,12 +36,8 @@ class Total(FixedLinear):
     """A sum, which over one dimension knows what it is the sum of."""
 
     def __call__(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> RandomVariable:
-        made = super().__call__(func, args, kwargs)
-        (x, dim, keepdim), _, _ = bind(("input", "dim", "keepdim"), args, kwargs)
-        dims = dim if isinstance(dim, (list, tuple)) else (dim,)
-        if keepdim and len(dims) == 1 and isinstance(dims[0], int):
-            made.carrying(OfRows(x.snapshot(), dims[0] % x.ndim))
-        return made
+        (x, dim), _, _ = bind(("input", "dim"), args, kwargs)
+        return reducing(super().__call__(func, args, kwargs), x, dim, "sum")
 
 
 add_rule("sum", Total(same_map), Exactness.EXACT_IF_INDEPENDENT, _INDEPENDENT)
@@ -220,8 +217,9 @@ def _exponentials(input: Any, dim: Any) -> tuple[Any, Tensor]:
 
 def _logsumexp(input: Any, dim: Any, keepdim: bool = False) -> Any:
     dims = dims_of(input, dim)
-    out = input.with_moments(*by_pairs(input.mean, input.var, dims, _log_add))
-    return out if keepdim else torch.squeeze(out, dims)
+    out: Any = input.with_moments(*by_pairs(input.mean, input.var, dims, _log_add))
+    made: Any = out if keepdim else torch.squeeze(out, dims)
+    return reducing(made, input, dims, "logsumexp")
 
 
 def _log_add(a: Tensor, a_var: Tensor, b: Tensor, b_var: Tensor) -> tuple[Tensor, Tensor]:

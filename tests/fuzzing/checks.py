@@ -15,7 +15,8 @@ from torch import Tensor
 import rvconvert
 from rvconvert import ConversionError, RandomVariable
 from rvconvert.covariance.lowrank import LowRankVariable
-from rvconvert.rules.kinds import copied, gaussian_ancestor
+from rvconvert.rules.kinds import gaussian_ancestor
+from rvconvert.rules.relations import copied
 from tests.fuzzing.programs import Program, call, generate, source, with_forward
 from tests.fuzzing.reference import Expected, Reference
 from tests.oracle import DEVIATIONS
@@ -185,13 +186,15 @@ def _node_by_node(program: Program, values: dict[str, RandomVariable], outcome: 
         _expect(bool(got.mean.isfinite().all() and got.var.isfinite().all()), f"{step.line}: not finite")
         _expect(bool((got.var >= 0).all()), f"{step.line}: a negative variance, {float(got.var.min()):.3g}")
         expected: Expected | None = reference.step(step)
-        given = [values[name] for part in step.parts for name in part.inputs if name in values]
+        names = {name for part in step.parts for name in part.inputs if name in values}
+        given = [values[name] for name in names]
         # What explodes, is defined on a part of the line alone or has one variable twice is taken back to the Gaussian behind its
         # input; the reference follows an exponential alone.
         bent = any(gaussian_ancestor(x) is not None for x in given)
         explodes = bent and re.search("exp|sinh|cosh", step.line)
         partial = bent and re.search(r"log|sqrt|/ |reciprocal|\*\* 0.5|clamp|clip|vector_norm|\.norm\(", step.line)
         twice = bent and len(re.findall(r"\bv\d+\b", step.line.partition("=")[2])) > 1
+        twice = twice or len({x.key for x in given}) < len(names)  # what was selected in the same way has two names
         if partial or twice or any(name in beyond for part in step.parts for name in part.inputs):
             beyond.add(step.out)
         # What a term is taken from again is the other term.
