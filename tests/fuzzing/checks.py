@@ -7,6 +7,7 @@ import re
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import combinations
 from typing import Any
 
 import torch
@@ -186,15 +187,15 @@ def _node_by_node(program: Program, values: dict[str, RandomVariable], outcome: 
         _expect(bool(got.mean.isfinite().all() and got.var.isfinite().all()), f"{step.line}: not finite")
         _expect(bool((got.var >= 0).all()), f"{step.line}: a negative variance, {float(got.var.min()):.3g}")
         expected: Expected | None = reference.step(step)
-        names = {name for part in step.parts for name in part.inputs if name in values}
-        given = [values[name] for name in names]
+        given = [values[name] for name in {name for part in step.parts for name in part.inputs if name in values}]
         # What explodes, is defined on a part of the line alone or has one variable twice is taken back to the Gaussian behind its
         # input; the reference follows an exponential alone.
         bent = any(gaussian_ancestor(x) is not None for x in given)
         explodes = bent and re.search("exp|sinh|cosh", step.line)
         partial = bent and re.search(r"log|sqrt|/ |reciprocal|\*\* 0.5|clamp|clip|vector_norm|\.norm\(", step.line)
         twice = bent and len(re.findall(r"\bv\d+\b", step.line.partition("=")[2])) > 1
-        twice = twice or len({x.key for x in given}) < len(names)  # what was selected in the same way has two names
+        # What was selected of one variable in the same way has two names.
+        twice = twice or any(torch.equal(a.mean, b.mean) and torch.equal(a.var, b.var) for a, b in combinations(given, 2))
         if partial or twice or any(name in beyond for part in step.parts for name in part.inputs):
             beyond.add(step.out)
         # What a term is taken from again is the other term.
