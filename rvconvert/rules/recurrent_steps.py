@@ -190,8 +190,8 @@ def unrolled(step: Step, gates: Pair, weight: Tensor, bias: Tensor | None, state
     """
     flat = [x for pair in state for x in pair]
     if step.backward is None or gates.mean.dtype != torch.float32 or is_traced():
-        outputs, end, _ = _run(step, gates, weight, bias, state)
-        return outputs, end
+        outputs, states = _run(step, gates, weight, bias, state)
+        return outputs, states[-1]
     mean, var, *ends = _Unrolled.apply(step, *gates, weight, bias, *flat)
     return Pair(mean, var), _pairs(ends)
 
@@ -200,52 +200,51 @@ def _pairs(flat: Sequence[Tensor]) -> State:
     return tuple(Pair(*each) for each in zip(flat[::2], flat[1::2], strict=True))
 
 
-def _run(step: Step, gates: Pair, weight: Tensor, bias: Tensor | None, state: State) -> tuple[Pair, State, list[State]]:
-    """Outputs, the last state, and what each step saves, the hidden state before it at its end."""
-    hidden, outputs, kept = linear(weight, bias), [], []
+def _run(step: Step, gates: Pair, weight: Tensor, bias: Tensor | None, state: State) -> tuple[Pair, list[State]]:
+    """Outputs, and the states from before the first step to after the last."""
+    hidden, states = linear(weight, bias), [state]
     for mean, var in zip(*gates, strict=True):
-        before = state[0]
-        state, saved = step.forward(Pair(mean, var), hidden(before), state)
-        outputs.append(state[0])
-        kept.append((*saved, before))
-    return joined(outputs, torch.stack), state, kept
+        states.append(step.forward(Pair(mean, var), hidden(states[-1][0]), states[-1])[0])
+    return joined([state[0] for state in states[1:]], torch.stack), states
 
 
 class _Unrolled(torch.autograd.Function):
-    """``_run`` with a backward pass of its own; saves some ten tensors of the state's or the gates' size a step."""
+    """``_run`` with a backward pass of its own; saves the gates of the inputs and the states: what is between is made again."""
 
     @staticmethod
     def forward(ctx: Any, step: Step, mean: Tensor, var: Tensor, weight: Tensor, bias: Tensor | None, *state: Tensor) -> Any:
-        outputs, end, kept = _run(step, Pair(mean, var), weight, bias, _pairs(state))
+        outputs, states = _run(step, Pair(mean, var), weight, bias, _pairs(state))
+        others = [x for each in zip(*(state[1:] for state in states[:-1]), strict=True) for x in joined(each, torch.stack)]
         ctx.step, ctx.states = step, len(state)
-        ctx.save_for_backward(mean, var, weight, bias, *state, *(x for each in kept for pair in each for x in pair))
-        return *outputs, *(x.clone() for pair in end for x in pair)
+        ctx.save_for_backward(mean, var, weight, bias, *state, *outputs, *others)
+        return *outputs, *(x.clone() for pair in states[-1] for x in pair)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         step, (mean, var, weight, bias, *rest) = ctx.step, ctx.saved_tensors
+        start, (outputs, *others) = _pairs(rest[: ctx.states]), _pairs(rest[ctx.states :])
         if torch.is_grad_enabled():  # for a graph of the backward pass (create_graph=True)
-            given = (mean, var, weight, bias, *rest[: ctx.states])
-            outputs, end, _ = _run(step, Pair(mean, var), weight, bias, _pairs(given[4:]))
-            return None, *gradients_with_graph([*outputs, *(x for pair in end for x in pair)], given, grads)
-        flat = _pairs(rest[ctx.states :])
-        count = len(flat) // len(mean)
-        kept = [flat[k : k + count] for k in range(0, len(flat), count)]
+            again, states = _run(step, Pair(mean, var), weight, bias, start)
+            made = [*again, *(x for pair in states[-1] for x in pair)]
+            return None, *gradients_with_graph(made, (mean, var, weight, bias, *rest[: ctx.states]), grads)
+        before = Pair(*(torch.cat((h[None], x[:-1])) for h, x in zip(start[0], outputs, strict=True)))
+        _, saved = step.forward(Pair(mean, var), linear(weight, bias)(before), (before, *others))  # of all steps at once
         of_sigmoid, of_tanh = (
-            list(map(Partials, *(x.unbind() for x in read(*joined([saved[k] for saved in kept], torch.stack)))))
-            for k, read in enumerate((sigmoid_partials, tanh_partials))
+            list(map(Partials, *(x.unbind() for x in read(*took))))
+            for read, took in zip((sigmoid_partials, tanh_partials), saved, strict=False)
         )
+        kept = list(zip(*(map(Pair, x.mean.unbind(), x.var.unbind()) for x in saved), strict=True))
         squared, by_x, by_h = weight.square(), [], []
         state, by_outputs = _pairs(grads[2:]), list(map(Pair, grads[0].unbind(), grads[1].unbind()))
         for t in reversed(range(len(mean))):
             state = (_sum(state[0], by_outputs[t]), *state[1:])
-            of_x, of_h, before = step.backward(kept[t][:-1], (of_sigmoid[t], of_tanh[t]), state)
+            of_x, of_h, earlier = step.backward(kept[t], (of_sigmoid[t], of_tanh[t]), state)
             through = Pair(of_h.mean @ weight, of_h.var @ squared)
-            state = (through if before[0] is None else _sum(before[0], through), *before[1:])
+            state = (through if earlier[0] is None else _sum(earlier[0], through), *earlier[1:])
             by_x.append(of_x)
             by_h.append(of_h)
         by_gates, by_hidden = joined(by_x[::-1], torch.stack), joined(by_h[::-1])
-        hidden = joined([saved[-1] for saved in kept])
+        hidden = Pair(*(x.flatten(0, 1) for x in before))
         by_weight = torch.addcmul(by_hidden.mean.t() @ hidden.mean, weight, by_hidden.var.t() @ hidden.var, value=2)
         by_bias = None if bias is None else by_hidden.mean.sum(0)
         return None, *by_gates, by_weight, by_bias, *(x for pair in state for x in pair)
