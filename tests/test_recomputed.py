@@ -86,12 +86,7 @@ def test_twice_differentiable(name: str) -> None:
     assert torch.autograd.gradgradcheck(moments, (x.mean, x.var + 0.1), atol=1e-4)
 
 
-AFTER_BATCH_NORM: dict[str, Callable[[Any], Any]] = {
-    "relu": F.relu,
-    "relu in place": lambda x: F.relu(x, inplace=True),
-    "tanh": torch.tanh,
-    "sigmoid": torch.sigmoid,
-}
+AFTER_BATCH_NORM: dict[str, Callable[[Any], Any]] = {"tanh": torch.tanh, "sigmoid": torch.sigmoid}
 
 
 def kept_elements(function: Callable[[Any], Any], x: rvconvert.RandomVariable) -> int:
@@ -105,6 +100,25 @@ def kept_elements(function: Callable[[Any], Any], x: rvconvert.RandomVariable) -
         out = function(x)
         (out.mean * out.mean.detach() + out.var * out.var.detach()).sum()  # the next layer keeps the result
     return sum(kept.values())
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_a_relu_keeps_its_result_alone(inplace: bool) -> None:
+    x = variable(8, 4, 40, 40, seed=2, dtype=torch.float32)
+    assert kept_elements(lambda x: F.relu(x * 1.0, inplace=inplace), x) < 2.1 * x.mean.numel()
+
+
+def test_a_relu_s_gradients_from_its_result_are_those_in_double_precision() -> None:
+    m, s = torch.meshgrid(torch.linspace(-6, 6, 241), torch.logspace(-3, 0.5, 100), indexing="ij")
+    found = []
+    for dtype in (torch.float32, torch.float64):
+        x = rvconvert.RandomVariable(m.to(dtype).requires_grad_(), s.to(dtype).square().requires_grad_())
+        y = F.relu(x)  # type: ignore[arg-type]
+        found.append([torch.autograd.grad(each.sum(), (x.mean, x.var), retain_graph=True) for each in (y.mean, y.var)])
+    units = ((torch.ones_like(s), 1 / s), (s, torch.ones_like(s)))
+    for of_moment in zip(*found, units, strict=True):
+        for got, expected, unit in zip(*of_moment, strict=True):
+            assert float(((got - expected) / unit).abs().max()) < 2e-6
 
 
 @pytest.mark.parametrize("weight", [None, torch.linspace(-1, 2, 4)])
@@ -139,3 +153,16 @@ def test_batch_norm_and_relu_twice_differentiable() -> None:
     total = moments(x.mean, x.var)[0].square().sum()
     grads = [torch.autograd.grad(total, (x.mean, x.var), retain_graph=True) for _ in range(2)]
     assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+
+
+def test_a_relu_s_gradients_have_gradients_in_single_precision() -> None:
+    m, s = torch.meshgrid(torch.linspace(-6, 6, 41), torch.logspace(-2, 0.5, 20), indexing="ij")
+    found = []
+    for dtype in (torch.float32, torch.float64):
+        x = rvconvert.RandomVariable(m.to(dtype).requires_grad_(), s.to(dtype).square().requires_grad_())
+        y = F.relu(x)  # type: ignore[arg-type]
+        total = (y.mean.square() + y.var.square()).sum()
+        first = torch.autograd.grad(total, (x.mean, x.var), create_graph=True)
+        found.append(torch.autograd.grad(first[0].sum() + (x.var.detach().sqrt() * first[1]).sum(), (x.mean, x.var)))
+    for got, expected, unit in zip(*found, (1.0, 1 / s), strict=True):
+        assert float(((got - expected) / (unit * (1 + expected.abs()))).abs().max()) < 2e-4

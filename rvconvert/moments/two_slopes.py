@@ -1,11 +1,15 @@
 """One slope above 0, another one below: relu, leaky_relu, absolute.
 
 All follow from E and Var of relu(X). With s = sqrt(var) and a = mean/s they are max(mean, 0) + s T(abs(a)) and var V(a): two
-functions of one number, in float64 in closed form, in float32 from a table of that form's logarithms.
+functions of one number, in float64 in closed form, in float32 from a table of that form's logarithms. Backwards the results
+of relu say all there is: c = E/sqrt(E² + Var) rises with a, and P(X > 0) and phi sqrt(V) are functions of it.
 """
 
 from __future__ import annotations
 
+import functools
+
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -15,6 +19,7 @@ from rvconvert.moments.quadrature import density
 from rvconvert.moments.table import Curve, Grid, as_table, in_images, table_of
 
 _GRID = Grid(end=14, in_p=1 << 14, in_q=0, spacing=0)  # of a alone; beyond the ends, V and T are what they are there
+_RESULT_GRID = Grid(end=1, in_p=1 << 14, in_q=0, spacing=0)  # of c
 
 
 def _closed(mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -46,11 +51,42 @@ class _Rectified(Curve):
         return (as_table(torch.stack((ratio, small))[:, None].log2().numpy()),)
 
 
-_RECTIFIED = _Rectified(torch.relu)
+def _of_standard(a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """c, P(X > 0) and phi sqrt(V), in float64."""
+    _, mean, var = _closed(a, torch.ones_like(a))
+    return mean * torch.rsqrt(mean.square() + var), torch.special.ndtr(a), density(a) * var.sqrt()
 
 
-def _table(mean: Tensor) -> Tensor | None:
-    return None if mean.dtype == torch.float64 else table_of(_RECTIFIED.number, mean.device)[0]
+@functools.cache
+def _densely() -> list[np.ndarray]:
+    """Values of a, and what ``_of_standard`` makes of them."""
+    a = torch.linspace(-30, 38, 1 << 19, dtype=torch.float64, device="cpu")
+    return [x.numpy() for x in (a, *_of_standard(a))]
+
+
+class _Result(Curve):
+    """P(X > 0) and phi sqrt(V) of c; 0 where c < 0, which it never is."""
+
+    def fill(self) -> tuple[Tensor, ...]:
+        """(1, 2, 1, corners)."""
+        _, c, *values = _densely()
+        return (as_table(np.stack([np.interp(_RESULT_GRID.corners()[0], c, x) for x in values])[:, None]),)
+
+
+def _of_result(c: Tensor) -> tuple[Tensor, Tensor]:
+    """P(X > 0) and phi sqrt(V) of c in float64, with a graph of first order: a step of Newton's from where c is known to be."""
+    a, at, *_ = _densely()
+    start = torch.from_numpy(np.interp(c.detach().cpu(), at, a)).to(c.device).requires_grad_()
+    here = _of_standard(start)[0]
+    (slope,) = torch.autograd.grad(here.sum(), start)
+    return _of_standard(start.detach() + (c - here.detach()) / slope)[1:]
+
+
+_RECTIFIED, _RESULT = _Rectified(torch.relu), _Result(torch.relu)
+
+
+def _table(curve: Curve, x: Tensor) -> Tensor | None:
+    return None if x.dtype == torch.float64 else table_of(curve.number, x.device)[0]
 
 
 def _upper(mean: Tensor, var: Tensor, up: Tensor, up_var: Tensor) -> tuple[Tensor, Tensor]:
@@ -74,25 +110,38 @@ def _relu_kernel(mean, var, table):
     return mean.clamp(min=0.0).addcmul_(inverse.mul_(var), small), ratio.mul_(var)
 
 
-def _relu_backward(mean, var, out, out_var, grad_mean, grad_var):
-    above, slope = _upper(mean, var, out, out_var)
+def _relu_backward(out, out_var, grad_mean, grad_var, *more):
+    *inputs, table = more
+    if inputs:
+        above, slope = _upper(inputs[0], inputs[1], out, out_var)
+    else:
+        var = out_var + 1e-26  # one that was too small to be kept is of a tail, where c is 0
+        c = torch.addcmul(var, out, out).rsqrt_() * out
+        above, slope = _of_result(c) if table is None else _RESULT_GRID.bilinear(table, c, torch.zeros_like(c))
+        slope = slope.mul_(var.rsqrt_())
     by_mean = (grad_mean * above).addcmul_(grad_var, torch.addcmul(out, out, above, value=-1), value=2)
     by_var = torch.addcmul(above, out, slope, value=-1).mul_(grad_var).addcmul_(grad_mean, slope, value=0.5)
     return by_mean, by_var
 
 
 class _Relu(torch.autograd.Function):
-    """Mean and variance of relu(X): paper equations 6 and 9. Saves its inputs, and its results, which the next layer does too."""
+    """Mean and variance of relu(X): paper equations 6 and 9. In float32 it saves its results alone, as the next layer does."""
 
     @staticmethod
     def forward(ctx, mean, var):
-        out = fused(in_images, mean, var, constants=(_relu_kernel, (_table(mean),)))
-        ctx.save_for_backward(mean, var, *out)
+        table = _table(_RECTIFIED, mean)
+        out = fused(in_images, mean, var, constants=(_relu_kernel, (table,)))
+        ctx.save_for_backward(*out, *((mean, var) if table is None else ()))
         return out
 
     @staticmethod
     def backward(ctx, grad_mean, grad_var):
-        return fused(_relu_backward, *ctx.saved_tensors, grad_mean, grad_var)
+        out, out_var, *inputs = ctx.saved_tensors
+        if torch.is_grad_enabled() and not inputs:  # for a graph of the backward pass (create_graph=True)
+            made = _relu_backward(*(x.double() for x in (out, out_var, grad_mean, grad_var)), None)
+            return tuple(x.to(out.dtype) for x in made)
+        constants = _relu_backward, (_table(_RESULT, out),)
+        return fused(in_images, out, out_var, grad_mean, grad_var, *inputs, constants=constants)
 
 
 def _two_slopes_kernel(mean, var, c, table):
@@ -132,7 +181,7 @@ def _one_slope_backward(mean, var, out, out_var, grad_mean, grad_var, c):
 
 def _folded_backward(mean, var, out, out_var, grad_mean, grad_var, c):
     """Where the slopes are too much alike, or opposite: from the beginning."""
-    return _two_slopes_backward(mean, var, c, grad_mean, grad_var, _table(mean))[:2]
+    return _two_slopes_backward(mean, var, c, grad_mean, grad_var, _table(_RECTIFIED, mean))[:2]
 
 
 class _OneSlope(torch.autograd.Function):
@@ -140,7 +189,7 @@ class _OneSlope(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, mean, var, c):
-        out = fused(in_images, mean, var, constants=(_two_slopes_kernel, (c, _table(mean))))
+        out = fused(in_images, mean, var, constants=(_two_slopes_kernel, (c, _table(_RECTIFIED, mean))))
         ctx.save_for_backward(mean, var, *out)
         ctx.c = c
         return out
@@ -157,11 +206,11 @@ class _TwoSlopes(torch.autograd.Function):
     @staticmethod
     def forward(ctx, mean, var, c):
         ctx.save_for_backward(mean, var, c)
-        return fused(in_images, mean, var, c, constants=(_two_slopes_kernel, (_table(mean),)))
+        return fused(in_images, mean, var, c, constants=(_two_slopes_kernel, (_table(_RECTIFIED, mean),)))
 
     @staticmethod
     def backward(ctx, grad_mean, grad_var):
-        constants = _two_slopes_backward, (_table(grad_mean),)
+        constants = _two_slopes_backward, (_table(_RECTIFIED, grad_mean),)
         return fused(in_images, *ctx.saved_tensors, grad_mean, grad_var, constants=constants)
 
 

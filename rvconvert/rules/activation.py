@@ -84,7 +84,7 @@ def _activation(
         closed_form(function),
         kinks=kinks and kinks_of(kinks),
         joins=everywhere if name in ("exp", "expm1", "sinh", "cosh") else not_everywhere,
-        result_alone=name in ("relu", "tanh", "sigmoid"),
+        result_alone=name in ("tanh", "sigmoid"),
         interval=_interval_of(name),
     )
     add_rule(name, kind, Exactness.MOMENT_MATCHED, _GAUSSIAN, modules=modules)
