@@ -52,3 +52,13 @@ def test_an_exponential_of_a_slope_that_is_a_tensor():
     samples = torch.expm1(0.4 * torch.nn.functional.prelu(mean + 0.5 * torch.randn(400_000, 9), slope))
     torch.testing.assert_close(y.mean, samples.mean(0), rtol=0.01, atol=0.002)
     torch.testing.assert_close(y.var, samples.var(0), rtol=0.02, atol=0)
+
+
+@pytest.mark.parametrize("p", [2, 3])
+def test_a_norm_of_nothing_has_no_gradient(p):
+    mean = torch.tensor([[0.0, 0.0], [3.0, 4.0]], requires_grad=True)
+    var = torch.zeros(2, 2, requires_grad=True)
+    y = torch.linalg.vector_norm(RandomVariable(mean, var), p, dim=-1)
+    found, by_var = torch.autograd.grad(y.mean.sum(), (mean, var), retain_graph=True)
+    torch.testing.assert_close(found, torch.autograd.grad(torch.linalg.vector_norm(mean, p, dim=-1).sum(), mean)[0])
+    assert bool(by_var.isfinite().all() and torch.autograd.grad(y.var.sum(), var)[0].isfinite().all())

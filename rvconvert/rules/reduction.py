@@ -101,10 +101,17 @@ add_rule("std_mean", Composite(_with_mean(_std)), Exactness.APPROXIMATE, _ROOT)
 # ---- norms and distances -------------------------------------------------------------------------------------------
 
 
+def _root(total: Any, function: Any) -> Any:
+    """The root of a sum of powers; its gradient where that is certainly 0 is 0, as torch's norm has it."""
+    nothing = total.mean == 0
+    root = function(total.with_moments(torch.where(nothing, 1, total.mean), total.var))
+    return root.with_moments(*(torch.where(nothing, 0, x) for x in (root.mean, root.var)))
+
+
 def _norm(input: Any, p: Any = 2, dim: Any = None, keepdim: bool = False, dtype: Any = None, out: Any = None) -> Any:
     dims = dims_of(input, dim)
     if p in (2, "fro", None):
-        return torch.sqrt(torch.sum(input * input, dims, keepdim=keepdim))
+        return _root(torch.sum(input * input, dims, keepdim=keepdim), torch.sqrt)
     if p == 0:
         count = torch.sum((input.mean != 0) | (input.var > 0), dims, keepdim=keepdim).to(input.dtype)
         return input.with_moments(count, torch.zeros_like(count))
@@ -114,7 +121,8 @@ def _norm(input: Any, p: Any = 2, dim: Any = None, keepdim: bool = False, dtype:
         return torch.sum(torch.abs(input), dims, keepdim=keepdim)
     if abs(p) == math.inf:
         return (torch.amax if p > 0 else torch.amin)(torch.abs(input), dims, keepdim=keepdim)
-    return torch.sum(torch.abs(input) ** p, dims, keepdim=keepdim) ** (1 / p)
+    powers = torch.sum(torch.abs(input) ** p, dims, keepdim=keepdim)
+    return _root(powers, lambda total: total ** (1 / p)) if p > 0 else powers ** (1 / p)
 
 
 def _linalg_norm(x: Any, ord: Any = None, dim: Any = None, keepdim: bool = False, *, dtype: Any = None) -> Any:
