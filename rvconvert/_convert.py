@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import inspect
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -15,7 +14,8 @@ import rvconvert.rules  # noqa: F401 - fills the rule table
 from rvconvert.capture import intercept
 from rvconvert.capture.module_state import unchanged
 from rvconvert.capture.replay import each_mode
-from rvconvert.converted import conversion_of, convert_copy, detached, is_converted
+from rvconvert.converted import conversion_of, convert_copy, is_converted
+from rvconvert.copies import copied
 from rvconvert.core.random_variable import RandomVariable
 from rvconvert.core.tree import flatten
 from rvconvert.errors import ConversionError, UnsupportedOperationError
@@ -66,7 +66,7 @@ def convert(
     memo: dict[int, Any] = {}
     if inplace:
         memo = {id(t): t for t in (*module.parameters(), *module.buffers())}
-    model = convert_copy(copy.deepcopy(module, detached(module, memo)), options)
+    model = convert_copy(copied(module, memo), options)
     if example_inputs is not None or example_kwargs is not None:
         _prepare(model, _as_args(example_inputs), example_kwargs or {})
     return model  # type: ignore[return-value]
@@ -93,7 +93,7 @@ def plan(
     options = Options.of(options, changes)
     _check_methods(module, options)
     shared = {id(t): t for t in (*module.parameters(), *module.buffers())}
-    model = convert_copy(copy.deepcopy(module, detached(module, shared)), options)
+    model = convert_copy(copied(module, shared), options)
     conversion = conversion_of(model)
     reports = []
     for name in options.methods:

@@ -160,7 +160,7 @@ class Conversion:
             program = uncompiled(name, model, args, kwargs, to_run=True)
         elif program is None:
             program = self.prepare(name, model, args, kwargs, to_run=True)
-        self._penalty = None
+        self.last_penalty = self._penalty = None
         if not torch.compiler.is_compiling():
             self.count_call(model)
         results = program.run(model, *leaves)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
 import types
 import warnings
@@ -14,7 +13,7 @@ from torch import nn
 
 from rvconvert.capture import intercept
 from rvconvert.conversion import Conversion
-from rvconvert.core.tree import flatten
+from rvconvert.copies import copied_state
 from rvconvert.covariance.calibrated import Gains
 from rvconvert.errors import ConversionError
 from rvconvert.options import Options, described
@@ -29,7 +28,7 @@ class ConvertedModel:
 
     @property
     def last_penalty(self) -> torch.Tensor | None:
-        """L_c of the last call, a scalar; None before the first one."""
+        """L_c of the last call, a scalar; None before the first one, and after one that has none."""
         return conversion_of(self).last_penalty
 
     @property
@@ -41,11 +40,11 @@ class ConvertedModel:
     def penalty_scale(self, value: float) -> None:
         conversion_of(self).penalty_scale = value
 
-    def train(self, mode: bool = True) -> Any:
-        """``nn.Module.train``; said once: gradients came, and no call of what was converted."""
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """The class's own ``train``; said once: gradients came, and no call of what was converted."""
         conversion = conversion_of(self)
         conversion.warn_of_no_call(self)  # type: ignore[arg-type]
-        return conversion.plain_class.train(self, mode)  # type: ignore[type-var]
+        return conversion.plain_class.train(self, *args, **kwargs)  # type: ignore[type-var]
 
     @property
     def conversion_options(self) -> Options:
@@ -144,7 +143,7 @@ def plain_copy(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Modul
     memo[id(model)] = made
     memo[id(conversion)] = None
     state = {key: value for key, value in model.__dict__.items() if key != "_rvconvert"}
-    made.__dict__.update(copy.deepcopy(state, detached(model, memo)))
+    copied_state(model, state, made, memo)
     for name, function in conversion.own.items():
         made.__dict__[name] = types.MethodType(function, made)
     return made
@@ -155,19 +154,6 @@ def reconverted(model: nn.Module, options: Options) -> nn.Module:
     made = convert_copy(plain_copy(model), options)
     conversion_of(made).gains = Gains.from_tensors(conversion_of(model).gains.to_tensors())
     return made
-
-
-def detached(model: nn.Module, memo: dict[int, Any]) -> dict[int, Any]:
-    """``memo`` for a deepcopy of ``model``, with the results of past calls that it keeps taken off their graph."""
-    for module in model.modules():
-        if isinstance(module, torch.jit.ScriptModule):
-            continue
-        for name, value in vars(module).items():
-            if name not in ("_parameters", "_modules"):
-                for tensor in flatten(value)[0]:
-                    if isinstance(tensor, torch.Tensor) and not tensor.is_leaf:
-                        memo[id(tensor)] = tensor.detach().clone()
-    return memo
 
 
 def _generated_class(cls: type[nn.Module], methods: tuple[str, ...]) -> type[nn.Module]:

@@ -1,0 +1,98 @@
+"""Copies of modules: what past calls left on them off its graph, and functions that close over a part with the copy of it."""
+
+from __future__ import annotations
+
+import copy
+import types
+from typing import Any
+
+import torch
+from torch import nn
+
+from rvconvert.core.tree import flatten
+
+__all__ = ["copied", "copied_state"]
+
+
+def copied(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
+    """A deepcopy of ``module``, sharing nothing but what ``memo`` holds."""
+    made = copy.deepcopy(module, _detached(module, memo))
+    _follow(module, made, memo)
+    return made
+
+
+def copied_state(model: nn.Module, state: dict[str, Any], made: nn.Module, memo: dict[int, Any]) -> None:
+    """Give ``made`` a deepcopy of ``state``, a part of the ``__dict__`` of ``model``."""
+    made.__dict__.update(copy.deepcopy(state, _detached(model, memo)))
+    _follow(model, made, memo)
+
+
+def _detached(model: nn.Module, memo: dict[int, Any]) -> dict[int, Any]:
+    """``memo`` for a deepcopy of ``model``, with the results of past calls that it keeps taken off their graph."""
+    for module in model.modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            continue
+        for name, value in vars(module).items():
+            if name not in ("_parameters", "_modules"):
+                for tensor in flatten(value)[0]:
+                    if isinstance(tensor, torch.Tensor) and not tensor.is_leaf:
+                        memo[id(tensor)] = tensor.detach().clone()
+    return memo
+
+
+def _follow(original: nn.Module, made: nn.Module, memo: dict[int, Any]) -> None:
+    """Let the functions on a copy, ``lambda h: h * self.gain``, close over the copy, where deepcopy leaves the original."""
+    for path, module in made.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):  # whose parameters torch copies with a graph
+            for name, parameter in original.get_submodule(path).named_parameters(recurse=False):
+                shared = memo.get(id(parameter)) is parameter
+                setattr(module, name, parameter if shared else nn.Parameter(parameter.detach().clone(), parameter.requires_grad))
+            continue
+        state = vars(module)
+        for name, value in state.items():
+            if name not in ("_parameters", "_buffers", "_modules"):
+                state[name] = _following(value, memo)
+
+
+def _following(value: Any, memo: dict[int, Any]) -> Any:
+    if isinstance(value, types.FunctionType):
+        return _closed_over_copies(value, memo)
+    if type(value) is list:
+        value[:] = [_following(each, memo) for each in value]
+    elif isinstance(value, dict):  # hooks too
+        for key, each in value.items():
+            value[key] = _following(each, memo)
+    elif type(value) is tuple:
+        return tuple(_following(each, memo) for each in value)
+    return value
+
+
+def _closed_over_copies(function: types.FunctionType, memo: dict[int, Any]) -> types.FunctionType:
+    """``function`` with copies in the place of what was copied; itself if it closes over nothing that was."""
+    if id(function) in memo:
+        return memo[id(function)]  # type: ignore[no-any-return]
+    memo[id(function)] = function  # one that closes over itself
+    cells = function.__closure__ or ()
+    held = [_held(cell) for cell in cells]
+    found = [_copy_of(each, memo) for each in held]
+    defaults = tuple(_copy_of(each, memo) for each in function.__defaults__ or ())
+    same = zip((*found, *defaults), (*held, *(function.__defaults__ or ())), strict=True)
+    if all(a is b for a, b in same):
+        return function
+    closure = tuple(cell if a is b else types.CellType(a) for cell, a, b in zip(cells, found, held, strict=True))
+    made = types.FunctionType(function.__code__, function.__globals__, function.__name__, defaults or None, closure or None)
+    made.__kwdefaults__, made.__qualname__ = function.__kwdefaults__, function.__qualname__
+    made.__dict__.update(function.__dict__)
+    memo[id(function)] = made
+    return made
+
+
+def _held(cell: types.CellType) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:  # empty yet
+        return None
+
+
+def _copy_of(value: Any, memo: dict[int, Any]) -> Any:
+    return _closed_over_copies(value, memo) if isinstance(value, types.FunctionType) else memo.get(id(value), value)

@@ -1,0 +1,107 @@
+"""A converted model is a copy in all that its code reaches, and a copy of it is one again."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import rvconvert
+
+
+class Closures(nn.Module):
+    """Functions of its own, as they are put on a model in ``__init__``."""
+
+    def __init__(self, how: str = "lambda") -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.encoder, self.decoder = nn.Linear(12, 8), nn.Linear(4, 12)
+        self.gain = nn.Parameter(torch.ones(12))
+        scaled = lambda h: h * self.gain  # noqa: E731
+        self.last: dict[str, Callable[[Tensor], Tensor]] = {
+            "lambda": lambda h: h * self.gain,
+            "nested": lambda h: scaled(h),
+            "default": lambda h, gain=self.gain: h * gain,
+            "hook": lambda h: h,
+        }
+        self.chosen = [self.last[how]]
+        if how == "hook":
+            self.decoder.register_forward_hook(lambda module, args, h: h * self.gain)
+
+    def forward(self, x: Tensor) -> Tensor:
+        mu, logvar = self.encoder(x).chunk(2, 1)
+        return self.chosen[0](self.decoder(mu + torch.randn_like(mu) * (0.5 * logvar).exp()))
+
+
+WAYS: dict[str, Callable[[Any], Any]] = {
+    "converted": lambda rv: rv,
+    "deepcopy": copy.deepcopy,
+    "plain": rvconvert.to_plain,
+    "converted again": lambda rv: rvconvert.convert(rvconvert.to_plain(rv)),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("how", ["lambda", "nested", "default", "hook"])
+def test_functions_that_close_over_a_model_follow_its_copy(how: str, way: str) -> None:
+    vae = Closures(how)
+    rv = rvconvert.convert(vae)
+    rv(torch.rand(3, 12))
+    made = WAYS[way](rv)
+    made(torch.rand(3, 12)).square().sum().backward()
+    assert made.gain.grad is not None and vae.gain.grad is None
+    with torch.no_grad():
+        vae.gain.zero_()
+        if made is not rv:
+            rv.gain.zero_()
+    assert bool(made(torch.rand(3, 12)).any())
+
+
+def test_in_place_they_have_the_parameters_that_there_are() -> None:
+    vae = Closures()
+    rvconvert.convert(vae, inplace=True)(torch.rand(3, 12)).sum().backward()
+    assert vae.gain.grad is not None
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_a_scripted_part_trains(inplace: bool) -> None:
+    class VAE(Closures):
+        def __init__(self) -> None:
+            super().__init__()
+            self.encoder = torch.jit.script(nn.Sequential(nn.Linear(12, 8), nn.Tanh()))
+
+    vae = VAE()
+    rv = rvconvert.convert(vae, inplace=inplace)
+    optimizer = torch.optim.SGD((vae if inplace else rv).parameters(), 0.1)
+    before = [p.detach().clone() for p in rv.encoder.parameters()]  # type: ignore[union-attr]
+    rv(torch.rand(3, 12)).square().sum().backward()
+    optimizer.step()
+    assert not any(torch.equal(a, b) for a, b in zip(before, rv.encoder.parameters(), strict=True))  # type: ignore[union-attr]
+    assert inplace == torch.equal(next(vae.encoder.parameters()), next(rv.encoder.parameters()))  # type: ignore[union-attr]
+
+
+def test_a_model_s_own_train_has_its_own_arguments() -> None:
+    class Trains(Closures):
+        def train(self, epochs: int = 3, patience: int = 5) -> Any:  # type: ignore[override]
+            return epochs, patience
+
+    rv: Any = rvconvert.convert(Trains())
+    assert (rv.train(epochs=2), rv.train(10, 2), rv.train()) == ((2, 5), (10, 2), (3, 5))
+
+
+def test_the_last_penalty_is_the_last_call_s() -> None:
+    class Means(Closures):
+        def forward(self, x: Tensor, deterministic: bool = False) -> Tensor:
+            mu, logvar = self.encoder(x).chunk(2, 1)
+            return self.decoder(mu if deterministic else mu + torch.randn_like(mu) * (0.5 * logvar).exp())
+
+    rv, x = rvconvert.convert(Means()), torch.rand(3, 12)
+    rv(x)
+    assert rv.last_penalty is not None
+    with pytest.warns(UserWarning, match="no variance penalty"):
+        rv(x, deterministic=True)
+    assert rv.last_penalty is None
