@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import inspect
 import itertools
@@ -160,7 +161,7 @@ class Conversion:
             program = uncompiled(name, model, args, kwargs, to_run=True)
         elif program is None:
             program = self.prepare(name, model, args, kwargs, to_run=True)
-        self.last_penalty = self._penalty = None
+        self._penalty = None
         if not torch.compiler.is_compiling():
             self.count_call(model)
         results = program.run(model, *leaves)
@@ -414,17 +415,17 @@ class Conversion:
         return self.program(name, Examined(recording, roles, None))
 
     def samples_in_other_mode(self, examined: Examined, name: str, model: nn.Module, args: Any, kwargs: Any) -> bool:
-        """True where the method draws nothing in this mode but does in the other (``if self.training: ...``)."""
+        """True where the method draws nothing now but does in the other mode (``if self.training: ...``), or with gradients."""
         if not isinstance(examined.refusal, NoReparameterizationError):
             return False
         if name in self.posteriors or any(key[0] == name for key in (*self.programs, *self.once)):
             return True
+        plain = not torch.is_grad_enabled()
         for other in each_mode(model):
-            if other:
-                try:
-                    return self.examine(name, model, args, kwargs).refusal is None
-                except Exception:  # noqa: BLE001 (the model's own code)
-                    return False
+            if other or plain:
+                with torch.enable_grad(), contextlib.suppress(Exception):  # of the model's own code
+                    if self.examine(name, model, args, kwargs).refusal is None:
+                        return True
         return False
 
     def examine(self, name: str, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Examined:
@@ -466,7 +467,7 @@ class Conversion:
             again += [f"Python decides by the value of a tensor: {place}" for _, place, _ in recording.reads]
             if not recording.once and not again:
                 again += self.check(recording, name, model, method, args, kwargs)
-            recording.once += again
+        recording.once += again
         report = report_graph(recording, roles, self.plain_class.__name__, name, self.settings)
         if refusal is not None:
             report = dataclasses.replace(report, refusal=str(refusal))

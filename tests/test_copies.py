@@ -91,17 +91,3 @@ def test_a_model_s_own_train_has_its_own_arguments() -> None:
 
     rv: Any = rvconvert.convert(Trains())
     assert (rv.train(epochs=2), rv.train(10, 2), rv.train()) == ((2, 5), (10, 2), (3, 5))
-
-
-def test_the_last_penalty_is_the_last_call_s() -> None:
-    class Means(Closures):
-        def forward(self, x: Tensor, deterministic: bool = False) -> Tensor:
-            mu, logvar = self.encoder(x).chunk(2, 1)
-            return self.decoder(mu if deterministic else mu + torch.randn_like(mu) * (0.5 * logvar).exp())
-
-    rv, x = rvconvert.convert(Means()), torch.rand(3, 12)
-    rv(x)
-    assert rv.last_penalty is not None
-    with pytest.warns(UserWarning, match="no variance penalty"):
-        rv(x, deterministic=True)
-    assert rv.last_penalty is None

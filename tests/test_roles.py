@@ -1380,3 +1380,49 @@ def test_a_long_sequence_in_lists_converts_in_seconds() -> None:
     start = time.perf_counter()
     rvconvert.convert(StateSpace(lambda *steps: tuple(map(list, steps))), example_inputs=torch.rand(4, 30, 5))
     assert time.perf_counter() - start < 20
+
+
+MASKS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "filled": lambda logvar, drop: logvar.masked_fill(drop > 0, math.inf),
+    "large": lambda logvar, drop: logvar + drop * 1e9,
+    "infinite": lambda logvar, drop: logvar + drop.masked_fill(drop > 0, math.inf),
+}
+
+
+@pytest.mark.parametrize("name", MASKS)
+def test_a_mask_that_is_added_goes_on_drawing(name: str) -> None:
+    """As a mask of scores before a softmax is."""
+
+    class Pooled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.encoder, self.decoder = nn.Conv1d(1, 6, 3, padding=1), nn.Linear(3, 12)
+
+        def forward(self, x: Tensor) -> Tensor:
+            mu, logvar = self.encoder(x.unsqueeze(1)).chunk(2, 1)
+            logvar = MASKS[name](logvar, torch.bernoulli(torch.full_like(logvar, 0.1)))
+            mu, logvar = (mu * torch.softmax(-logvar, -1)).sum(-1), -torch.logsumexp(-logvar, -1)
+            return self.decoder(mu + torch.randn_like(mu) * (0.5 * logvar).exp())
+
+    rv, x = rvconvert.convert(Pooled()), torch.rand(4, 12)
+    y = rv(x)
+    y.sum().backward()
+    assert bool(y.isfinite().all()) and not torch.equal(y, rv(x))
+    assert rv.last_penalty is not None and 0 < float(rv.last_penalty) < 1
+    assert [row.role for row in rvconvert.plan(Pooled(), example_inputs=x) if row.operation == "torch.bernoulli"] == ["nuisance"]
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_model_that_draws_with_gradients_alone_may_be_called_without_first(training: bool) -> None:
+    class Draws(VAE):
+        def forward(self, x: Tensor) -> Tensor:
+            mu, logvar = self.encoder(x).chunk(2, 1)
+            draws = self.training and torch.is_grad_enabled()
+            return self.decoder(mu + torch.randn_like(mu) * (0.5 * logvar).exp() if draws else mu)
+
+    rv, x = rvconvert.convert(Draws(None, False)), torch.rand(4, 12)  # type: ignore[arg-type]
+    with torch.no_grad():
+        first = rv.train(training)(x)
+    torch.testing.assert_close(rv.train()(x), first)
+    assert rv.last_penalty is not None

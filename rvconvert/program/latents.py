@@ -147,9 +147,10 @@ class _Walk:
         reached = any(n in graph.learned or self.posterior.get(n) for n in others)
         moves = graph.is_kind(node, Shape) or graph.rule_name(node) in _WRITES
         fresh = _NONE.union(*(self.posterior.get(n, _NONE) for n in sources if n in self.drawn)) - self.settled
-        if plain and reached and not _gates(graph, node, self.noise) and (self.beside or not moves):
-            fresh |= plain
-            placed, plain = placed | plain, _NONE
+        if plain and reached and (self.beside or not moves):
+            added = _NONE if _gates(graph, node, self.noise) else plain
+            fresh |= added
+            placed, plain = placed | added, _NONE
         learned = [n for n in others if n in graph.learned]
         if learned and graph.rule_name(node) in LOCATIONS:
             self.settled |= fresh
@@ -172,6 +173,6 @@ class _Walk:
 
 
 def _gates(graph: RecordedGraph, node: fx.Node, noise: dict[fx.Node, Draws]) -> bool:
-    """A product with a draw of zeros and ones: a mask, not a scale."""
+    """A product with a draw of zeros and ones, or a sum: a mask, not a scale or a place."""
     drawn = {d.meta["draw"].law.name for n in node.all_input_nodes for d in noise.get(n, ())}
-    return graph.rule_name(node) in PRODUCTS and bool(drawn) and drawn <= {"Bernoulli"}
+    return graph.rule_name(node) in PRODUCTS | LOCATIONS and bool(drawn) and drawn <= {"Bernoulli"}
