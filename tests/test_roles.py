@@ -1426,3 +1426,116 @@ def test_a_model_that_draws_with_gradients_alone_may_be_called_without_first(tra
         first = rv.train(training)(x)
     torch.testing.assert_close(rv.train()(x), first)
     assert rv.last_penalty is not None
+
+
+COUNTS: dict[str, Callable[[Tensor, Tensor, Tensor], Any]] = {
+    "the rate": lambda rate, dropout, scale: rate,
+    "dropout beside": lambda rate, dropout, scale: (rate, dropout),
+    "scale and dropout beside": lambda rate, dropout, scale: {"px_scale": scale, "px_rate": rate, "px_dropout": dropout},
+}
+
+
+@pytest.mark.parametrize("name", COUNTS)
+def test_counts_of_a_library_whose_size_is_a_latent_too(name: str) -> None:
+    """The rate, of single cells, is the reconstruction, though it is an elementwise function of a latent."""
+
+    class Counts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.encoder, self.library, self.hidden = nn.Linear(10, 8), nn.Linear(10, 2), nn.Linear(4, 16)
+            self.scale, self.dropout = nn.Linear(16, 10), nn.Linear(16, 10)
+
+        def draw(self, h: Tensor) -> Tensor:
+            mu, logvar = h.chunk(2, 1)
+            return mu + torch.randn_like(mu) * (0.5 * logvar).exp()
+
+        def forward(self, x: Tensor) -> Any:
+            z, size = self.draw(self.encoder(x)), self.draw(self.library(x))
+            h = torch.relu(self.hidden(z))
+            scale = torch.softmax(self.scale(h), 1)
+            return COUNTS[name](size.exp() * scale, self.dropout(h), scale)
+
+    x = torch.rand(12, 10)
+    given = rvconvert.convert(Counts(), output="distribution")(x)
+    if isinstance(given, dict):  # the scale is a part of the rate
+        given = given["px_rate"], given["px_dropout"]
+    values = given if isinstance(given, tuple) else (given,)
+    rv = rvconvert.convert(Counts())
+    rv(x)
+    assert float(rv.last_penalty) == pytest.approx(sum(float(rvconvert.variance_penalty(y)) for y in values))  # type: ignore[arg-type]
+
+
+JOINED: dict[str, Callable[[Tensor], Tensor]] = {
+    "zero sum": lambda y: torch.cat((y[:, :-1], -y[:, :-1].sum(1, keepdim=True)), 1),
+    "its norm": lambda y: torch.cat((y, y.norm(dim=1, keepdim=True)), 1)[:, 1:],
+    "a coupling of volume 1": lambda y: (
+        (s := torch.cat((t := torch.tanh(y[:, :5]), -t.sum(1, keepdim=True)), 1)),
+        torch.cat((y[:, 6:] * s.exp(), y[:, :6]), 1),
+    )[1],
+}
+
+
+@pytest.mark.parametrize("name", JOINED)
+def test_a_sum_that_is_joined_to_its_summands_is_no_loss(name: str) -> None:
+    def result(y: Tensor, *rest: Any) -> Any:
+        return JOINED[name](y)
+
+    x = torch.rand(8, 12)
+    y = rvconvert.convert(VAE(result, False), output="distribution")(x)
+    rv = rvconvert.convert(VAE(result, False))
+    rv(x)
+    assert float(rv.last_penalty) == pytest.approx(float(rvconvert.variance_penalty(y)))  # type: ignore[arg-type]
+
+
+TARGETS: dict[str, Callable[[Tensor], Tensor]] = {
+    "as it is": lambda x: x,
+    "scaled": lambda x: 2 * x - 1,
+    "relative": lambda x: x - x[:, :1],
+    "standardized": lambda x: (x - x.mean(1, keepdim=True)) / x.std(1, keepdim=True),
+}
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_what_is_summed_up_before_it_meets_a_target_made_of_the_input(name: str) -> None:
+    """Increments of a track, which is compared relative to its first point."""
+
+    def track(y: Tensor, *rest: Any) -> Any:
+        return y.view(-1, 6, 2).cumsum(1)
+
+    x = torch.rand(5, 12)
+    y = rvconvert.convert(VAE(track, False), output="distribution")(x)
+    rv = rvconvert.convert(VAE(lambda y, x, *rest: F.mse_loss(track(y), TARGETS[name](x.view(-1, 6, 2))), False))
+    rv(x)
+    assert float(rv.last_penalty) == pytest.approx(float(rvconvert.variance_penalty(y)))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("picked", [False, True])
+def test_weights_that_an_input_picks_decode(picked: bool) -> None:
+    """Topics of a document's year, below a latent of the year."""
+
+    class Topics(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.trend, self.document = nn.Linear(20, 10), nn.Linear(25, 10)
+            self.words = nn.Parameter(torch.randn(1, 5, 20).repeat(3, 1, 1))
+
+        def draw(self, h: Tensor) -> Tensor:
+            mu, logvar = h.chunk(2, 1)
+            return mu + torch.randn_like(mu) * (0.5 * logvar).exp()
+
+        def forward(self, counts: Tensor, years: Tensor, trend: Tensor) -> Tensor:
+            eta = self.draw(self.trend(trend))
+            theta = torch.softmax(self.draw(self.document(torch.cat((counts, eta[years]), 1))), 1)
+            beta = torch.softmax(self.words, 2)
+            beta = beta[years] if picked else beta[:1].expand(len(counts), -1, -1)
+            likelihood = torch.bmm(theta.unsqueeze(1), beta).squeeze(1)
+            return (-torch.log(likelihood + 1e-6) * counts).sum()
+
+    torch.manual_seed(0)
+    counts, years, trend = torch.rand(12, 20), torch.tensor([0, 1, 2] * 4), torch.rand(3, 20)
+    rv = rvconvert.convert(Topics())
+    assert torch.equal(rv(counts, years, trend), rv(counts, years, trend))
+    rows = rvconvert.plan(Topics(), example_inputs=(counts, years, trend))
+    assert [row.role for row in rows if row.role] == ["latent", "latent", "reconstruction", "loss"]

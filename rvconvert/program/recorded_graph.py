@@ -56,7 +56,7 @@ class RecordedGraph:
         self.raw: set[fx.Node] = set()  # made of inputs, through no learned layer
         self.conditioned: set[fx.Node] = set()  # depends on an input
         self.learned: set[fx.Node] = set()  # depends on an input through a learned layer
-        self.weights: set[fx.Node] = set()  # made of parameters and buffers alone
+        self.weights: set[fx.Node] = set()  # made of parameters and buffers alone, perhaps picked by an input
         self.posterior: Posterior | None = None  # of the latents, where they have one
         self.nuisance: set[fx.Node] = set()  # made of draws that are no latent
         self.by_products = False  # a sum of products of two latents decodes: where nothing else does
@@ -79,6 +79,8 @@ class RecordedGraph:
         elif asks(node):
             return
         else:
+            if self.is_kind(node, Shape) and self.values_in(node) and all(n in self.weights for n in self.values_in(node)):
+                self.weights.add(node)  # those that an input picks too: topics of a document's year
             if any(n in self.conditioned for n in sources):
                 self.conditioned.add(node)
                 if any(n in self.learned for n in sources) or self.has_weights(node):

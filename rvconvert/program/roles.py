@@ -251,8 +251,9 @@ class _Assignment(RecordedGraph):
         return found
 
     def is_rescaled(self, node: fx.Node, losses: set[fx.Node], decoded: set[fx.Node]) -> bool:
-        """What a decoder gives, divided or shifted by one number for each example: a sum, a norm, a maximum of itself."""
-        whole = [n for n in node.all_input_nodes if n in decoded and n not in losses and size_of(n) == size_of(node)]
+        """What a decoder gives, divided or shifted by one number for each example or joined to it: a sum, a norm, a maximum."""
+        given = [n for n in node.all_input_nodes if n in decoded and n not in losses]
+        whole = [n for n in given if size_of(n) == size_of(node) or (len(self.parts(node)) > 1 and rank_of(n) > 1)]
         return bool(whole) and all(size_of(n) < size_of(node) for n in node.all_input_nodes if n in losses)
 
     def scores(self, random: set[fx.Node], decoded: set[fx.Node]) -> frozenset[fx.Node]:
@@ -324,8 +325,16 @@ class _Assignment(RecordedGraph):
         return [n for n in rest if n not in priors] or leaves
 
     def is_latent(self, node: fx.Node, latents: list[fx.Node]) -> bool:
-        """A latent, or several of them joined."""
-        return any(self.same(draw, part) for part in self.parts(node) for draw in latents)
+        """A latent, or several of them joined; not what a decoder gives times a smaller one, a library's size."""
+        return any(
+            self.same(draw, part) and not any(self.joins_larger(draw, n) for n in self.between(draw, part))
+            for part in self.parts(node)
+            for draw in latents
+        )
+
+    def joins_larger(self, draw: fx.Node, node: fx.Node) -> bool:
+        """What a decoder gives, and more numbers than a draw has, takes part in ``node``."""
+        return any(n in self.decoded and size_of(n) > size_of(draw) and not self.behind(draw, n) for n in node.all_input_nodes)
 
     def is_part(self, node: fx.Node) -> bool:
         """One of several results of a layer, as a mean and a log-variance are."""
@@ -537,9 +546,13 @@ class _Assignment(RecordedGraph):
         return self.is_kind(node, Shape) and any(len(users) > 1 for users in used)
 
     def is_step_of_input(self, node: fx.Node) -> bool:
-        """An input, or what is selected of one, more than a number for each example."""
-        while node.op != "placeholder" and self.is_kind(node, Shape) and len(self.values_in(node)) == 1:
-            (node,) = self.values_in(node)
+        """An input, what is selected of one or scaled or shifted by another, more than a number for each example."""
+        while node.op != "placeholder" and (self.is_kind(node, Shape) or self.rule_name(node) in _RESCALINGS):
+            sources = [n for n in node.args if isinstance(n, fx.Node) and n in self.raw]
+            sources = [n for n in sources if size_of(n) == max(map(size_of, sources))]
+            if not sources or (self.rule_name(node) in PRODUCTS and len(sources) > 1):
+                return False
+            node = sources[0]
         return node.op == "placeholder" and rank_of(node) >= 2
 
     def is_width(self, source: fx.Node, loss: fx.Node) -> bool:
