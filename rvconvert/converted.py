@@ -72,7 +72,8 @@ class ConvertedModel:
         conversion = conversion_of(self)
         made = convert_copy(plain_copy(self, memo), conversion.options)  # type: ignore[arg-type]
         copied = conversion_of(made)
-        copied.programs, copied.constants = OrderedDict(conversion.programs), conversion.constants
+        if not any(isinstance(each, nn.Parameter) for each in vars(conversion.constants).values()):  # else they are the other's
+            copied.programs, copied.constants = OrderedDict(conversion.programs), conversion.constants
         copied.places = dict(conversion.places)
         copied.gains = Gains.from_tensors(conversion.gains.to_tensors())
         copied.once, copied.penalty_scale = set(conversion.once), conversion.penalty_scale

@@ -91,3 +91,32 @@ def test_a_model_s_own_train_has_its_own_arguments() -> None:
 
     rv: Any = rvconvert.convert(Trains())
     assert (rv.train(epochs=2), rv.train(10, 2), rv.train()) == ((2, 5), (10, 2), (3, 5))
+
+
+@pytest.mark.parametrize("held", [dict, list])
+def test_networks_in_a_plain_dict_or_list(held: type) -> None:
+    """Torch knows nothing of their parameters; an optimizer made of the copy's own moves them."""
+
+    class Unregistered(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            networks = {0: nn.Linear(12, 8), 1: nn.Linear(4, 12)}
+            self.networks = networks if held is dict else [*networks.values()]
+
+        def forward(self, x: Tensor) -> Tensor:
+            mu, logvar = self.networks[0](x).chunk(2, 1)
+            return self.networks[1](mu + torch.randn_like(mu) * (0.5 * logvar).exp())
+
+    torch.manual_seed(0)
+    registered, x = Closures(), torch.rand(3, 12)
+    torch.manual_seed(0)
+    rv: Any = rvconvert.convert(Unregistered())
+    torch.testing.assert_close(rv(x), rvconvert.convert(registered)(x))
+    assert rv.last_penalty is not None
+    made = copy.deepcopy(rv)
+    optimizer = torch.optim.SGD(made.networks[1].parameters(), 0.1)
+    before = made(x)
+    made(x).square().sum().backward()
+    optimizer.step()
+    assert not torch.allclose(made(x), before) and torch.allclose(rv(x), before)

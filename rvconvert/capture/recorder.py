@@ -164,7 +164,10 @@ class _Recorder(TorchFunctionMode, Handler):
         """A node for a value that no code in the graph makes."""
         name = f"constant_{next(_CONSTANT)}"
         self.recording.constants[name] = value
-        return self.graph.get_attr(f"_rvconvert.constants.{name}")
+        node = self.graph.get_attr(f"_rvconvert.constants.{name}")
+        if isinstance(value, nn.Parameter):  # of a module that is kept in a plain list or dict
+            node.meta["weight"], node.meta["requires_grad"] = True, value.requires_grad
+        return node
 
     def argument(self, value: Any) -> Any:
         """``value`` as an argument of a node."""
