@@ -20,7 +20,7 @@ from torch.nn.parameter import is_lazy
 from rvconvert.calibration import renew
 from rvconvert.capture import intercept
 from rvconvert.capture.graph_calls import autocast_state, set_autocast
-from rvconvert.capture.module_state import unchanged
+from rvconvert.capture.module_state import put_back, tensors_written, unchanged
 from rvconvert.capture.python_state import Place, read_now
 from rvconvert.capture.recorder import own_copies, record
 from rvconvert.capture.replay import each_mode, replay_differs
@@ -398,17 +398,15 @@ class Conversion:
 
     def recorded_once(self, name: str, model: nn.Module, args: Any, kwargs: Any) -> Program:
         """Record a call that is then run and forgotten: what Python does beside the graph stays done."""
-        buffers = {b: b.detach().clone() for b in model.buffers() if not b.is_meta}
+        written = tensors_written(model)
         devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
         with torch.random.fork_rng(devices=devices):  # the run draws again what the recording drew
             recording, _ = record(model, self.method(name, model), args, kwargs, self.settings.registry)
-        with torch.no_grad():
-            for buffer, value in buffers.items():
-                if buffer._version and not torch.equal(buffer, value):
-                    buffer.copy_(value)  # the run changes it again
-        vars(self.constants).update(recording.constants)
+        put_back(written)  # the run writes it again
         recording.once = ["as asked"]
         roles = self.roles(recording, name, model)
+        recording.hold_attributes(model)
+        vars(self.constants).update(recording.constants)
         refusal = self.refusal(recording, roles, name, model)
         if refusal is not None and not isinstance(refusal, NoReparameterizationError):
             raise refusal

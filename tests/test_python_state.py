@@ -338,3 +338,65 @@ def test_a_global_that_the_method_itself_changes_is_changed_at_every_call():
     for _ in range(3):
         model(x)
     assert COUNTER["calls"] == before + 3
+
+
+def _noted(model):
+    model.history.append(1)
+    model.state = model.state + len(model.history)
+
+
+STATES = {
+    "assigned": lambda model: setattr(model, "state", 2 * model.state),
+    "in place": lambda model: model.state.mul_(2),
+    "in a dict": lambda model: model.held.update(state=2 * model.held["state"]),
+    "in a dict in place": lambda model: model.held["state"].mul_(2),
+    "by a list's length": _noted,
+}
+
+
+@pytest.mark.parametrize("once", [False, True])
+@pytest.mark.parametrize("buffer", [False, True])
+@pytest.mark.parametrize("name", STATES)
+def test_a_state_that_a_call_reads_and_changes_is_the_plain_model_s(name, buffer, once):
+    """A hidden state on the model, read before it is written; recorded once, or at every call."""
+
+    class Stateful(VAE):
+        def __init__(self):
+            super().__init__()
+            self.calls, self.history, self.held = 0, [], {"state": torch.ones(6)}
+            if buffer:
+                self.register_buffer("state", torch.ones(6))
+            else:
+                self.state = torch.ones(6)
+
+        def forward(self, x):
+            self.calls += once
+            read = x.new_zeros(6) + self.state + self.held["state"]
+            y = self.reconstruct(x)
+            STATES[name](self)
+            return y, read
+
+    plain, x = Stateful(), torch.rand(5, 6)
+    rv = rvconvert.convert(plain)
+    for _ in range(4):
+        torch.testing.assert_close(rv(x)[1], plain(x)[1])
+        torch.testing.assert_close(rv.state, plain.state)
+        torch.testing.assert_close(rv.held["state"], plain.held["state"])
+
+
+def test_what_is_put_on_a_model_for_a_call_that_takes_it_away():
+    class Guided(VAE):
+        guide = None
+
+        def forward(self, x):
+            y = self.reconstruct(x) + self.guide[:, :1]
+            self.guide = None
+            return y
+
+    rv, x, given = rvconvert.convert(Guided()), torch.rand(5, 6), []
+    for step in range(3):
+        rv.guide = torch.full((5, 6), float(step))
+        given.append(rv(x) - step)
+        assert rv.guide is None
+    torch.testing.assert_close(given[1], given[0])
+    torch.testing.assert_close(given[2], given[0])

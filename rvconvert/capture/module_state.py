@@ -38,7 +38,7 @@ def unchanged(root: nn.Module) -> Iterator[None]:
     attributes = {module: dict(vars(module)) for module in modules}
     mutables = _mutables(attributes)
     tables = {m: (dict(m._buffers), dict(m._parameters)) for m in modules}
-    values = {b: b.detach().clone() for b in root.buffers() if not b.is_meta}
+    values = tensors_written(root)
     data = {p: p.data for p in root.parameters()}
     devices = sorted({p.device.index or 0 for p in root.parameters() if p.device.type == "cuda"})
     drawn = random_state()
@@ -50,10 +50,7 @@ def unchanged(root: nn.Module) -> Iterator[None]:
             yield
     finally:
         restore_random_state(drawn)
-        with torch.no_grad():
-            for buffer, value in values.items():
-                if buffer._version and not torch.equal(buffer, value):
-                    buffer.copy_(value)
+        put_back(values)
         for parameter, before in data.items():
             if parameter.data.data_ptr() != before.data_ptr():
                 parameter.data = before
@@ -68,6 +65,22 @@ def unchanged(root: nn.Module) -> Iterator[None]:
             for table, entries in zip(own, saved, strict=True):
                 table.clear()
                 table.update(entries)
+
+
+def tensors_written(root: nn.Module) -> dict[torch.Tensor, torch.Tensor]:
+    """What a run may write into in place, buffers and tensors that modules keep as plain attributes, with copies of it."""
+    modules = [m for m in root.modules() if not isinstance(m, torch.jit.ScriptModule)]
+    held = [value for m in modules for name, value in vars(m).items() if not _is_torchs(m, name)]
+    own = [x for x in flatten(held)[0] if type(x) is torch.Tensor and x.layout == torch.strided]
+    return {x: x.detach().clone() for x in (*root.buffers(), *own) if not x.is_meta}
+
+
+def put_back(values: dict[torch.Tensor, torch.Tensor]) -> None:
+    """Undo what was written into them in place."""
+    with torch.no_grad():
+        for tensor, value in values.items():
+            if not tensor.is_inference() and tensor._version and not torch.equal(tensor, value):
+                tensor.copy_(value)
 
 
 class _Mutable(NamedTuple):

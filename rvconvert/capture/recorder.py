@@ -152,6 +152,7 @@ class _Recorder(TorchFunctionMode, Handler):
         if path is not None:
             node = self.graph.get_attr(path)
             node.meta["requires_grad"] = tensor.requires_grad
+            self.recording.attributes[path] = tensor
         else:
             key = _storage_key(tensor)
             shared = self.storages.get(key) if key is not None else None

@@ -10,7 +10,7 @@ import torch
 from rvconvert.core.tree import Structure
 
 if TYPE_CHECKING:
-    from torch import fx
+    from torch import fx, nn
 
     from rvconvert.capture.python_state import Place
 
@@ -38,6 +38,7 @@ class Recording:
         outputs: structure of the outputs.
         kept: what the method keeps on modules; the tensors in it follow the outputs.
         constants: values that no code in the graph makes, by the name it looks them up with on the conversion.
+        attributes: tensors that the method read off modules, by path.
         random_inputs: the placeholders given as random variables.
         draws: the nodes that draw.
         depends: the nodes that depend on a draw or a random input.
@@ -56,6 +57,7 @@ class Recording:
     outputs: Structure = field(default_factory=lambda: Structure("constant"))
     kept: list[Kept] = field(default_factory=list)
     constants: dict[str, Any] = field(default_factory=dict)
+    attributes: dict[str, torch.Tensor] = field(default_factory=dict)
     random_inputs: list[fx.Node] = field(default_factory=list)
     draws: list[fx.Node] = field(default_factory=list)
     depends: set[fx.Node] = field(default_factory=set)
@@ -80,6 +82,15 @@ class Recording:
         """The node of the outputs."""
         return next(iter(reversed(self.graph.nodes)))
 
+    def hold_attributes(self, root: nn.Module) -> None:
+        """Let the graph of a call that is run once read what a module had as the call found it, not as it left it."""
+        for node in self.graph.nodes:
+            known = node.op == "get_attr" and node.target in self.attributes
+            if known and _found(root, node.target) is not self.attributes[node.target]:
+                name = f"attribute_{node.name}"
+                self.constants[name] = self.attributes[node.target]
+                node.target = f"_rvconvert.constants.{name}"
+
     def restore(self) -> None:
         """Put back the parameters that the run wrote to."""
         with torch.no_grad():
@@ -90,6 +101,14 @@ class Recording:
     def kept_leaves(self) -> int:
         """How many of the outputs are tensors that the method keeps on modules."""
         return sum(each.leaves for each in self.kept)
+
+
+def _found(root: nn.Module, path: str) -> Any:
+    """What is there now; None where nothing is."""
+    value: Any = root
+    for name in path.split("."):
+        value = getattr(value, name, None)
+    return value
 
 
 def equal(a: Any, b: Any) -> bool:
