@@ -29,6 +29,7 @@ from rvconvert.core.tree import Structure, flatten
 from rvconvert.covariance.calibrated import Gains
 from rvconvert.errors import ConversionError, NoReparameterizationError
 from rvconvert.penalty import attach_penalty, variance_penalty
+from rvconvert.places import short_place
 from rvconvert.program.gains import gain_keys
 from rvconvert.program.plan import refuse_unsupported, report_graph
 from rvconvert.program.recorded_graph import Posterior
@@ -386,6 +387,13 @@ class Conversion:
         """The runnable form of a recording."""
         recording, roles = examined.recording, examined.roles
         self.latents |= {node.meta["where"] for node in roles.latents}
+        for node in sorted(roles.picked, key=lambda n: n.name)[:1]:
+            self.warn(
+                "index",
+                f"{short_place(node.meta.get('where', ''))}: an index that a latent picks, a category or an entry of a codebook, "
+                "is picked at the mean here, and what is made of it has no variance. F.gumbel_softmax(logits, tau, hard=True) draws "
+                "the same category as a one-hot vector that has one; covariance='sampled' and 'lowrank' pick on every path",
+            )
         calibrated = self.options.covariance == "calibrated"
         gains = gain_keys(recording, roles, name, self.options.settings) if calibrated else None
         graph = to_random_variables(recording, roles, output=self.options.output, gains=gains)

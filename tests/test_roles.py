@@ -1539,3 +1539,30 @@ def test_weights_that_an_input_picks_decode(picked: bool) -> None:
     assert torch.equal(rv(counts, years, trend), rv(counts, years, trend))
     rows = rvconvert.plan(Topics(), example_inputs=(counts, years, trend))
     assert [row.role for row in rows if row.role] == ["latent", "latent", "reconstruction", "loss"]
+
+
+def straight_through(z: Tensor) -> Tensor:
+    y = torch.softmax(z, 1)
+    _, index = y.max(-1)
+    hard = torch.zeros_like(y).scatter_(1, index.view(-1, 1), 1)
+    return (hard - y).detach() + y
+
+
+PICKS: dict[str, tuple[bool, Callable[..., Any]]] = {
+    "straight through": (True, lambda y, x, z, mu, std, m: m.decoder(straight_through(z))),
+    "one hot": (True, lambda y, x, z, mu, std, m: m.decoder(F.one_hot(z.argmax(1), 4).float())),
+    "a cluster beside": (False, lambda y, x, z, mu, std, m: (y, z.argmax(1))),
+    "an accuracy beside": (False, lambda y, x, z, mu, std, m: (y, (y.argmax(1) == x.argmax(1)).float().mean())),
+    "a maximum": (False, lambda y, x, z, mu, std, m: m.decoder(z - z.max(1, keepdim=True)[0])),
+}
+
+
+@pytest.mark.parametrize("covariance", ["independent", "sampled"])
+@pytest.mark.parametrize("name", PICKS)
+def test_an_index_that_a_latent_picks_for_the_decoder_is_told(name: str, covariance: str) -> None:
+    told, result = PICKS[name]
+    rv = rvconvert.convert(VAE(result, False), covariance=covariance)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        rv(torch.rand(8, 12))
+    assert any("gumbel_softmax" in str(each.message) for each in said) == (told and covariance == "independent")

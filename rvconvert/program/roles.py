@@ -41,6 +41,7 @@ class Roles:
         drawn: exponentials in scores of the latents alone, such as the density of a mixture, which a loss takes from a draw.
         unused: random nodes whose value nothing uses, such as a check of a distribution's arguments.
         indices: places that were picked at the means, and what is made of such alone: plain tensors.
+        picked: of the indices, those picked by a latent that lead into a decoder: a category, an entry of a codebook.
         scores: values of a loss function, errors, and what is made of them: Python may report them, as logs do.
         posterior: of the latents, if these are drawn from what an encoder made of the input.
         hidden: latents, and values of their size on the way to a reconstruction, that leave.
@@ -56,6 +57,7 @@ class Roles:
     drawn: frozenset[fx.Node]
     unused: frozenset[fx.Node]
     indices: frozenset[fx.Node]
+    picked: frozenset[fx.Node]
     scores: frozenset[fx.Node]
     posterior: Posterior | None
     hidden: frozenset[fx.Node]
@@ -158,6 +160,7 @@ class _Assignment(RecordedGraph):
                 at_mean |= {(n, node) for n in sources}
                 drawn_from += [n for n in sources if n in decoded and not ("draw" in node.meta and asks_of(node, n))]
         chosen = chosen or list(dict.fromkeys(drawn_from))
+        indices = self.indices(random)
         related = [*leaving, *(source for source, _ in edges if "shape" in source.meta)]
         beside = [
             (value, main)
@@ -179,7 +182,8 @@ class _Assignment(RecordedGraph):
             frozenset(decoded),
             frozenset() if paths else self.drawn(inside, random, {*chosen, *(source for source, _ in at_mean)}),
             self.unused(random),
-            self.indices(random),
+            indices,
+            frozenset() if paths else self.picked(indices, random),
             self.scores(random, decoded),
             self.posterior,
             self.hidden(leaving, latents, chosen, random),
@@ -231,6 +235,15 @@ class _Assignment(RecordedGraph):
                 continue
             picked = self.rule_name(node) in _PICKS or "part" in node.meta
             if all(n in found for n in sources) or (picked and str(node.meta.get("dtype")) == "torch.int64"):
+                found.add(node)
+        return frozenset(found)
+
+    def picked(self, indices: frozenset[fx.Node], random: set[fx.Node]) -> frozenset[fx.Node]:
+        """Indices that a value before the decoder picks, and that a decoder's layers act on, through a one-hot vector or not."""
+        found = set()
+        for node in indices:
+            by = [n for n in node.all_input_nodes if n in random and n not in indices]
+            if by and not any(n in self.decoded for n in by) and any(self.has_weights(n) for n in self.ahead_of(node)):
                 found.add(node)
         return frozenset(found)
 
