@@ -391,8 +391,8 @@ class Conversion:
             self.warn(
                 "index",
                 f"{short_place(node.meta.get('where', ''))}: an index that a latent picks, a category or an entry of a codebook, "
-                "is picked at the mean here, and what is made of it has no variance. F.gumbel_softmax(logits, tau, hard=True) draws "
-                "the same category as a one-hot vector that has one; covariance='sampled' and 'lowrank' pick on every path",
+                "is picked at the mean here, and what is made of it has no variance. F.gumbel_softmax(logits, tau, hard=True) "
+                "draws the same category as a one-hot vector that has one; covariance='sampled' and 'lowrank' pick on every path",
             )
         calibrated = self.options.covariance == "calibrated"
         gains = gain_keys(recording, roles, name, self.options.settings) if calibrated else None
