@@ -2,6 +2,7 @@
 
 import argparse
 import collections
+import functools
 import random
 import types
 import warnings
@@ -400,3 +401,40 @@ def test_what_is_put_on_a_model_for_a_call_that_takes_it_away():
         assert rv.guide is None
     torch.testing.assert_close(given[1], given[0])
     torch.testing.assert_close(given[2], given[0])
+
+
+@functools.lru_cache(None)
+def _folded(batch, width):
+    return batch * 2, width // 2
+
+
+@functools.lru_cache(None)
+def _positions(width):
+    return torch.linspace(0, 1, width)
+
+
+CACHED = {
+    "numbers": lambda z: z.reshape(_folded(*z.shape)).reshape(z.shape),
+    "numbers made of": lambda z: z.reshape(-1, _folded(*z.shape)[1] * 2),
+    "a tensor": lambda z: z + _positions(z.shape[1]),
+}
+
+
+@pytest.mark.parametrize("name", CACHED)
+def test_what_a_model_caches_by_size_serves_every_recording(name):
+    """A cache by size, as of einops, keeps numbers of the recording that filled it."""
+
+    class Caches(VAE):
+        def forward(self, x):
+            mu, logvar = self.encoder(x).chunk(2, 1)
+            return self.decoder(CACHED[name](mu + torch.randn_like(mu) * (0.5 * logvar - 20).exp()))
+
+    _folded.cache_clear()
+    _positions.cache_clear()
+    plain = Caches()
+    for rv in (rvconvert.convert(plain), rvconvert.convert(plain)):
+        for training in (True, False):
+            for batch in (4, 7, 4, 5):
+                x = torch.rand(batch, 6)
+                expected = rv.decoder(CACHED[name](rv.encoder(x).chunk(2, 1)[0]))
+                torch.testing.assert_close(rv.train(training)(x), expected)

@@ -12,7 +12,7 @@ from torch import nn
 
 from rvconvert.capture.python_state import is_opaque, random_state, restore_random_state
 from rvconvert.capture.recording import Kept, equal
-from rvconvert.capture.traced_number import TracedFloat, TracedInt, untraced
+from rvconvert.capture.traced_number import TracedFloat, TracedInt, is_traced_now, untraced
 from rvconvert.core.tree import Structure, flatten
 
 if TYPE_CHECKING:
@@ -177,7 +177,7 @@ def _is_record(module: nn.Module, name: str, value: Any) -> bool:
 
 def is_output(value: Any) -> bool:
     """True for what a graph gives: a tensor, or a number that was recorded."""
-    return isinstance(value, (torch.Tensor, TracedInt, TracedFloat))
+    return isinstance(value, torch.Tensor) or is_traced_now(value)
 
 
 class Held:

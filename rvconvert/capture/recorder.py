@@ -35,7 +35,7 @@ from rvconvert.capture.python_state import (
     read_now,
 )
 from rvconvert.capture.recording import Recording
-from rvconvert.capture.traced_number import TracedFloat, TracedInt, ignored, traced_size, untraced
+from rvconvert.capture.traced_number import TracedFloat, TracedInt, ignored, is_traced_now, traced_size, tracing, untraced
 from rvconvert.core.random_variable import RandomVariable, is_in_place
 from rvconvert.core.tree import flatten
 from rvconvert.errors import TracingError
@@ -173,7 +173,7 @@ class _Recorder(TorchFunctionMode, Handler):
     def argument(self, value: Any) -> Any:
         """``value`` as an argument of a node."""
         if isinstance(value, (TracedInt, TracedFloat)):
-            return value.node
+            return value.node if is_traced_now(value) else untraced(value)
         if isinstance(value, torch.Tensor):
             return self.node_of(value)
         if isinstance(value, torch.Size) or type(value) is tuple:
@@ -697,8 +697,22 @@ def record(
     on modules stays as the run left it: see ``unchanged``. A model that asks whether gradients are on hears ``told``;
     one that asks for values, as a log does, hears ``reported`` times them.
     """
-    leaves, structure = flatten((args, kwargs))
     recording = Recording(fx.Graph())
+    with tracing(recording.graph):
+        return recording, _recorded(recording, root, method, args, kwargs, registry, told, reported)
+
+
+def _recorded(
+    recording: Recording,
+    root: nn.Module,
+    method: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    registry: Registry,
+    told: bool | None,
+    reported: float,
+) -> Any:
+    leaves, structure = flatten((args, kwargs))
     before = Held(root)
     recorder = _Recorder(root, recording, registry, told, reported)
     values = []
@@ -725,7 +739,7 @@ def record(
     leaves, recording.outputs = flatten(result, is_output)
     leaves += before.changes(recording, recorder.paths)
     recording.graph.output(tuple(recorder.argument(leaf) for leaf in leaves))
-    return recording, result
+    return result
 
 
 def own_copies(leaves: list[Any]) -> list[Any]:

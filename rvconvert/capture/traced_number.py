@@ -1,7 +1,11 @@
-"""Numbers that remember the graph node they came from, so that sizes are not baked into a recording."""
+"""Numbers that remember the graph node they came from, so that sizes are not baked into a recording.
+
+Once the recording is done they are plain numbers: what a model keeps by size, in a cache, may keep some of them.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import operator
 from typing import TYPE_CHECKING, Any
 
@@ -9,9 +13,26 @@ import torch
 from torch import fx
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
-__all__ = ["TracedFloat", "TracedInt", "ignored", "traced_size", "untraced"]
+__all__ = ["TracedFloat", "TracedInt", "ignored", "is_traced_now", "traced_size", "tracing", "untraced"]
+
+_graphs: list[fx.Graph] = []  # under way, the innermost last
+
+
+@contextlib.contextmanager
+def tracing(graph: fx.Graph) -> Iterator[None]:
+    """Within: the numbers of ``graph``, and of no other, are more than plain ones."""
+    _graphs.append(graph)
+    try:
+        yield
+    finally:
+        _graphs.remove(graph)
+
+
+def is_traced_now(value: Any) -> bool:
+    """A number of the recording that is under way."""
+    return isinstance(value, _Traced) and bool(_graphs) and value.node.graph is _graphs[-1]
 
 
 def ignored(name: str) -> None:
@@ -80,8 +101,11 @@ def _arithmetic(function: Callable[..., Any], reflected: bool) -> Callable[..., 
             return NotImplemented
         operands = (*others, self) if reflected else (self, *others)
         value = function(*map(untraced, operands))
-        node = self.node.graph.call_function(function, tuple(x.node if isinstance(x, _Traced) else x for x in operands))
-        watched = [x.fixed for x in operands if isinstance(x, _Traced) and x.fixed is not ignored]
+        live = [x for x in operands if is_traced_now(x)]
+        if not live:
+            return value
+        node = live[0].node.graph.call_function(function, tuple(x.node if is_traced_now(x) else untraced(x) for x in operands))
+        watched = [x.fixed for x in live if x.fixed is not ignored]
         return _traced(value, node, watched[0] if watched else ignored)
 
     return method
@@ -91,7 +115,8 @@ def _fixing(name: str, base: type) -> Callable[..., Any]:
     plain = getattr(base, name)
 
     def method(self: Any, *others: Any) -> Any:
-        if not (name in ("__eq__", "__ne__", "__hash__") and any(isinstance(x, str) for x in others)):
+        of_text = name in ("__eq__", "__ne__", "__hash__") and any(isinstance(x, str) for x in others)
+        if not of_text and is_traced_now(self):
             self.fixed(name)
         return plain(untraced(self), *map(untraced, others))
 
