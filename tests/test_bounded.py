@@ -62,3 +62,16 @@ def test_a_norm_of_nothing_has_no_gradient(p):
     found, by_var = torch.autograd.grad(y.mean.sum(), (mean, var), retain_graph=True)
     torch.testing.assert_close(found, torch.autograd.grad(torch.linalg.vector_norm(mean, p, dim=-1).sum(), mean)[0])
     assert bool(by_var.isfinite().all() and torch.autograd.grad(y.var.sum(), var)[0].isfinite().all())
+
+
+@pytest.mark.parametrize("nothing", [float("nan"), float("inf"), torch.tensor(float("nan"))])
+def test_what_is_not_defined_is_chosen_where_that_is_likelier(nothing):
+    """As a Student t's mean, that of two degrees of freedom or more, is written: ``m[df <= 1] = nan``."""
+    df = RandomVariable(torch.tensor([3.0, 1.5, 0.5, 0.5]), torch.tensor([0.01, 0.2, 0.01, 0.0]))
+    mean = torch.tensor([1.0, 2.0, 3.0, 4.0], requires_grad=True)
+    y = torch.where(df <= 1, nothing, RandomVariable(mean, torch.full((4,), 0.3)))
+    torch.testing.assert_close(y.mean[:2], mean[:2])
+    torch.testing.assert_close(y.var[:2], torch.full((2,), 0.3))
+    assert not bool(y.mean[2:].isfinite().any())
+    (found,) = torch.autograd.grad((y.mean[:2] + y.var[:2]).sum(), mean)
+    assert bool(found.isfinite().all())

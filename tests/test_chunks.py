@@ -86,3 +86,22 @@ def test_chunks_are_cut_alike_and_no_finer_than_need_be(monkeypatch):
     assert [[len(x) for x in each] for each in cut] == [[2] * 4] * 2
     assert all(torch.equal(torch.cat(each), whole) for each, whole in zip(cut, (small, large), strict=True))
     assert [len(x) for x in chunks.alike([tuple(small.split(1))])[0]] == [8]
+
+
+@pytest.mark.parametrize("batch", [20, 48])
+def test_paths_that_do_not_divide_evenly_are_trained_on(batch: int) -> None:
+    """Of a decoder with BatchNorm."""
+
+    class VAE(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.encoder, self.up = nn.Linear(256, 16), nn.Linear(8, 16 * 256)
+            self.decoder = nn.Sequential(nn.Unflatten(1, (16, 16, 16)), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 1, 3, 1, 1))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            mu, logvar = self.encoder(x.flatten(1)).chunk(2, 1)
+            return self.decoder(self.up(mu + torch.randn_like(mu) * (0.5 * logvar).exp()))
+
+    rv = rvconvert.convert(VAE(), covariance="lowrank")
+    rv(torch.rand(batch, 1, 16, 16)).square().mean().backward()
+    assert all(p.grad is not None and bool(p.grad.isfinite().all()) for p in rv.parameters())

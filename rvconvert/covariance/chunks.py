@@ -96,7 +96,7 @@ class JointBatchNorm(torch.autograd.Function):
             )
             for grad, x in zip(grads, chunks, strict=True)
         ]
-        _, by_weight, by_bias = (sum(parts) for parts in zip(*each, strict=True))
+        by_weight, by_bias = (sum(by[k] for by in each) for k in (1, 2))
         # What the statistics pass on: scale/n (sum of grad + x̂ times sum of grad x̂).
         scale = torch.rsqrt(var + ctx.eps)
         by_x, shared = -one * scale * scale * by_weight / ctx.n, -one * scale * by_bias / ctx.n

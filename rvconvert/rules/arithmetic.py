@@ -437,12 +437,24 @@ def _where(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Te
     (condition, a, b), _, _ = bind(("condition", "input", "other"), args, kwargs)
     p, p_var = moments(condition)
     (a, a_var), (b, b_var) = moments(a), moments(b)
+    plain = [x for x, v in ((a, a_var), (b, b_var)) if v is None and (isinstance(x, Tensor) or not math.isfinite(x))]
     a_var, b_var = (0.0 if v is None else v for v in (a_var, b_var))
     if p_var is None:
         mean = torch.where(p, a, b)
         return mean, spread(torch.where(p, a_var, b_var).to(mean.dtype), mean)
+    if plain:
+        p = _chosen_where_defined(p, plain)
+        a, b = torch.where(p > 0, a, 0.0), torch.where(p < 1, b, 0.0)
     mean = p * a + (1 - p) * b
     return mean, spread(p * a_var + (1 - p) * b_var + p * (1 - p) * (a - b) ** 2, mean)
+
+
+def _chosen_where_defined(p: Tensor, constants: list[Any]) -> Tensor:
+    """The probability of a branch; a constant that is no number, what is not defined, is taken where it is likelier."""
+    undefined = torch.zeros_like(p, dtype=torch.bool)
+    for x in constants:
+        undefined = undefined | ~torch.isfinite(torch.as_tensor(x, device=p.device))
+    return torch.where(undefined, (p > 0.5).to(p.dtype), p)
 
 
 def _where_method(self: Any, condition: Any, other: Any) -> Any:
