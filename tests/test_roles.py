@@ -1566,3 +1566,74 @@ def test_an_index_that_a_latent_picks_for_the_decoder_is_told(name: str, covaria
         warnings.simplefilter("always")
         rv(torch.rand(8, 12))
     assert any("gumbel_softmax" in str(each.message) for each in said) == (told and covariance == "independent")
+
+
+HEADS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor, Tensor], Tensor]]] = {
+    "a label, one hot": (lambda n: torch.eye(4)[torch.arange(len(n)) % 4], lambda h, t: F.cross_entropy(h, t)),
+    "several labels": (lambda n: (torch.rand(len(n), 4) > 0.5).float(), F.binary_cross_entropy_with_logits),
+    "a reward": (lambda n: torch.rand(len(n), 4), F.mse_loss),
+}
+
+
+@pytest.mark.parametrize("returned", [False, True])
+@pytest.mark.parametrize("name", HEADS)
+def test_a_head_with_a_target_that_no_layer_reads_has_no_penalty(name: str, returned: bool) -> None:
+    target, loss = HEADS[name]
+
+    class Judged(VAE):
+        def forward(self, x: Tensor, t: Tensor) -> Any:
+            mu, logvar = self.encoder(x).chunk(2, 1)
+            z = mu + torch.randn_like(mu) * (0.5 * logvar).exp()
+            y, head = self.decoder(z), 10 * self.prior(z)
+            total = F.mse_loss(y, x) + loss(head, t)
+            return (total, y, head) if returned else total
+
+    x = torch.rand(8, 12)
+    rows = rvconvert.plan(Judged(None, False), example_inputs=(x, target(x)))  # type: ignore[arg-type]
+    assert [row.operation for row in rows if row.role == "reconstruction"] == ["Linear"]
+    rv = rvconvert.convert(Judged(None, False))  # type: ignore[arg-type]
+    rv(x, target(x))
+    y = rvconvert.convert(VAE(lambda y, *rest: y, False), output="distribution")(x)
+    assert float(rv.last_penalty) == pytest.approx(float(rvconvert.variance_penalty(y)))  # type: ignore[arg-type]
+
+
+PREDICTED: dict[str, Callable[[Tensor, Tensor], torch.distributions.Distribution]] = {
+    "gamma": lambda a, b: torch.distributions.Gamma(a, b),
+    "negative binomial": lambda a, b: torch.distributions.NegativeBinomial(a, logits=torch.log(10 * b)),
+    "student": lambda a, b: torch.distributions.StudentT(a + 3, a, b),
+}
+
+
+@pytest.mark.parametrize("name", PREDICTED)
+def test_a_draw_of_the_likelihood_beside_its_mean_goes_on_drawing(name: str) -> None:
+    def result(y: Tensor, x: Tensor, z: Tensor, mu: Tensor, std: Tensor, m: VAE) -> Any:
+        a, b = F.softplus(y) + 1, F.softplus(m.decoder(-z)) + 1
+        return a, PREDICTED[name](a, b).sample()
+
+    x = torch.rand(8, 12)
+    rows = rvconvert.plan(VAE(result, False), example_inputs=x)
+    assert [row.operation for row in rows if row.role == "latent"] == ["torch.randn_like"]
+    torch.manual_seed(0)
+    plain, rv = VAE(result, False), rvconvert.convert(VAE(result, False))
+    with torch.no_grad():
+        plain.encoder.bias[4:] = rv.encoder.bias[4:] = -12.0  # type: ignore[index]
+        drawn = [torch.stack([model(x)[1] for _ in range(600)]) for model in (plain, rv)]
+    assert float(drawn[1].var(0).mean()) == pytest.approx(float(drawn[0].var(0).mean()), rel=0.15)
+
+
+MIXED: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "gated": lambda y, other: torch.sigmoid(other) * y,
+    "a mixture": lambda y, other: 0.3 * torch.softmax(y, 1) + 0.7 * torch.softmax(other, 1),
+}
+
+
+@pytest.mark.parametrize("name", MIXED)
+def test_what_is_mixed_before_a_multinomial_likelihood_has_the_penalty(name: str) -> None:
+    def mixed(y: Tensor, x: Tensor, z: Tensor, mu: Tensor, std: Tensor, m: VAE) -> Tensor:
+        return MIXED[name](y, m.decoder(-z))
+
+    x = torch.rand(8, 12)
+    y = rvconvert.convert(VAE(mixed, False), output="distribution")(x)
+    rv = rvconvert.convert(VAE(lambda y, x, *rest: -(F.log_softmax(mixed(y, x, *rest), 1) * x).sum(1).mean(), False))
+    rv(x)
+    assert float(rv.last_penalty) == pytest.approx(float(rvconvert.variance_penalty(y)))  # type: ignore[arg-type]

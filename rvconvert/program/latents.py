@@ -78,6 +78,7 @@ class _Walk:
         settled, located: draws that have a location; of these, the ones that an encoder has given it.
         shifted: draws that an input alone, through no layer, has placed.
         decoded: draws that go into a decoder as they are.
+        predicted: draws whose law has parameters that a decoder gives, of a likelihood.
     """
 
     def __init__(self, graph: RecordedGraph, beside: bool) -> None:
@@ -92,6 +93,7 @@ class _Walk:
         self.located: set[fx.Node] = set()
         self.shifted: set[fx.Node] = set()
         self.decoded: set[fx.Node] = set()
+        self.predicted: set[fx.Node] = set()
 
     def visit(self, node: fx.Node) -> None:
         """The next node."""
@@ -120,8 +122,9 @@ class _Walk:
         graph, own = self.graph, frozenset((node,))
         placed = _NONE.union(*(self.posterior.get(n, _NONE) for n in node.all_input_nodes))
         by_input = any(n in graph.learned or n in self.posterior for n in node.all_input_nodes if not asks_of(node, n))
-        if not node.meta["draw"].can_be_latent and any(n in self.values for n in node.all_input_nodes):
-            by_input = False  # a token drawn from what a decoder gives, which it takes back
+        if any(n in self.values and not asks_of(node, n) for n in node.all_input_nodes):
+            self.predicted.add(node)
+            by_input = by_input and node.meta["draw"].can_be_latent  # not a token that a decoder takes back
         self.noise[node], self.posterior[node] = (_NONE, placed | own) if by_input else (own, placed)
         if by_input:
             for held in (self.drawn, self.settled, self.located):
@@ -131,6 +134,7 @@ class _Walk:
         """A factor of what a decoder gives, or its place, is a latent if the input has placed it; a term, if at a location."""
         self.values.add(node)
         met = _NONE.union(*(self.posterior.get(n, _NONE) for n in node.all_input_nodes if n not in self.values))
+        met = met - self.predicted
         if self.graph.rule_name(node) in PRODUCTS or not self.graph.is_kind(node, Elementwise, Shape):
             self.found |= met
         elif self.graph.rule_name(node) in LOCATIONS:

@@ -50,6 +50,7 @@ class RecordedGraph:
         self._ahead: dict[fx.Node, set[fx.Node]] = {}
         self.nodes = list(recording.graph.nodes)
         self.given = set(recording.random_inputs)
+        self.inputs = [n for n in self.nodes if n.op == "placeholder" and n not in self.given]
         self.outputs = list(recording.output.all_input_nodes)
         given: tuple[object, ...] = recording.output.args[0]  # type: ignore[assignment]
         self.returned = set(given[: len(given) - recording.kept_leaves])
@@ -278,8 +279,7 @@ class RecordedGraph:
 
     def fits_an_input(self, node: fx.Node) -> bool:
         """As many numbers as in an input that is a batch of vectors or more."""
-        inputs = [n for n in self.nodes if n.op == "placeholder" and n not in self.given]
-        return rank_of(node) >= 2 and any(rank_of(n) >= 2 and size_of(n) == size_of(node) for n in inputs)
+        return rank_of(node) >= 2 and any(rank_of(n) >= 2 and size_of(n) == size_of(node) for n in self.inputs)
 
     # --- what lies behind and between nodes -----------------------------------------------------------
 

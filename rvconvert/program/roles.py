@@ -91,6 +91,7 @@ def assign(recording: Recording, named: Iterable[str] = (), *, paths: bool = Fal
 
 # Errors, log-likelihoods and their like are no activation of a last layer: a reconstruction ends before them.
 _ERRORS = frozenset("pow square abs log log1p log2 log10 log_softmax logsigmoid neg".split())
+_LOGARITHMS = frozenset("log log1p log2 log10 log_softmax logsigmoid".split())
 _EXPONENTIALS = frozenset("exp expm1".split())
 _SUMMING = frozenset("softmax log_softmax logsumexp logaddexp".split())
 _PICKS = frozenset("argmax argmin argsort".split())
@@ -139,9 +140,9 @@ class _Assignment(RecordedGraph):
             # What leaves may be a copy for a log, without a gradient, or for display of what the loss is made of.
             shown = source in meeting
             chosen = [source if self.is_copy(source, n, shown=shown) else n for n in chosen]
-            known = source in heads
-            known = known or any(self.same(source, n) or self.same(n, source) or self.behind(n, source) for n in chosen)
+            known = any(self.same(source, n) or self.same(n, source) or self.behind(n, source) for n in chosen)
             known = known and not (source in meeting and self.is_stage(source, chosen, random))
+            known = known or source in heads
             if not known and not any(self.decodes_between(source, n, random) for n in leaves):
                 chosen.append(source)
         at_mean = {(source, user) for source, user in edges if source in candidates}
@@ -319,7 +320,10 @@ class _Assignment(RecordedGraph):
                     dropped.add(second)
                 elif first not in fits:
                     dropped.add(first)
-        kept = [n for n in leaves if n not in dropped]
+        # As large as an input that no layer reads, a label, beside a larger one that is read.
+        read = {n for n in fits if any(size_of(each) == size_of(n) and self.is_read(each) for each in self.inputs)}
+        largest = max(map(size_of, read), default=0)
+        kept = [n for n in leaves if n not in dropped and not (n in fits - read and size_of(n) < largest)]
         least = min((size_of(n) for n in kept if n in fits), default=0)  # fewer numbers beside it are a score: logits of classes
         return [n for n in kept if size_of(n) >= least]
 
@@ -382,7 +386,20 @@ class _Assignment(RecordedGraph):
         least = min((size_of(n) for n in (*(n for n, _ in fitting), *leaves) if self.fits_an_input(n)), default=0)
         places = {at for _, at in fitting}  # a term of it meets the input where it does
         small = {n for n, at in meets if at is not None and size_of(n) < least and not self.fits_an_input(n)}
-        return small - {n for n, at in meets if at in places}
+        # What is held against an input that no layer reads, a label or a reward, beside a larger one that is read.
+        read = {n for n, at in fitting if self.meets_what_is_read(at)}
+        largest = max(map(size_of, read), default=0)
+        targets = {n for n, _ in fitting if n not in read and size_of(n) < largest}
+        return (small - {n for n, at in meets if at in places}) | targets
+
+    def meets_what_is_read(self, at: fx.Node) -> bool:
+        """A layer, an encoder's, reads an input that a value meets at ``at``."""
+        met = [n for n in at.all_input_nodes if n in self.raw]
+        return any(self.behind(each, n) and self.is_read(each) for each in self.inputs for n in met)
+
+    def is_read(self, given: fx.Node) -> bool:
+        """A layer acts on an input, or nothing does, so that one does not know."""
+        return not given.users or any(self.has_weights(n) for n in self.ahead_of(given))
 
     def stem(self, node: fx.Node, random: set[fx.Node]) -> fx.Node:
         """What ``node`` is a view or an elementwise function of, as far back as a layer."""
@@ -546,11 +563,21 @@ class _Assignment(RecordedGraph):
         """The edge, moved to where a value as large as the input meets it: what layers give may be mixed or summed before."""
         met = [n for n in at.all_input_nodes if n in random and self.behind(source, n)]
         sizes = [size_of(n) for n in at.all_input_nodes if n in self.raw and self.is_step_of_input(n)]
-        if len(met) != 1 or met[0] is source or size_of(met[0]) not in sizes:
+        if len(met) != 1 or size_of(met[0]) not in sizes:
             return source, user
-        way = self.between(source, met[0])
+        value, end = met[0], at
+        if self.rule_name(value) in _LOGARITHMS and self.rule_name(at) in PRODUCTS:  # of a likelihood, x log y
+            behind = self.values_in(value)[0]
+            mixed = size_of(behind) == size_of(value) and self.joins_others(source, behind, random)
+            value, end = (behind, value) if mixed else (value, end)
+        way = self.between(source, value)
         apart = any(self.rule_name(n) in _ERRORS or self.is_loss(n) or self.is_one_of_several(n, random) for n in way)
-        return (source, user) if apart else (met[0], at)
+        return (source, user) if value is source or apart else (value, end)
+
+    def joins_others(self, source: fx.Node, value: fx.Node, random: set[fx.Node]) -> bool:
+        """Other random values take part in ``value``, which is made of ``source``."""
+        operands = [n for node in self.between(source, value) for n in node.all_input_nodes if n in random]
+        return any(n is not source and not self.behind(source, n) for n in operands)
 
     def is_one_of_several(self, node: fx.Node, random: set[fx.Node]) -> bool:
         """Some of the elements of a value of which others are used too, as a mean beside a log-variance."""
