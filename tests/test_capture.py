@@ -738,3 +738,55 @@ def test_a_named_field_of_several_results_is_converted_without_example_inputs(fu
     mean = torch.randn(3, 4)
     y = rvconvert.convert(decoder, random_inputs=("z",))(RandomVariable(mean, torch.zeros(3, 4)))
     assert torch.allclose(y, decoder(mean), atol=1e-6)
+
+
+WRITES: dict[str, Callable[[nn.Module], Any]] = {
+    "clamp_": lambda m: m.scale.clamp_(0, 1),
+    "copy_": lambda m: m.scale.copy_(m.scale.clamp(0, 1)),
+    "assigned": lambda m: setattr(m, "scale", m.scale.clamp_(0, 1)),
+    "a layer's": lambda m: m.decoder.weight.clamp_(-0.1, 0.1),
+}
+
+
+@pytest.mark.parametrize("name", WRITES)
+def test_a_parameter_that_forward_keeps_in_a_range_without_gradients(name: str) -> None:
+    class Clamped(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.encoder, self.decoder = nn.Linear(6, 6), nn.Linear(3, 6)
+            self.scale = nn.Parameter(torch.tensor([1.5, -0.5, 0.5]))
+
+        def forward(self, x: Tensor) -> Tensor:
+            with torch.no_grad():
+                WRITES[name](self)
+            mu, logvar = self.encoder(x).chunk(2, 1)
+            return self.decoder(self.scale * mu + torch.randn_like(mu) * (0.5 * logvar - 20).exp())
+
+    plain, x = Clamped(), torch.rand(5, 6)
+    rv = rvconvert.convert(plain)
+    for _ in range(3):
+        for model in (plain, rv):
+            model(x).square().sum().backward()
+            with torch.no_grad():
+                model.scale.add_(0.3)
+                model.decoder.weight.mul_(3)
+        for a, b in zip(plain.parameters(), rv.parameters(), strict=True):
+            torch.testing.assert_close(a, b)
+            torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("requires_grad", [False, True])
+def test_a_variable_of_a_tensor_has_no_gradient_of_it(requires_grad: bool) -> None:
+    class Wrapped(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.encoder, self.decoder = nn.Linear(6, 6), nn.Linear(3, 6)
+
+        def forward(self, x: Tensor) -> Tensor:
+            mu, logvar = (torch.autograd.Variable(h, requires_grad=requires_grad) for h in self.encoder(x).chunk(2, 1))
+            return self.decoder(mu + torch.randn_like(mu) * (0.5 * logvar).exp())
+
+    rv = rvconvert.convert(Wrapped())
+    rv(torch.rand(5, 6)).sum().backward()
+    assert rv.encoder.weight.grad is None and rv.decoder.weight.grad is not None

@@ -1510,9 +1510,10 @@ def test_what_is_summed_up_before_it_meets_a_target_made_of_the_input(name: str)
     assert float(rv.last_penalty) == pytest.approx(float(rvconvert.variance_penalty(y)))  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("drawn", ["no", "at once", "step by step"])
 @pytest.mark.parametrize("picked", [False, True])
-def test_weights_that_an_input_picks_decode(picked: bool) -> None:
-    """Topics of a document's year, below a latent of the year."""
+def test_weights_that_an_input_picks_decode(picked: bool, drawn: str) -> None:
+    """Topics of a document's year, below a latent of the year; drawn from parameters, they are weights too."""
 
     class Topics(nn.Module):
         def __init__(self) -> None:
@@ -1525,10 +1526,20 @@ def test_weights_that_an_input_picks_decode(picked: bool) -> None:
             mu, logvar = h.chunk(2, 1)
             return mu + torch.randn_like(mu) * (0.5 * logvar).exp()
 
+        def noisy(self) -> Tensor:
+            if drawn == "no":
+                return self.words
+            if drawn == "at once":
+                return self.words + 0.1 * torch.randn_like(self.words)
+            made = torch.zeros(3, 5, 20)
+            for year in range(3):
+                made[year] = self.words[year] + 0.1 * torch.randn_like(self.words[year])
+            return made
+
         def forward(self, counts: Tensor, years: Tensor, trend: Tensor) -> Tensor:
             eta = self.draw(self.trend(trend))
             theta = torch.softmax(self.draw(self.document(torch.cat((counts, eta[years]), 1))), 1)
-            beta = torch.softmax(self.words, 2)
+            beta = torch.softmax(self.noisy(), 2)
             beta = beta[years] if picked else beta[:1].expand(len(counts), -1, -1)
             likelihood = torch.bmm(theta.unsqueeze(1), beta).squeeze(1)
             return (-torch.log(likelihood + 1e-6) * counts).sum()
@@ -1536,9 +1547,9 @@ def test_weights_that_an_input_picks_decode(picked: bool) -> None:
     torch.manual_seed(0)
     counts, years, trend = torch.rand(12, 20), torch.tensor([0, 1, 2] * 4), torch.rand(3, 20)
     rv = rvconvert.convert(Topics())
-    assert torch.equal(rv(counts, years, trend), rv(counts, years, trend))
+    assert torch.equal(rv(counts, years, trend), rv(counts, years, trend)) == (drawn == "no")
     rows = rvconvert.plan(Topics(), example_inputs=(counts, years, trend))
-    assert [row.role for row in rows if row.role] == ["latent", "latent", "reconstruction", "loss"]
+    assert [row.role for row in rows if row.role not in ("", "nuisance")] == ["latent", "latent", "reconstruction", "loss"]
 
 
 def straight_through(z: Tensor) -> Tensor:

@@ -168,8 +168,8 @@ def intercepting(handler: Handler) -> Iterator[None]:
             return ask() if not capturing() or caller.startswith(INTERNAL) else handler.asks_grad_mode()
 
         def variable(cls: type, data: Any = None, *args: Any, **kwargs: Any) -> Any:
-            if capturing():  # a tensor is a Variable since torch 0.4; the class would make another object of it
-                return data
+            if capturing():  # a tensor is a Variable since torch 0.4, and one of an older graph a leaf
+                return data.detach() if isinstance(data, torch.Tensor) and data.requires_grad else data
             return torch._C._LegacyVariableBase.__new__(cls, data, *args, **kwargs)  # type: ignore[call-arg]
 
         _patch(stack, nn.Module, "__call__", module_call)

@@ -351,6 +351,9 @@ class _Recorder(TorchFunctionMode, Handler):
         if mutated and not torch._C.is_grad_enabled() and not any(x.requires_grad for x in mutated):
             rest = fx.node.map_arg((node_args[1:], node_kwargs), self.without_gradient)
             node_args, node_kwargs = (*node_args[:1], *rest[0]), rest[1]
+        held = mutated and not torch._C.is_grad_enabled() and isinstance(target, nn.Parameter) and target.requires_grad
+        if held:  # the parameter stays the leaf that it is, with other numbers
+            node_args = (self.detached(node_args[0]), *node_args[1:])
         if func is torch.Tensor.new and len(args) == 2 and isinstance(args[1], torch.Size):
             # new(Size) makes that size, new(tuple) a tensor of those values
             node_args = (node_args[0], self.add("call_function", torch.Size, (list(node_args[1]),), {}))
@@ -370,7 +373,8 @@ class _Recorder(TorchFunctionMode, Handler):
             node.meta["draw"] = draw
             self.recording.draws.append(node)
             self.recording.depends.add(node)
-        self.finish(node, result, mutated)
+        if not held or node in self.recording.depends:
+            self.finish(node, result, mutated)
         return result
 
     def like(self, value: Any) -> Any:

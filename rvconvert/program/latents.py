@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from rvconvert.program.recorded_graph import LOCATIONS, PRODUCTS, Posterior, asks_of, rank_of
+from rvconvert.program.recorded_graph import LOCATIONS, PRODUCTS, WRITES, Posterior, asks_of, rank_of
 from rvconvert.rules.draws import INTEGER
 from rvconvert.rules.kinds import Elementwise, Shape
 
@@ -14,8 +14,6 @@ if TYPE_CHECKING:
     from rvconvert.program.recorded_graph import RecordedGraph
 
 __all__ = ["find_latents", "is_named", "named_latents"]
-
-_WRITES = frozenset("setitem index_put index_copy scatter masked_scatter".split())
 
 
 def named_latents(graph: RecordedGraph, names: tuple[str, ...]) -> list[fx.Node]:
@@ -149,7 +147,7 @@ class _Walk:
         bare = not plain & self.scaled
         others = [n for n in sources if not self.noise.get(n) and not (bare and n in self.drawn and self.is_whole(n))]
         reached = any(n in graph.learned or self.posterior.get(n) for n in others)
-        moves = graph.is_kind(node, Shape) or graph.rule_name(node) in _WRITES
+        moves = graph.is_kind(node, Shape) or graph.rule_name(node) in WRITES
         fresh = _NONE.union(*(self.posterior.get(n, _NONE) for n in sources if n in self.drawn)) - self.settled
         if plain and reached and (self.beside or not moves):
             added = _NONE if _gates(graph, node, self.noise) else plain

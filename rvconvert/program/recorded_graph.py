@@ -20,6 +20,7 @@ __all__ = [
     "DISTANCES",
     "LOCATIONS",
     "PRODUCTS",
+    "WRITES",
     "Posterior",
     "RecordedGraph",
     "asks",
@@ -32,6 +33,7 @@ __all__ = [
 PRODUCTS = frozenset("mul multiply addcmul lerp div true_divide divide".split())
 DIFFERENCES = frozenset("sub subtract rsub".split())
 LOCATIONS = frozenset("add sub subtract rsub addcmul".split())
+WRITES = frozenset("setitem index_put index_copy scatter masked_scatter".split())
 DISTANCES = frozenset("cdist pairwise_distance cosine_similarity dist".split())
 
 
@@ -80,7 +82,8 @@ class RecordedGraph:
         elif asks(node):
             return
         else:
-            if self.is_kind(node, Shape) and self.values_in(node) and all(n in self.weights for n in self.values_in(node)):
+            values = self.values_in(node) if self.is_kind(node, Shape) else []
+            if values and all(n in self.weights and n.meta.get("requires_grad") for n in values):
                 self.weights.add(node)  # those that an input picks too: topics of a document's year
             if any(n in self.conditioned for n in sources):
                 self.conditioned.add(node)
@@ -88,22 +91,22 @@ class RecordedGraph:
                     self.learned.add(node)
                 elif any(n in self.raw for n in sources):
                     self.raw.add(node)
-            elif sources and all(n in self.weights for n in sources):
-                self.weights.add(node)
+            elif any(n in self.weights for n in sources) and all(n in self.weights or not n.all_input_nodes for n in sources):
+                self.weights.add(node)  # what is written into zeros too
             if node.meta.get("mutates") and node.args:
                 self._is_written(node.args[0], node)
 
     def _is_written(self, target: object, writer: fx.Node) -> None:
         """What is written in place into a tensor, or into a view of it, is part of it from there on."""
         while isinstance(target, fx.Node):
-            for kind in (self.conditioned, self.learned, self.raw):
+            for kind in (self.conditioned, self.learned, self.raw, self.weights):
                 if writer in kind:
                     kind.add(target)
             target = target.args[0] if self.is_kind(target, Shape) and target.args else None
 
     def has_weights(self, node: fx.Node) -> bool:
         """An operation with weights that mixes elements: a layer, not a scale for each element."""
-        if self.is_kind(node, Elementwise, Shape):
+        if self.is_kind(node, Elementwise, Shape) or self.rule_name(node) in WRITES:
             return False
         if node.op == "call_module":
             return bool(node.meta.get("learned", True))
