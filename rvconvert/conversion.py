@@ -63,6 +63,7 @@ class Program:
 
     run: Callable[..., tuple[Any, ...]]
     outputs: Structure
+    returned: int | None
     kept: list[Kept]
     fixed_batch: bool
     penalised: bool
@@ -150,6 +151,7 @@ class Conversion:
     def run(self, name: str, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Call the converted method ``name``."""
         args, kwargs = self.normalized(name, args, kwargs)
+        given = (*args, *kwargs.values())
         leaves, structure = flatten((args, kwargs))
         if self.settings.covariance == "calibrated":
             renew(self, name, model, args, kwargs)
@@ -171,7 +173,8 @@ class Conversion:
             self.warn_without_penalty(name)
         # Rules may have changed the order in memory; a caller's view() asks for the plain one.
         leaving = (x.contiguous() if isinstance(x, RandomVariable) else x for x in results)
-        return program.outputs.build(leaving)
+        made = program.outputs.build(leaving)
+        return made if program.returned is None else _refill(given[program.returned], made)
 
     @staticmethod
     def keep(program: Program, model: nn.Module, results: tuple[Any, ...]) -> None:
@@ -400,7 +403,7 @@ class Conversion:
         run = _interpreter(graph) if recording.once else compile_graph(graph)
         if recording.sets_autocast:
             run = _restoring_autocast(run)
-        made = Program(run, recording.outputs, recording.kept, bool(recording.fixed), bool(roles.reconstructions))
+        made = Program(run, recording.outputs, recording.returned, recording.kept, bool(recording.fixed), bool(roles.reconstructions))
         weakref.finalize(made, _forget, self.constants, tuple(recording.constants))
         return made
 

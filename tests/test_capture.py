@@ -790,3 +790,24 @@ def test_a_variable_of_a_tensor_has_no_gradient_of_it(requires_grad: bool) -> No
     rv = rvconvert.convert(Wrapped())
     rv(torch.rand(5, 6)).sum().backward()
     assert rv.encoder.weight.grad is None and rv.decoder.weight.grad is not None
+
+
+def test_a_batch_that_forward_writes_into_and_returns_is_the_caller_s() -> None:
+    class Writes(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.encoder, self.decoder = nn.Linear(6, 6), nn.Linear(3, 6)
+
+        def forward(self, batch: dict[str, Any]) -> dict[str, Any]:
+            batch["mu"], batch["logvar"] = self.encoder(batch["x"]).chunk(2, 1)
+            batch["output"] = self.decoder(batch["mu"] + torch.randn_like(batch["mu"]) * (0.5 * batch["logvar"]).exp())
+            return batch
+
+    rv = rvconvert.convert(Writes())
+    for size in (5, 4, 5):
+        batch = {"x": torch.rand(size, 6), "output": None, "name": "a"}
+        result = rv(batch)
+        assert result is batch and list(batch) == ["x", "output", "name", "mu", "logvar"]
+        torch.testing.assert_close(batch["output"], rv.decoder(batch["mu"]))
+        batch["output"].sum().backward()
+        assert rv.encoder.weight.grad is not None

@@ -739,6 +739,8 @@ def _recorded(
     for place, was, now in zip(read, values_read, read_now(read, ()), strict=True):
         if was != now:
             recording.once.append(f"the method changes {place.owner}.{place.name}")
+    containers = [isinstance(given, (dict, list)) and given is result for given in (*args, *kwargs.values())]
+    recording.returned = containers.index(True) if any(containers) else None
     recording.builds = any(id(p) not in recorder.tensors for p in root.parameters())
     leaves, recording.outputs = flatten(result, is_output)
     leaves += before.changes(recording, recorder.paths)

@@ -36,6 +36,7 @@ class Recording:
         graph: placeholders are the tensor leaves of the inputs, in order; the output is a flat tuple. On each node, ``meta``
             holds where it comes from, the rule that serves it, its value's shape, and the draw that it is.
         outputs: structure of the outputs.
+        returned: which argument, a dict or a list, the method writes its results into and returns; None for none.
         kept: what the method keeps on modules; the tensors in it follow the outputs.
         constants: values that no code in the graph makes, by the name it looks them up with on the conversion.
         attributes: tensors that the method read off modules, by path.
@@ -55,6 +56,7 @@ class Recording:
 
     graph: fx.Graph
     outputs: Structure = field(default_factory=lambda: Structure("constant"))
+    returned: int | None = None
     kept: list[Kept] = field(default_factory=list)
     constants: dict[str, Any] = field(default_factory=dict)
     attributes: dict[str, torch.Tensor] = field(default_factory=dict)
