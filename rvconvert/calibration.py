@@ -13,6 +13,7 @@ from torch import nn
 
 from rvconvert.capture.module_state import unchanged
 from rvconvert.core.random_variable import random_variables
+from rvconvert.core.tree import flatten
 from rvconvert.covariance.calibrated import FLOOR, Gain
 from rvconvert.errors import ConversionError
 
@@ -132,7 +133,7 @@ def calibrate(
             task = bar.add_task("calibrating", total=images, note="")
             for args in _batches(data, conversion, name):
                 size = _size(args)
-                args = _first(args, images - seen)
+                args = _part(args, 0, images - seen)
                 for chunk in _chunks(args):
                     measure(conversion, name, rv_model, chunk, {}, pairs, seed + seen)
                     seen += _size(chunk)
@@ -140,7 +141,7 @@ def calibrate(
                 if seen >= images or size == 0:
                     break
         if not seen:
-            raise ConversionError("calibrate: the data is empty")
+            raise ConversionError("calibrate: the data is empty, or there is no tensor in its first batch")
         gains.evaluation = {**before, **gains.fresh}
         gains.stale = False
     finally:
@@ -186,12 +187,16 @@ def _call(batch: Any, conversion: Conversion, name: str) -> tuple[Any, ...]:
 
 
 def _size(args: tuple[Any, ...]) -> int:
-    return next((len(x) for x in args if hasattr(x, "shape") and len(x.shape)), 0)
+    """How many samples a call has: as long as its first tensor, in a dict or a list too."""
+    return next((len(x) for x in flatten(args)[0] if len(x.shape)), 0)
 
 
-def _first(args: tuple[Any, ...], count: int) -> tuple[Any, ...]:
+def _part(args: tuple[Any, ...], start: int, end: int) -> tuple[Any, ...]:
+    """The call with some of its samples."""
     size = _size(args)
-    return tuple(x[:count] if hasattr(x, "shape") and len(x.shape) and len(x) == size else x for x in args)
+    leaves, structure = flatten(args)
+    made: tuple[Any, ...] = structure.build(iter([x[start:end] if len(x.shape) and len(x) == size else x for x in leaves]))
+    return made
 
 
 def _chunks(args: tuple[Any, ...]) -> Iterator[tuple[Any, ...]]:
@@ -199,7 +204,7 @@ def _chunks(args: tuple[Any, ...]) -> Iterator[tuple[Any, ...]]:
     count = max(1, math.ceil(size / _CHUNK))
     step = math.ceil(size / count) if size else 1
     for start in range(0, size, step):
-        yield tuple(x[start : start + step] if hasattr(x, "shape") and len(x.shape) and len(x) == size else x for x in args)
+        yield _part(args, start, start + step)
 
 
 # --- measuring --------------------------------------------------------------------------------------
@@ -264,7 +269,8 @@ def renew(conversion: Conversion, name: str, model: nn.Module, args: tuple[Any, 
         gains.stale = True
         if due:
             gains.start(mode)
-            measure(conversion, name, model, _first(args, _TRAINING_IMAGES), kwargs, TRAINING_PAIRS, gains.steps)
+            some = _part((args, kwargs), 0, _TRAINING_IMAGES)
+            measure(conversion, name, model, *some, TRAINING_PAIRS, gains.steps)
             fresh = _shared(gains.fresh)
             old = gains.training
             gains.training = {**old, **{k: old[k].towards(g, _SMOOTHING) if k in old else g for k, g in fresh.items()}}

@@ -403,7 +403,9 @@ class Conversion:
         run = _interpreter(graph) if recording.once else compile_graph(graph)
         if recording.sets_autocast:
             run = _restoring_autocast(run)
-        made = Program(run, recording.outputs, recording.returned, recording.kept, bool(recording.fixed), bool(roles.reconstructions))
+        made = Program(
+            run, recording.outputs, recording.returned, recording.kept, bool(recording.fixed), bool(roles.reconstructions)
+        )
         weakref.finalize(made, _forget, self.constants, tuple(recording.constants))
         return made
 

@@ -454,3 +454,34 @@ def test_a_copy_that_is_measured_or_exported_has_the_gains_of_its_model(trained,
     path = rvconvert.export(model, tmp_path / "model.pt2", held_out, deviation=True)
     deviation = torch.export.load(path).module()(held_out)[-1]
     torch.testing.assert_close(deviation, expected.std, rtol=1e-4, atol=1e-5)
+
+
+def test_a_batch_in_a_dict_calibrates() -> None:
+    class OfDict(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.encoder, self.decoder = nn.Linear(6, 6), nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 6))
+
+        def forward(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+            mu, logvar = self.encoder(batch["x"]).chunk(2, 1)
+            return self.decoder(mu + torch.randn_like(mu) * (0.5 * logvar).exp())
+
+    rv = rvconvert.convert(OfDict(), covariance="calibrated")
+    assert rvconvert.calibrate(rv, ({"x": torch.rand(40, 6), "name": "a"},), images=24).samples == 24
+    with pytest.raises(rvconvert.ConversionError, match="no tensor"):
+        rvconvert.calibrate(rv, ({"name": "a"},))
+
+
+def test_what_is_given_by_keyword_alone_is_measured_on_with_the_rest() -> None:
+    class Conditional(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.encoder, self.decoder = nn.Linear(6, 6), nn.Sequential(nn.Linear(5, 8), nn.ReLU(), nn.Linear(8, 6))
+
+        def forward(self, x: torch.Tensor, *, labels: torch.Tensor) -> torch.Tensor:
+            mu, logvar = self.encoder(x).chunk(2, 1)
+            return self.decoder(torch.cat((mu + torch.randn_like(mu) * (0.5 * logvar).exp(), labels), 1))
+
+    rv = rvconvert.convert(Conditional(), covariance="calibrated")
+    rv(torch.rand(200, 6), labels=torch.rand(200, 2)).sum().backward()
+    assert conversion_of(rv).gains.training
