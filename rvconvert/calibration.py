@@ -269,8 +269,8 @@ def renew(conversion: Conversion, name: str, model: nn.Module, args: tuple[Any, 
         gains.stale = True
         if due:
             gains.start(mode)
-            some = _part((args, kwargs), 0, _TRAINING_IMAGES)
-            measure(conversion, name, model, *some, TRAINING_PAIRS, gains.steps)
+            args, kwargs = _part((args, kwargs), 0, _TRAINING_IMAGES)
+            measure(conversion, name, model, args, kwargs, TRAINING_PAIRS, gains.steps)
             fresh = _shared(gains.fresh)
             old = gains.training
             gains.training = {**old, **{k: old[k].towards(g, _SMOOTHING) if k in old else g for k, g in fresh.items()}}
