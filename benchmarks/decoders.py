@@ -124,6 +124,8 @@ DECODERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], int]] = {
         for name, make in ACTIVATIONS.items()
     },
     "GroupNorm + SiLU 32": (lambda: convolutional(32, nn.SiLU, group_norm), IMAGES_32, 64),
+    "ReLU, no norm 32": (lambda: convolutional(32, nn.ReLU, nn.Identity), IMAGES_32, 64),
+    "LeakyReLU, no norm 32": (lambda: convolutional(32, nn.LeakyReLU, nn.Identity), IMAGES_32, 64),
     "16 latents": (lambda: convolutional(32, nn.ReLU, latents=16), IMAGES_32, 64),  # as many as low rank has rows for
     "attention": (lambda: sequences(32, Attention()), (32, 64), 64),
     "GRU": (lambda: sequences(40, Steps("GRU")), (40, 64), 64),
