@@ -426,16 +426,20 @@ class Conversion:
         return self.program(name, Examined(recording, roles, None))
 
     def samples_in_other_mode(self, examined: Examined, name: str, model: nn.Module, args: Any, kwargs: Any) -> bool:
-        """True where the method draws nothing now but does in the other mode (``if self.training: ...``), or with gradients."""
+        """True where the method draws nothing now but does otherwise.
+
+        In the other mode (``if self.training: ...``), with gradients, or without what may be left out (``encode_only=True``).
+        """
         if not isinstance(examined.refusal, NoReparameterizationError):
             return False
         if name in self.posteriors or any(key[0] == name for key in (*self.programs, *self.once)):
             return True
-        plain = not torch.is_grad_enabled()
-        for other in each_mode(model):
-            if other or plain:
+        parameters = [*self.signature(name).parameters.values()][1:]
+        needed = args[: sum(p.default is p.empty and p.kind is not p.VAR_POSITIONAL for p in parameters)]
+        for _ in each_mode(model):
+            for given, named in ((args, kwargs), (needed, {})):
                 with torch.enable_grad(), contextlib.suppress(Exception):  # of the model's own code
-                    if self.examine(name, model, args, kwargs).refusal is None:
+                    if self.examine(name, model, given, named).refusal is None:
                         return True
         return False
 

@@ -1648,3 +1648,21 @@ def test_what_is_mixed_before_a_multinomial_likelihood_has_the_penalty(name: str
     rv = rvconvert.convert(VAE(lambda y, x, *rest: -(F.log_softmax(mixed(y, x, *rest), 1) * x).sum(1).mean(), False))
     rv(x)
     assert float(rv.last_penalty) == pytest.approx(float(rvconvert.variance_penalty(y)))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_switch_that_gives_what_the_encoder_gives_may_be_used_first(training: bool) -> None:
+    class Switched(VAE):
+        def forward(self, x: Tensor, logits: bool = False) -> Tensor:
+            mu, logvar = self.encoder(x).chunk(2, 1)
+            return mu if logits else self.decoder(mu + torch.randn_like(mu) * (0.5 * logvar).exp())
+
+        @torch.no_grad()
+        def codes(self, x: Tensor) -> Tensor:
+            return self(x, logits=True).argmax(1)
+
+    plain, x = Switched(None, False).train(training), torch.rand(4, 12)  # type: ignore[arg-type]
+    rv = rvconvert.convert(plain)
+    assert torch.equal(rv.codes(x), plain.codes(x))
+    rv.train()(x)
+    assert rv.last_penalty is not None

@@ -68,10 +68,14 @@ def unchanged(root: nn.Module) -> Iterator[None]:
 
 
 def tensors_written(root: nn.Module) -> dict[torch.Tensor, torch.Tensor]:
-    """What a run may write into in place, buffers and tensors that modules keep as plain attributes, with copies of it."""
+    """What a run may write into in place, with copies of it: buffers, and tensors that modules keep as plain attributes.
+
+    Of these the large ones, a whole set of data, are left out.
+    """
     modules = [m for m in root.modules() if not isinstance(m, torch.jit.ScriptModule)]
     held = [value for m in modules for name, value in vars(m).items() if not _is_torchs(m, name)]
-    own = [x for x in flatten(held)[0] if type(x) is torch.Tensor and x.layout == torch.strided]
+    plain = [x for x in flatten(held)[0] if type(x) is torch.Tensor and x.layout == torch.strided]
+    own = [x for x in plain if x.nbytes <= _LARGEST]
     return {x: x.detach().clone() for x in (*root.buffers(), *own) if not x.is_meta}
 
 
