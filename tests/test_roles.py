@@ -1666,3 +1666,19 @@ def test_a_switch_that_gives_what_the_encoder_gives_may_be_used_first(training: 
     assert torch.equal(rv.codes(x), plain.codes(x))
     rv.train()(x)
     assert rv.last_penalty is not None
+
+
+@pytest.mark.parametrize("learned", [True, False])
+def test_factors_of_the_other_side_decode(learned: bool) -> None:
+    """As of items, in collaborative filtering by two autoencoders."""
+
+    class Bilateral(VAE):
+        def forward(self, x: Tensor, items: Tensor) -> Any:
+            mu, logvar = self.encoder(x).chunk(2, 1)
+            z = mu + torch.randn_like(mu) * (0.5 * logvar).exp()
+            return torch.sigmoid(z.mm((self.decoder.weight if learned else items).t())), mu, logvar
+
+    rv, x = rvconvert.convert(Bilateral(None, False)), torch.rand(4, 12)  # type: ignore[arg-type]
+    y = rvconvert.convert(Bilateral(None, False), output="distribution")(x, rv.decoder.weight.detach())[0]  # type: ignore[arg-type]
+    rv(x, rv.decoder.weight.detach())
+    assert float(rv.last_penalty) == pytest.approx(float(rvconvert.variance_penalty(y)))  # type: ignore[arg-type]
