@@ -436,8 +436,10 @@ class Conversion:
             return True
         parameters = [*self.signature(name).parameters.values()][1:]
         needed = args[: sum(p.default is p.empty and p.kind is not p.VAR_POSITIONAL for p in parameters)]
-        for _ in each_mode(model):
-            for given, named in ((args, kwargs), (needed, {})):
+        calls: list[Any] = [(args, kwargs), (needed, {})]
+        plain = not torch.is_grad_enabled()
+        for other in each_mode(model):
+            for given, named in calls if other or plain else calls[1:]:  # as it is, it was refused
                 with torch.enable_grad(), contextlib.suppress(Exception):  # of the model's own code
                     if self.examine(name, model, given, named).refusal is None:
                         return True

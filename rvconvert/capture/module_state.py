@@ -42,7 +42,7 @@ def unchanged(root: nn.Module) -> Iterator[None]:
     data = {p: p.data for p in root.parameters()}
     devices = sorted({p.device.index or 0 for p in root.parameters() if p.device.type == "cuda"})
     drawn = random_state()
-    copies = {id(b): value.clone() for b, value in values.items()}
+    copies = {id(b): values[b].clone() for b in root.buffers() if b in values}
     for module, (buffers, _) in tables.items():
         module._buffers.update({name: copies[id(b)] for name, b in buffers.items() if id(b) in copies})
     try:

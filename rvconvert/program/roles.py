@@ -90,8 +90,8 @@ def assign(recording: Recording, named: Iterable[str] = (), *, paths: bool = Fal
 
 
 # Errors, log-likelihoods and their like are no activation of a last layer: a reconstruction ends before them.
-_ERRORS = frozenset("pow square abs log log1p log2 log10 log_softmax logsigmoid neg".split())
 _LOGARITHMS = frozenset("log log1p log2 log10 log_softmax logsigmoid".split())
+_ERRORS = frozenset("pow square abs neg".split()) | _LOGARITHMS
 _EXPONENTIALS = frozenset("exp expm1".split())
 _SUMMING = frozenset("softmax log_softmax logsumexp logaddexp".split())
 _PICKS = frozenset("argmax argmin argsort".split())

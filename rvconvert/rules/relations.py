@@ -64,7 +64,7 @@ def rows_of(x: Any, by: str | None = None) -> OfRows | None:
     found = next((each.carried for each in copied(x) if isinstance(each.carried, OfRows)), None)
     if found is None or by not in (None, found.by):
         return None
-    return found if found.shifted or (x.shape in (found.kept, found.of.shape) and x.ndim == found.of.ndim) else None
+    return found if found.shifted or x.shape in (found.kept, found.of.shape) else None
 
 
 def rows_moved(made: RandomVariable, x: RandomVariable, func: Callable[..., Any], args: tuple[Any, ...]) -> RandomVariable:
