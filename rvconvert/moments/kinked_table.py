@@ -7,12 +7,15 @@ In these coordinates the kink is smooth, however small s is. The table holds (E[
     L = log2(Var f(X)/v),
 
 over c²/(s + c)² where f is bounded. A second kink, the mirror image of the first, is met by folding m to the near side of the
-middle; for the variance on the far side, f that becomes x + f is held with
+middle. An exponential goes on beyond the table by a law of its own: over a step u from its edge, moments and gradients grow by
+e^u and e^2u.
 
-    g = E[f'(X)],    L = log2((Var f(X) - v g²)/v).
+Hardswish is a parabola between its kinks, and f(x) = x + f(-x). Beyond the table its mean is v/6 from f; beside that of the
+mean are held
 
-An f that is curved beyond the table goes on from its edge by a law of its own: over a step u, an exponential's moments and
-gradients grow by e^u and e^2u, a parabola's mean by a parabola and its gain by a line.
+    g = E[f'(X)],    L = log2((Var f(X) - v g²)/v),
+
+of which g becomes 1 - g on the far side, and the rest is as on the near one; beyond the table g goes on by a line.
 """
 
 from __future__ import annotations
@@ -43,8 +46,9 @@ from rvconvert.moments.table import (
 if TYPE_CHECKING:
     from torch import Tensor
 
-_GRID = Grid(end=8, in_p=2048, in_q=1536, spacing=16)
-_OF_PARTIALS = _GRID._replace(in_p=1024, in_q=192)
+_GRID = Grid(end=8, in_p=2048, in_q=1152, spacing=16)
+_OF_HARDSWISH = _GRID._replace(end=6, in_p=1664)  # narrower: its mean is curved along q, as p² is
+_OF_PARTIALS, _OF_HARDSWISHS = (grid._replace(in_p=grid.in_p // 2, in_q=192) for grid in (_GRID, _OF_HARDSWISH))
 _ROWS = 64  # of q where quadrature is done
 _LEAST = 1e-30  # of a variance: s is no smaller than its root, and m no nearer to the kink than eight of these
 
@@ -56,17 +60,18 @@ class Shape(NamedTuple):
         left, right: its slopes at 0.
         width: c.
         level: f is constant at both ends, so Var/v vanishes as 1/s².
-        fold: None; "odd" for f(2k - t) = 2f(k) - f(t) about the middle k; "even" for f(k + u) = u + f(k - u).
-        beyond: what f is beyond the table where it is no line there: "exponential", left (e^t - 1) on the left of it;
-            "parabola", t (t - 3)/6 on the right, as hardswish is.
+        odd: f(2k - t) = 2f(k) - f(t) about the middle k.
+        exponential: f is left (e^t - 1) on the left.
+        hardswish: f is F.hardswish(t - 3).
     """
 
     left: float
     right: float
     width: float
     level: bool = False
-    fold: str | None = None
-    beyond: str | None = None
+    odd: bool = False
+    exponential: bool = False
+    hardswish: bool = False
 
 
 class Kinked(Curve):
@@ -85,128 +90,130 @@ class Kinked(Curve):
     def fill(self) -> tuple[Tensor, ...]:
         """Some 17,000 quadratures in float64, then interpolation onto the corners."""
         shape = self.shape
-        q = _GRID._replace(in_q=_ROWS).corners()[1][:, None].clip(1e-5, 1 - 1e-5)
+        grid, of_partials = (_OF_HARDSWISH, _OF_HARDSWISHS) if shape.hardswish else (_GRID, _OF_PARTIALS)
+        q = grid._replace(in_q=_ROWS).corners()[1][:, None].clip(1e-5, 1 - 1e-5)
         root = shape.width * q / (1 - q)
-        mean, var = np.broadcast_arrays(_GRID.nodes() * root, root**2)
+        mean, var = np.broadcast_arrays(grid.nodes() * root, root**2)
         bends = sorted([0.0, 2 * self.middle if math.isfinite(self.middle) else -8 * shape.width])
         found = integrals(self.function, torch.tensor(mean.ravel()), torch.tensor(var.ravel()), bends)
         expected, gain, rest = (each.numpy().reshape(mean.shape) for each in found)
-        ratio = rest + gain**2
-        logarithm = np.log2(rest if shape.fold == "even" else ratio / (1 - q) ** 2 if shape.level else ratio)
+        ratio = rest if shape.hardswish else rest + gain**2
+        logarithm = np.log2(ratio / (1 - q) ** 2 if shape.level else ratio)
         first = expected / root
         for value in (first, logarithm, gain, ratio):  # the first row lies a little beside q = 0, where nothing can be integrated
             value[0] -= (value[1] - value[0]) * (q[0] / (q[1] - q[0]))
-        values = (logarithm, gain, first) if shape.fold == "even" else (logarithm, first)
-        moments = moments_at_corners(_GRID, local(len(q), _GRID.in_q).T, *values)
-        p, at = _GRID.corners()
+        values = (logarithm, gain, first) if shape.hardswish else (logarithm, first)
+        moments = moments_at_corners(grid, local(len(q), grid.in_q).T, *values)
+        p, at = grid.corners()
         moments[-1] -= np.where(p > 0, shape.right, shape.left) * p
-        moments[-1] /= _GRID.end  # in units of x
-        if shape.fold == "even":
+        if shape.hardswish:
             moments[1, :, 0] = 0.0
         else:
             moments[0, :, -1] = math.log2(shape.right**2) - (2 * np.log2((1 - at).clip(1e-5)) if shape.level else 0.0)
-        at = _OF_PARTIALS.corners()[1]
+        moments[-1] /= grid.end  # in units of x
+        at = of_partials.corners()[1]
         by_var = np.full(len(at), 0.5), at * (1 - at) / 2
-        partials = partials_at_corners(_OF_PARTIALS, local(len(q), _OF_PARTIALS.in_q).T, gain, ratio, *by_var, _GRID.end)
-        partials = partials[: 5 if shape.fold == "even" else 4]
-        if shape.beyond != "exponential":
+        partials = partials_at_corners(of_partials, local(len(q), of_partials.in_q).T, gain, ratio, *by_var, grid.end)
+        if shape.hardswish:
             partials[..., 0] = 0.0
-        if shape.beyond != "parabola":
-            partials[..., -1] = np.array([shape.right, 0.0, 0.0, shape.right**2, 0.0])[: len(partials), None]
+            partials[0] -= 0.5
+            partials[2] *= -1
+            partials[4] *= -2
+        else:
+            partials = partials[:4]
+            if not shape.exponential:
+                partials[..., 0] = 0.0
+            partials[..., -1] = np.array([shape.right, 0.0, 0.0, shape.right**2])[:, None]
         return as_table(moments), as_table(partials)
 
 
 # ---- reading -----------------------------------------------------------------------------------------------------
 
 
-class _Place(NamedTuple):
-    """Where (m, v) lies, seen from the kink."""
-
-    t: Tensor  # from the (nearest) kink
-    inverse: Tensor  # 1/(end s)
-    x: Tensor  # of ``Grid.read``
-    y: Tensor
-    u: Tensor | None  # from the table's edge, where f goes on beyond it; 0 inside
-    far: Tensor | None  # 1 on the far side of the fold, else 0
-
-
-def _place(mean: Tensor, var: Tensor, ends: tuple[float, float], shape: Shape) -> _Place:
-    far = None
-    t = mean - ends[0] if ends[0] else mean
-    if shape.fold:
-        other = ends[1] - mean
-        far = step(t - other)
-        t = torch.minimum(t, other)
-    inverse = torch.rsub(var, _GRID.end**2 * _LEAST, alpha=-(_GRID.end**2)).rsqrt_()
+def _place(t: Tensor, var: Tensor, end: int, width: float) -> tuple[Tensor, Tensor, Tensor]:
+    """1/(end s), and x, not yet in [-1, 1], and y of ``Grid.read``."""
+    inverse = torch.rsub(var, end**2 * _LEAST, alpha=-(end**2)).rsqrt_()
     x = (t + 8.5 * math.sqrt(_LEAST)).mul_(inverse)
-    u = None
-    if shape.beyond:
-        u = (x - 1).clamp_(min=0.0) if shape.beyond == "parabola" else (x + 1).clamp_(max=0.0)
-        u = u.div_(inverse)
     # y = 2 (1 + DENSER) q / (1 + DENSER q) - 1, q = 1/(1 + c/s)
-    y = torch.rsub(inverse, 1 + DENSER, alpha=-_GRID.end * shape.width).reciprocal_()
-    return _Place(t, inverse, x.clamp_(-1, 1), torch.rsub(y, -1, alpha=-2 * (1 + DENSER)), u, far)
+    y = torch.rsub(inverse, 1 + DENSER, alpha=-end * width).reciprocal_()
+    return inverse, x, torch.rsub(y, -1, alpha=-2 * (1 + DENSER))
+
+
+def _from_kink(mean: Tensor, ends: tuple[float, float], shape: Shape) -> tuple[Tensor, Tensor | None]:
+    """m from the (nearest) kink, and 1 on the far side of the fold, else 0."""
+    t = mean - ends[0] if ends[0] else mean
+    if not shape.odd:
+        return t, None
+    other = ends[1] - mean
+    return torch.minimum(t, other), step(t - other)
 
 
 def _kernel(mean: Tensor, var: Tensor, table: Tensor, ends: tuple[float, float], shape: Shape) -> tuple[Tensor, Tensor]:
-    at = _place(mean, var, ends, shape)
-    logarithm, *gain, out = _GRID.bilinear(table, at.x, at.y)
-    out = out.div_(at.inverse)
-    t = at.t - at.u if at.u is not None and shape.beyond == "parabola" else at.t  # of which f₀ is the tangent
+    t, far = _from_kink(mean, ends, shape)
+    inverse, x, y = _place(t, var, _GRID.end, shape.width)
+    u = (x + 1).clamp_(max=0.0).div_(inverse) if shape.exponential else None
+    logarithm, out = _GRID.bilinear(table, x.clamp_(-1, 1), y)
+    out = out.div_(inverse)
     if shape.left == shape.right:
         out = out.add_(t, alpha=shape.left)
-    elif shape.fold != "odd":  # else f₀ is what the clamp adds below
+    elif not shape.odd:  # else f₀ is what the clamp adds below
         out = out.add_(t.clamp(min=0.0), alpha=shape.right) if shape.right else out
         out = out.add_(t.clamp(max=0.0), alpha=shape.left) if shape.left else out
-    if at.u is None:
+    if u is None:
         ratio = logarithm.exp2_()
-    elif shape.beyond == "exponential":
-        ratio = logarithm.add_(at.u, alpha=2 / math.log(2)).exp2_()
-        out = out.sub_(at.u, alpha=shape.left)  # as at the edge
-        out = torch.addcmul(out, out + shape.left, F.elu(at.u, inplace=True))
     else:
-        out = out.addcmul_(at.u, (at.t - 3).add_(t), value=1 / 6)
-        gain = [gain[0].add_(at.u, alpha=1 / 3)]
-        ratio = logarithm.exp2_().lerp_(var / 18, at.u.sign_())
-    if gain:  # the logarithm is of what the line leaves
-        ratio = ratio.addcmul_(gain[0], gain[0])
-    if at.far is not None:
-        if shape.fold == "odd":
-            out = out.addcmul_(out, at.far, value=-2) + mean.clamp(*ends)
-        else:  # f(k + u) = u + f(k - u): 1 - g in the place of g
-            out = out + (mean - 0.5 * (ends[0] + ends[1])).clamp(min=0.0)
-            ratio = ratio.addcmul_(at.far, torch.rsub(gain[0], 1, alpha=2))
+        ratio = logarithm.add_(u, alpha=2 / math.log(2)).exp2_()
+        out = out.sub_(u, alpha=shape.left)  # as at the edge
+        out = torch.addcmul(out, out + shape.left, F.elu(u, inplace=True))
+    if far is not None:
+        out = out.addcmul_(out, far, value=-2) + mean.clamp(*ends)
     if shape.level:
-        size = torch.rsub(at.inverse, 1 / shape.width, alpha=-_GRID.end).reciprocal_()  # s c/(s + c)
+        size = torch.rsub(inverse, 1 / shape.width, alpha=-_GRID.end).reciprocal_()  # s c/(s + c)
         return out, (ratio * size).mul_(size)
     return out, ratio * var
 
 
 def _partials(mean: Tensor, var: Tensor, table: Tensor, ends: tuple[float, float], shape: Shape) -> Partials:
-    at = _place(mean, var, ends, shape)
-    gain, curvature, by_mean, by_var, *gain_by_var = _OF_PARTIALS.bilinear(table, at.x, at.y)
-    curvature, by_mean = curvature.mul_(at.inverse), by_mean.mul_(at.inverse)
-    if at.u is not None and shape.beyond == "exponential":
-        growth = torch.exp(at.u)
+    t, far = _from_kink(mean, ends, shape)
+    inverse, x, y = _place(t, var, _GRID.end, shape.width)
+    u = (x + 1).clamp_(max=0.0).div_(inverse) if shape.exponential else None
+    gain, curvature, by_mean, by_var = _OF_PARTIALS.bilinear(table, x.clamp_(-1, 1), y)
+    curvature, by_mean = curvature.mul_(inverse), by_mean.mul_(inverse)
+    if u is not None:
+        growth = torch.exp(u)
         gain, curvature = gain.mul_(growth), curvature.mul_(growth)
         growth = growth * growth
         by_mean, by_var = by_mean.mul_(growth), by_var.mul_(growth)
-    elif at.u is not None:
-        gain, by_mean = gain.add_(at.u, alpha=1 / 3), by_mean.add_(at.u, alpha=2 / 9)
-        by_var = by_var.lerp_(torch.addcmul(var / 9, gain, gain), at.u.sign())
-    if at.far is not None:
-        sign = torch.rsub(at.far, 1, alpha=2)
-        if shape.fold == "odd":
-            curvature, by_mean = curvature.mul_(sign), by_mean.mul_(sign)
-        else:  # Var/v is 1 - 2g more, g becomes 1 - g
-            rest = torch.rsub(gain, 1, alpha=2)
-            by_mean = by_mean.mul_(sign).addcmul_(at.far, curvature, value=4)
-            by_var = by_var.addcmul_(at.far, torch.sub(rest, gain_by_var[0], alpha=2))
-            gain = torch.addcmul(gain, at.far, rest)
+    if far is not None:
+        sign = torch.rsub(far, 1, alpha=2)
+        curvature, by_mean = curvature.mul_(sign), by_mean.mul_(sign)
     return Partials(gain, curvature, by_mean.mul_(var), by_var)
 
 
-_KERNELS = Kernels(_kernel, _partials)
+def _hardswish_kernel(mean: Tensor, var: Tensor, table: Tensor, shape: Shape) -> tuple[Tensor, Tensor]:
+    inverse, x, y = _place(torch.rsub(mean.abs(), 3.0), var, _OF_HARDSWISH.end, shape.width)
+    u = (x - 1).clamp_(min=0.0).div_(inverse)
+    logarithm, gain, out = _OF_HARDSWISH.bilinear(table, x.clamp_(-1, 1), y)
+    inside = x.clamp_(min=0.0).div_(inverse)  # what lies above the tangents is a parabola
+    out = out.div_(inverse).addcmul_(inside, inside, value=-1 / 6).add_(F.hardswish(mean))
+    gain = step(mean).sub_(gain.add_(u, alpha=1 / 3))  # its sign is of no matter
+    rest = logarithm.exp2_().lerp_(var / 18, u.sign_())
+    return out, rest.addcmul_(gain, gain) * var
+
+
+def _hardswish_partials(mean: Tensor, var: Tensor, table: Tensor, shape: Shape) -> Partials:
+    """The table holds g - 1/2, U/2 E[f''], -U dR/dm, R + v dR/dv and -2 v dg/dv, where v R is what the line leaves of Var."""
+    inverse, x, y = _place(torch.rsub(mean.abs(), 3.0), var, _OF_HARDSWISH.end, shape.width)
+    u = (x - 1).clamp_(min=0.0).div_(inverse)
+    gain, curvature, by_mean, by_var, gain_by_var = _OF_HARDSWISHS.bilinear(table, x.clamp_(-1, 1), y)
+    far = mean.sign()
+    gain = torch.rsub(gain.add_(u, alpha=1 / 3).mul_(far), 0.5)
+    by_mean = by_mean.mul_(far).addcmul_(gain, curvature, value=4)
+    by_var = by_var.addcmul_(gain, torch.addcmul(gain, far, gain_by_var))
+    return Partials(gain, curvature.mul_(inverse), by_mean.mul_(inverse).mul_(var), by_var)
+
+
+_KERNELS, _HARDSWISH = Kernels(_kernel, _partials), Kernels(_hardswish_kernel, _hardswish_partials)
 
 
 def kinked_moments(
@@ -214,8 +221,13 @@ def kinked_moments(
 ) -> tuple[Tensor, Tensor]:
     """Moments of f(X - ends[0]) in the units in which f is ``width`` wide; float32.
 
-    ends: the kink, and the second one where there is one. The result is f(X - ends[0]) for a function with no fold,
-    the value clamped to ``ends`` for an odd one, x + f(-x) for an even one.
+    ends: the kink, and the second one where there is one. The result is f(X - ends[0]), for an odd function the value clamped
+    to ``ends``.
     """
     shape = curve.shape if width is None else curve.shape._replace(width=width)
     return tabulated(curve, _KERNELS, mean, var, ends, shape)
+
+
+def hardswish_moments(curve: Kinked, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
+    """Moments of F.hardswish(X); float32."""
+    return tabulated(curve, _HARDSWISH, mean, var, curve.shape)

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rvconvert.moments.kinked_table import Kinked, Shape, kinked_moments
+from rvconvert.moments.kinked_table import Kinked, Shape, hardswish_moments, kinked_moments
 from rvconvert.moments.normal import Moments, at_least_float32, mills, standardize
 from rvconvert.moments.quadrature import density, quadrature
 from rvconvert.moments.table import CURVES
@@ -72,7 +72,7 @@ def _clamped(mean: Tensor, var: Tensor, lo: float | Tensor, hi: float | Tensor) 
 
 
 _FAR = 1e30  # a bound that no one meets, such as the least number of a dtype
-_CLAMP = Kinked(lambda t: t.clamp(0.0, 2.0), Shape(left=0.0, right=1.0, width=1.0, level=True, fold="odd"), middle=1.0)
+_CLAMP = Kinked(lambda t: t.clamp(0.0, 2.0), Shape(left=0.0, right=1.0, width=1.0, level=True, odd=True), middle=1.0)
 
 
 @at_least_float32
@@ -111,9 +111,7 @@ def hardsigmoid(mean: Tensor, var: Tensor) -> Moments:
 
 
 _HARDSWISH = Kinked(
-    lambda t: (t - 3.0) * t.clamp(0.0, 6.0) / 6.0,
-    Shape(left=0.0, right=-0.5, width=3.0, fold="even", beyond="parabola"),
-    middle=3.0,
+    lambda t: (t - 3.0) * t.clamp(0.0, 6.0) / 6.0, Shape(left=0.0, right=-0.5, width=3.0, hardswish=True), middle=3.0
 )
 
 
@@ -122,7 +120,7 @@ def hardswish(mean: Tensor, var: Tensor) -> Moments:
     """x relu6(x + 3) / 6, exact."""
     if mean.dtype == torch.float64:
         return quadrature(F.hardswish, mean, var, (-3.0, 3.0))
-    return kinked_moments(_HARDSWISH, mean, var, (-3.0, 3.0))
+    return hardswish_moments(_HARDSWISH, mean, var)
 
 
 def _elu(x: Tensor, alpha: float, rate: float) -> Tensor:
@@ -139,7 +137,7 @@ def _elu_curve(slope: float) -> int | None:
     if slope not in _ELU:
         if len(_ELU) == _MOST:
             return None
-        shape = Shape(left=slope, right=1.0, width=2.0, beyond="exponential")
+        shape = Shape(left=slope, right=1.0, width=2.0, exponential=True)
         _ELU[slope] = Kinked(lambda x: _elu(x, slope, 1.0), shape).number
     return _ELU[slope]
 
