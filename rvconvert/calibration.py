@@ -218,7 +218,11 @@ def measure(
     last_penalty = conversion.last_penalty
     recorded = conversion.ready(name, model, args, kwargs)
     # The model's own code may ask for gradients, or draw only where there are any.
-    with torch.set_grad_enabled(recorded and torch.is_grad_enabled()), unchanged(model), _in_phases(conversion):
+    with (
+        torch.set_grad_enabled(recorded and torch.is_grad_enabled()),
+        unchanged(model, model.parameters()),
+        _in_phases(conversion),
+    ):
         torch.manual_seed(seed)
         conversion.settings = dataclasses.replace(own, covariance="sampled", pairs=pairs, seed=None)
         gains.phase("truth")

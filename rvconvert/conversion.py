@@ -416,6 +416,7 @@ class Conversion:
         with torch.random.fork_rng(devices=devices):  # the run draws again what the recording drew
             recording, _ = record(model, self.method(name, model), args, kwargs, self.settings.registry)
         put_back(written)  # the run writes it again
+        recording.settle()
         recording.once = ["as asked"]
         roles = self.roles(recording, name, model)
         recording.hold_attributes(model)
@@ -468,7 +469,7 @@ class Conversion:
                 second.restore()
         recording.restore()
         if recording.asks_grad_mode:
-            with unchanged(model), torch.enable_grad():
+            with unchanged(model, recording.written), torch.enable_grad():
                 other, _ = record(model, method, args, kwargs, registry, told=not grad)
             if recording.constants or str(other.graph) != str(recording.graph):
                 again.append("Python decides by torch.is_grad_enabled()")
@@ -495,7 +496,7 @@ class Conversion:
     ) -> bool:
         """The recording is the same where Python hears ``reported`` times the values that it asks for."""
         told = torch.is_grad_enabled()
-        with unchanged(model), torch.enable_grad():
+        with unchanged(model, recording.written), torch.enable_grad():
             try:
                 other, _ = record(model, method, args, kwargs, self.settings.registry, told=told, reported=reported)
             except Exception:  # noqa: BLE001 (the model's own code may fail in any way)

@@ -381,7 +381,7 @@ def verify(
     training = {module: module.training for module in rv_model.modules()}
     rv_model.eval()
     try:
-        with torch.no_grad(), unchanged(rv_model):
+        with torch.no_grad(), unchanged(rv_model, rv_model.parameters()):
             args, kwargs = conversion.normalized(name, inputs, kwargs)
             torch.manual_seed(seed)
             with intercept.lock, intercept.plainly():
@@ -611,7 +611,7 @@ def output_variances(
     conversion = conversion_of(rv_model)
     options = conversion.options
     name = method or options.methods[0]
-    with torch.no_grad(), unchanged(rv_model):
+    with torch.no_grad(), unchanged(rv_model, rv_model.parameters()):
         own = _reconstructions(conversion, rv_model, options, name, inputs, kwargs)
         true = _reconstructions(conversion, rv_model, options.in_mode("sampled", pairs=pairs), name, inputs, kwargs)
     elements = sum(y.mean.numel() for y in own)

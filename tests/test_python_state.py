@@ -438,3 +438,71 @@ def test_what_a_model_caches_by_size_serves_every_recording(name):
                 x = torch.rand(batch, 6)
                 expected = rv.decoder(CACHED[name](rv.encoder(x).chunk(2, 1)[0]))
                 torch.testing.assert_close(rv.train(training)(x), expected)
+
+
+class WritesParameters(nn.Module):
+    """``write(model, y)`` is called between the decoder and what leaves."""
+
+    def __init__(self, write, counts: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.encoder, self.decoder = nn.Linear(8, 6), nn.Linear(3, 8)
+        self.scale, self.shift = nn.Parameter(torch.ones(8)), nn.Parameter(torch.zeros(8))
+        self.write, self.counts, self.calls, self.ready = write, counts, 0, False
+
+    def forward(self, x):
+        if self.counts:
+            self.calls += 1
+        mu, logvar = self.encoder(x).chunk(2, -1)
+        y = self.decoder(mu + (0.5 * logvar).exp() * torch.randn_like(mu))
+        before = y * self.scale + self.shift
+        self.write(self, y)
+        return y * self.scale + self.shift, before, mu
+
+
+def by_an_average(model, y):
+    with torch.no_grad():
+        model.scale.mul_(0.9).add_(0.05)
+    model.shift.data.add_(1.0)
+
+
+@pytest.mark.parametrize("counts", [True, False])
+@pytest.mark.parametrize("example", [True, False])
+def test_parameters_written_in_forward_are_written_once_a_call(counts, example):
+    x = torch.randn(5, 8)
+    plain, rv = WritesParameters(by_an_average, counts), WritesParameters(by_an_average, counts)
+    rv = rvconvert.convert(rv, example_inputs=x if example else None)
+    for _ in range(3):
+        with torch.no_grad():
+            expected, found = plain(x), rv(x)
+        for name in ("scale", "shift"):
+            assert torch.equal(getattr(plain, name), getattr(rv, name))
+        assert torch.equal(expected[2], found[2])
+
+
+def by_data(model, y):
+    if not model.ready:
+        model.ready = True
+        model.shift.data.fill_(3.0)
+        model.scale.data = model.scale.data * (0.5 / y.std(0))
+        model.shift.data = model.shift.data + 7.0
+
+
+def in_place(model, y):
+    if not model.ready:
+        model.ready = True
+        with torch.no_grad():
+            model.shift.zero_()
+            model.shift.copy_(-y.mean(0))
+            model.scale.fill_(2.0)
+            model.scale.mul_(0.25 / y.std(0))
+
+
+@pytest.mark.parametrize("write", [by_data, in_place])
+def test_an_initialization_by_the_first_batch_in_several_writes_stands(write):
+    x = torch.randn(512, 8)
+    plain, rv = WritesParameters(write, False), rvconvert.convert(WritesParameters(write, False))
+    for _ in range(2):
+        plain(x), rv(x)
+        assert torch.allclose(plain.scale, rv.scale, rtol=0.2)
+        assert torch.allclose(plain.shift, rv.shift, atol=0.2)

@@ -1682,3 +1682,170 @@ def test_factors_of_the_other_side_decode(learned: bool) -> None:
     y = rvconvert.convert(Bilateral(None, False), output="distribution")(x, rv.decoder.weight.detach())[0]  # type: ignore[arg-type]
     rv(x, rv.decoder.weight.detach())
     assert float(rv.last_penalty) == pytest.approx(float(rvconvert.variance_penalty(y)))  # type: ignore[arg-type]
+
+
+class Flow(nn.Module):
+    """An additive coupling of two halves, turned."""
+
+    def __init__(self, n: int) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(n // 2, 6), nn.Tanh(), nn.Linear(6, n // 2))
+
+    def forward(self, z: Tensor) -> Tensor:
+        a, b = z.chunk(2, 1)
+        return torch.flip(torch.cat([a, b + self.net(a)], 1), [1])
+
+
+class PriorFlow(VAE):
+    """The latent through a flow, compared with a prior that an input or the model has given, as VITS does."""
+
+    def __init__(self, flows: int, prior: str) -> None:
+        super().__init__(None, False)  # type: ignore[arg-type]
+        self.flows = nn.Sequential(*(Flow(4) for _ in range(flows)))
+        self.to_prior, self.kind = nn.Linear(3, 4), prior
+
+    def forward(self, x: Tensor, c: Tensor) -> Any:
+        mu, logvar = self.encoder(x).chunk(2, 1)
+        z = mu + torch.randn_like(mu) * (0.5 * logvar).exp()
+        u = self.flows(z)
+        m_p = {"raw": x[:, :4], "learned": self.to_prior(c), "none": 0.0}[self.kind]
+        kl = (0.5 * (u - m_p).square() - 0.5 * logvar).sum(1).mean()
+        return self.decoder(z), kl, (z, u, mu, logvar)
+
+
+@pytest.mark.parametrize("prior", ["raw", "learned", "none"])
+@pytest.mark.parametrize("flows", [1, 2, 3])
+def test_what_a_flow_makes_of_a_latent_for_its_prior_is_no_reconstruction(flows: int, prior: str) -> None:
+    torch.manual_seed(0)
+    plain, x, c = PriorFlow(flows, prior), torch.rand(8, 12), torch.rand(8, 3)
+    y = rvconvert.convert(plain, output="distribution")(x, c)[0]
+    rv = rvconvert.convert(plain)
+    kl = rv(x, c)[1]
+    assert float(rv.last_penalty) == pytest.approx(float(rvconvert.variance_penalty(y)))  # type: ignore[arg-type]
+    expected = torch.stack([plain(x, c)[1].detach() for _ in range(400)]).mean()
+    assert float(kl) == pytest.approx(float(expected), rel=0.1)
+
+
+ORDERS: dict[str, Callable[[Tensor], Tensor]] = {
+    "argsort": lambda h: torch.gather(h, 1, torch.argsort(torch.rand(h.shape[:2]), 1)[:, :4, None].expand(-1, -1, 6)),
+    "topk": lambda h: torch.gather(h, 1, torch.rand(h.shape[:2]).topk(4, 1).indices[..., None].expand(-1, -1, 6)),
+    "index": lambda h: h[torch.arange(len(h))[:, None], torch.rand(h.shape[:2]).argsort(1)[:, :4]],
+}
+
+
+@pytest.mark.parametrize("name", ORDERS)
+def test_tokens_that_are_kept_at_random_before_attention_go_on_being_drawn(name: str) -> None:
+    class Masked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed, self.encoder, self.decoder = nn.Linear(5, 6), nn.Linear(6, 6), nn.Linear(3, 5)
+
+        def forward(self, x: Tensor) -> Any:
+            h = ORDERS[name](self.embed(x))
+            h = F.scaled_dot_product_attention(h, h, h)
+            mu, logvar = self.encoder(h).chunk(2, -1)
+            return self.decoder(mu + torch.randn_like(mu) * (0.5 * logvar).exp()), mu
+
+    torch.manual_seed(0)
+    rv, x = rvconvert.convert(Masked()), torch.randn(6, 8, 5)
+    assert len({float(rv(x)[1].detach().sum()) for _ in range(6)}) == 6
+    assert [row.operation for row in rvconvert.plan(Masked(), example_inputs=x) if row.role == "latent"] == ["torch.randn_like"]
+
+
+OF_LOGITS: dict[str, Callable[[Tensor], torch.distributions.Distribution]] = {
+    "Bernoulli": lambda y: torch.distributions.Bernoulli(logits=y),
+    "ContinuousBernoulli": lambda y: torch.distributions.ContinuousBernoulli(logits=y),
+    "Independent": lambda y: torch.distributions.Independent(torch.distributions.Bernoulli(logits=y), 1),
+}
+
+
+@pytest.mark.parametrize("name", OF_LOGITS)
+def test_probabilities_that_leave_beside_a_likelihood_of_their_logits_have_l_c_once(name: str) -> None:
+    class Binary(VAE):
+        def forward(self, x: Tensor) -> Any:
+            mu, logvar = self.encoder(x).chunk(2, 1)
+            y = self.decoder(mu + torch.randn_like(mu) * (0.5 * logvar).exp())
+            return torch.sigmoid(y), -OF_LOGITS[name](y).log_prob(x).mean()
+
+    plain, x = Binary(None, False), (torch.rand(8, 12) > 0.5).float()  # type: ignore[arg-type]
+    y = rvconvert.convert(plain, output="distribution")(x)[0]
+    rv = rvconvert.convert(plain)
+    rv(x)
+    assert float(rv.last_penalty) == pytest.approx(float(rvconvert.variance_penalty(y)))  # type: ignore[arg-type]
+    assert of_l_c(plain, lambda rv: rv(x)[1]) == pytest.approx(of_l_c(plain, lambda rv: rv(x)[0].sum()), rel=1e-3)
+
+
+def of_l_c(plain: nn.Module, loss: Callable[[nn.Module], Tensor]) -> float:
+    """The norm of the gradient that L_c gives the encoder, whose own loss's gradient is taken away."""
+    found = []
+    for penalty in (0.0, 50.0):
+        rv = rvconvert.convert(plain, penalty=penalty)
+        torch.manual_seed(0)
+        loss(rv).backward()
+        found.append(rv.encoder.weight.grad)  # type: ignore[union-attr]
+    return float((found[1] - found[0]).norm())
+
+
+def feature_loss(y: Tensor, x: Tensor, m: VAE) -> Tensor:
+    given, made = torch.tanh(m.head(torch.cat([x, y]))).chunk(2)
+    return (given - made).square().mean()
+
+
+COMPARED: dict[str, Callable[[Tensor, Tensor, VAE], Tensor]] = {
+    "error": lambda y, x, m: F.mse_loss(y, x),
+    "features of both in one batch": feature_loss,
+    "means over a batch of both": lambda y, x, m: (torch.cat([x, y]).mean(0) - x.mean(0)).square().sum(),
+    "stacked": lambda y, x, m: torch.stack([x, y]).std(0).mean(),
+    "a head": lambda y, x, m: F.softplus(-m.head(y)).mean(),
+}
+
+
+@pytest.mark.parametrize("together", [True, False])
+@pytest.mark.parametrize("name", COMPARED)
+def test_l_c_arrives_by_a_loss_inside_whether_the_reconstruction_leaves_too_or_not(name: str, together: bool) -> None:
+    def result(y: Tensor, x: Tensor, z: Tensor, mu: Tensor, std: Tensor, m: VAE) -> Any:
+        loss = COMPARED[name](y, x, m)
+        return (y, loss) if together else loss
+
+    if name == "a head" and not together:
+        pytest.skip("what a network alone sees is its features")
+    plain, x = VAE(result, False), torch.rand(8, 12)
+    y = rvconvert.convert(VAE(lambda y, *rest: y, False), output="distribution")(x)
+    rv = rvconvert.convert(plain)
+    rv(x)
+    assert float(rv.last_penalty) == pytest.approx(float(rvconvert.variance_penalty(y)))  # type: ignore[arg-type]
+    alone = of_l_c(VAE(lambda y, *rest: y, False), lambda rv: rv(x).sum())
+    assert of_l_c(plain, lambda rv: rv(x)[1] if together else rv(x)) == pytest.approx(alone, rel=1e-3)
+
+
+@pytest.mark.parametrize("by_hand", [True, False])
+def test_l_c_of_a_mean_and_a_deviation_arrives_by_their_likelihood(by_hand: bool) -> None:
+    def parts(y: Tensor, m: VAE) -> tuple[Tensor, Tensor]:
+        return y, F.softplus(m.decoder(m.prior(y[:, :4]))) + 0.1
+
+    def result(y: Tensor, x: Tensor, z: Tensor, mu: Tensor, std: Tensor, m: VAE) -> Any:
+        y, sd = parts(y, m)
+        nll = torch.log(sd) + 0.5 * ((x - y) / sd).square() if by_hand else -Normal(y, sd).log_prob(x)
+        return nll.mean(), y, sd
+
+    x = torch.rand(8, 12)
+    apart = of_l_c(VAE(result, False), lambda rv: sum(v.sum() for v in rv(x)[1:]))  # type: ignore[arg-type,return-value]
+    assert of_l_c(VAE(result, False), lambda rv: rv(x)[0]) == pytest.approx(apart, rel=1e-3)
+
+
+def test_a_latent_without_a_location_is_one_in_eval_mode_after_training_too() -> None:
+    class Direction(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.encoder, self.decoder = nn.Linear(6, 1), nn.Linear(4, 6)
+
+        def forward(self, x: Tensor) -> Tensor:
+            k = F.softplus(self.encoder(x))
+            v = F.normalize(torch.randn(len(x), 4), dim=-1)
+            return self.decoder((k + 0.3 * k * torch.randn_like(k)) * v)
+
+    torch.manual_seed(0)
+    rv, x = rvconvert.convert(Direction(), output="distribution"), torch.randn(5, 6)
+    first, second = rv.train()(x), rv.eval()(x)
+    assert torch.equal(first.mean, second.mean)
+    assert torch.equal(first.var, second.var)

@@ -16,7 +16,7 @@ from rvconvert.capture.traced_number import TracedFloat, TracedInt, is_traced_no
 from rvconvert.core.tree import Structure, flatten
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
 
     from rvconvert.capture.recording import Recording
 
@@ -29,16 +29,17 @@ _LARGEST = 1 << 24  # bytes of an array that is copied
 
 
 @contextlib.contextmanager
-def unchanged(root: nn.Module) -> Iterator[None]:
-    """Within: runs may update parameters, buffers, attributes and the random state; after, all is as it was.
+def unchanged(root: nn.Module, written: Iterable[torch.Tensor] = ()) -> Iterator[None]:
+    """Within: runs may update buffers, attributes, the random state and parameters' data; after, all is as it was.
 
+    So are parameters that are ``written`` in place. The others are not copied: a model may be large.
     Buffers are copies within: a graph of an earlier call, whose backward pass is still to come, may have saved the others.
     """
     modules = [m for m in root.modules() if not isinstance(m, torch.jit.ScriptModule)]
     attributes = {module: dict(vars(module)) for module in modules}
     mutables = _mutables(attributes)
     tables = {m: (dict(m._buffers), dict(m._parameters)) for m in modules}
-    values = tensors_written(root)
+    values = tensors_written(root) | {x: x.detach().clone() for x in written if not x.is_meta}
     data = {p: p.data for p in root.parameters()}
     devices = sorted({p.device.index or 0 for p in root.parameters() if p.device.type == "cuda"})
     drawn = random_state()
@@ -83,7 +84,9 @@ def put_back(values: dict[torch.Tensor, torch.Tensor]) -> None:
     """Undo what was written into them in place."""
     with torch.no_grad():
         for tensor, value in values.items():
-            if not tensor.is_inference() and tensor._version and not torch.equal(tensor, value):
+            # A write by `.data` counts as no new version, and a copy for no reason as one that a backward pass refuses.
+            changed = not torch.equal(tensor, value) and not torch.allclose(tensor, value, 0.0, 0.0, equal_nan=True)
+            if changed and not tensor.is_inference():
                 tensor.copy_(value)
 
 

@@ -106,7 +106,8 @@ class _Recorder(TorchFunctionMode, Handler):
         self.numbers = {id(module): number for number, module in enumerate(root.modules())}
         self.codes: set[types.CodeType] = set()
         self.tensors = {id(t): path for path, t in [*root.named_parameters(), *root.named_buffers()]}
-        self.parameters = {_storage(p) for p in root.parameters()} - {None}
+        self.model_parameters = list(root.parameters())
+        self.parameters = {_storage(p) for p in self.model_parameters} - {None}
         self.attributes = _plain_tensor_attributes(root)
         self.stack: list[str] = []
         self.leaf: list[Any] | None = None
@@ -322,11 +323,16 @@ class _Recorder(TorchFunctionMode, Handler):
         plain_args, plain_kwargs = _plain(args), _plain(kwargs)
         if name == "__set__":  # x.data = y: torch gives no name to it that a graph could call
             self.recording.once.append(f"the data of a tensor is set: {self.line()}")
-            return func(*plain_args, **plain_kwargs)
+            result = func(*plain_args, **plain_kwargs)
+            if any(plain_args[0] is p for p in self.model_parameters):
+                self.recording.initializes = True
+                self.parameters.add(_storage(plain_args[0]))
+            return result
         mutable = _tensors(plain_args, plain_kwargs)
         versions = [_version(x) for x in mutable]
         target = plain_args[0] if plain_args and is_in_place(func, plain_kwargs) else None
-        if isinstance(target, torch.Tensor) and _storage(target) in self.parameters:
+        writes = isinstance(target, torch.Tensor) and _storage(target) in self.parameters
+        if writes:
             if _runs("torch/optim"):
                 raise TracingError(
                     f"an optimizer steps inside the method: {self.line()}; step it in the training loop, and convert the method "
@@ -369,6 +375,10 @@ class _Recorder(TorchFunctionMode, Handler):
         node = self.node_for(func, node_args, node_kwargs, bool(mutated and draw is None))
         node.meta["rule"], node.meta["function"] = rule, func
         node.meta["mutates"] = bool(mutated)
+        if writes:
+            self.inherit(node)
+            if node not in self.recording.depends:
+                self.recording.writes.append(node)
         if draw is not None:
             node.meta["draw"] = draw
             self.recording.draws.append(node)
@@ -447,6 +457,7 @@ class _Recorder(TorchFunctionMode, Handler):
         key = _storage(tensor)
         if key in self.parameters:  # an initialisation by data: done now, as the plain model does it
             self.recording.once.append(f"a parameter is written in place: {self.line()}")
+            self.recording.initializes = True
             return
         if path is not None:
             self.add("call_function", assign_mean, (self.graph.get_attr(path), node), {}).meta.update(mutates=True, part=True)

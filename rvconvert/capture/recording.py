@@ -48,6 +48,8 @@ class Recording:
         once: why the recording serves the call at hand alone (empty if it can be kept).
         fixed: why the batch size is part of the graph (empty if it is not).
         overwritten: parameters that the run wrote to in place, with what they were.
+        writes: the nodes that write to parameters in place, of what is not random.
+        initializes: parameters are written by what the graph does not make again: the run's own writes stand.
         asks_grad_mode: the method asks whether gradients are on.
         sets_autocast: the method turns autocast on or off.
         places: plain attributes and globals that the method read, whose values are constants of the graph.
@@ -68,6 +70,8 @@ class Recording:
     once: list[str] = field(default_factory=list)
     fixed: list[str] = field(default_factory=list)
     overwritten: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)
+    writes: list[fx.Node] = field(default_factory=list)
+    initializes: bool = False
     asks_grad_mode: bool = False
     sets_autocast: bool = False
     places: dict[Place, None] = field(default_factory=dict)
@@ -92,6 +96,21 @@ class Recording:
                 name = f"attribute_{node.name}"
                 self.constants[name] = self.attributes[node.target]
                 node.target = f"_rvconvert.constants.{name}"
+
+    @property
+    def written(self) -> list[torch.Tensor]:
+        """Parameters that the run wrote to in place."""
+        return [target for target, _ in self.overwritten]
+
+    def settle(self) -> None:
+        """Before the graph is run, which writes parameters again: put them back, or let it write none."""
+        if not self.initializes:
+            self.restore()
+            return
+        for node in self.writes:
+            node.replace_all_uses_with(node.all_input_nodes[0])
+            self.graph.erase_node(node)
+        self.writes.clear()
 
     def restore(self) -> None:
         """Put back the parameters that the run wrote to."""

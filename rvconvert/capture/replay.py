@@ -52,7 +52,7 @@ def replay_differs(run: Run, recording: Recording, model: nn.Module, method: Any
     other = other_values(leaves)
 
     def results(call: Callable[..., Any], inputs: list[torch.Tensor]) -> list[Any]:
-        with unchanged(model), torch.enable_grad():
+        with unchanged(model, recording.written), torch.enable_grad():
             torch.manual_seed(1)
             return [x for x in call(*(x.clone() for x in inputs)) if isinstance(x, torch.Tensor)]
 

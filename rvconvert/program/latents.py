@@ -40,10 +40,16 @@ def find_latents(graph: RecordedGraph, posterior: Posterior | None = None) -> li
         graph.by_products = True
         found = _latents(graph)
     if posterior is not None:
-        found = [n for n in found if graph.layers_placing(n) & posterior.layers or graph.inputs_placing([n]) >= posterior.inputs]
+        found = [n for n in found if _layers(graph, n) & posterior.layers or graph.inputs_placing([n]) >= posterior.inputs]
     if found:
-        graph.posterior = Posterior(frozenset().union(*map(graph.layers_placing, found)), graph.inputs_placing(found))
+        layers: frozenset[str] = frozenset().union(*(_layers(graph, n) for n in found))
+        graph.posterior = Posterior(layers, graph.inputs_placing(found))
     return found if found or posterior is not None else _latents(graph, beside=True)
+
+
+def _layers(graph: RecordedGraph, draw: fx.Node) -> frozenset[str]:
+    """Those placing a latent; "" stands for none, as of a direction that a magnitude multiplies."""
+    return graph.layers_placing(draw) or frozenset(("",))
 
 
 Draws = frozenset["fx.Node"]
@@ -111,8 +117,8 @@ class _Walk:
         if any(n in self.values for n in node.all_input_nodes):
             self.meets_a_decoder(node)
         placed, plain = self.places(node, placed, plain)
-        if self.graph.compares(node) and not placed:
-            plain = _NONE  # a mask of a fixed probability is as dropout's
+        if (self.graph.compares(node) or str(node.meta.get("dtype")) == "torch.int64") and not placed:
+            plain = _NONE  # a mask of a fixed probability, or an order at random, is as dropout's
         self.posterior[node], self.noise[node] = placed, plain
 
     def draws(self, node: fx.Node) -> None:

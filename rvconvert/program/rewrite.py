@@ -75,10 +75,11 @@ def to_random_variables(
         together = [value for value, of in roles.beside if of is main]
         if together:
             last = max([main, *together], key=order.__getitem__)
-            with graph.inserting_after(nodes[last]):
+            with graph.inserting_after(collapsed.get(last, nodes[last])):
                 state = graph.get_attr("_rvconvert")
             with graph.inserting_after(state):
-                taken = graph.call_function(take_together, (state, nodes[main], *(nodes[value] for value in together)))
+                values = [collapsed.get(value, nodes[value]) for value in together]  # a loss may be made of several
+                taken = graph.call_function(take_together, (state, nodes[main], *values))
             for index, node in reversed(list(enumerate((main, *together)))):
                 with graph.inserting_after(taken):
                     collapsed[node] = graph.call_function(operator.getitem, (taken, index))
@@ -107,18 +108,18 @@ def to_random_variables(
     given = recording.output.args[0]
     assert isinstance(given, tuple)
     kept_from = len(given) - recording.kept_leaves
-    values = []
+    leaving = []
     for index, leaf in enumerate(given):
         if not isinstance(leaf, fx.Node) or leaf not in roles.random or (output == "distribution" and index < kept_from):
-            values.append(nodes[leaf] if isinstance(leaf, fx.Node) else leaf)
+            leaving.append(nodes[leaf] if isinstance(leaf, fx.Node) else leaf)
         elif index >= kept_from or (leaf not in roles.hidden and (leaf in roles.decoded or leaf in roles.losses)):
-            values.append(collapse(leaf))
+            leaving.append(collapse(leaf))
         else:
             with graph.inserting_after(nodes[leaf]):
                 state = graph.get_attr("_rvconvert")
             with graph.inserting_after(state):
-                values.append(graph.call_function(take_latent, (state, nodes[leaf])))
-    nodes[recording.output].args = (tuple(values),)
+                leaving.append(graph.call_function(take_latent, (state, nodes[leaf])))
+    nodes[recording.output].args = (tuple(leaving),)
     unused = {nodes[n] for n in roles.unused} | replaced
     _sort(graph)
     for node in reversed(graph.nodes):

@@ -34,7 +34,7 @@ class Roles:
         random: the nodes that depend on a latent or a random input.
         reconstructions: where L_c is attached.
         beside: (value, reconstruction) pairs: values that leave or enter a loss and are the same but for a view or an
-            elementwise function, so that L_c joins whichever is trained on.
+            elementwise function, or are a loss made of it, so that L_c joins whichever is trained on.
         at_mean: (value, user) pairs: what a loss inside the method takes at its mean.
         losses: outputs that are a loss or a term of one.
         decoded: the random nodes with a decoder behind them.
@@ -115,6 +115,7 @@ class _Assignment(RecordedGraph):
             decoded = self.closure(random, lambda n: self.decodes(n, random))
         if not decoded and self.given:  # a bare decoder of functions alone
             decoded = {n for n in random if n not in self.given}
+        decoded = self.without_flows(decoded, latents, random)
         self.decoded = decoded
         loss_like = self.loss_like(random, decoded)
         leaving = [n for n in dict.fromkeys(self.outputs) if n in random]
@@ -140,7 +141,7 @@ class _Assignment(RecordedGraph):
             # What leaves may be a copy for a log, without a gradient, or for display of what the loss is made of.
             shown = source in meeting
             chosen = [source if self.is_copy(source, n, shown=shown) else n for n in chosen]
-            known = any(self.same(source, n) or self.same(n, source) or self.behind(n, source) for n in chosen)
+            known = any(self.are_one(source, n) or self.behind(n, source) for n in chosen)
             known = known and not (source in meeting and self.is_stage(source, chosen, random))
             known = known or source in heads
             if not known and not any(self.decodes_between(source, n, random) for n in leaves):
@@ -168,16 +169,23 @@ class _Assignment(RecordedGraph):
             for main in chosen
             for value in dict.fromkeys(related)
             if value is not main and value in decoded and value not in losses and not self.stops_gradient(main, value)
-            if self.same(value, main) or self.same(main, value)
+            if self.are_one(value, main)
             # What is made of the other one's mean has no variance.
             if not any(value in self.ahead_of(user) for source, user in at_mean if source is main)
             if not any(main in self.ahead_of(user) for source, user in at_mean if source is value)
         ]
+        beside = list(dict(reversed(beside)).items())
+        for main in chosen:  # a loss that takes a value that leaves too, but not at its mean
+            taken = {main, *(value for value, other in beside if other is main)}
+            means = [user for source, user in at_mean if source in taken]
+            beside += [
+                (n, main) for n in losses if n not in taken and self.behind(main, n) and not any(self.behind(x, n) for x in means)
+            ]
         return Roles(
             tuple(latents),
             frozenset(random),
             tuple(chosen),
-            tuple(dict(reversed(beside)).items()),
+            tuple(beside),
             frozenset(at_mean),
             losses,
             frozenset(decoded),
@@ -341,6 +349,22 @@ class _Assignment(RecordedGraph):
         priors = [n for n in alike if any(behind[n] < each for each in whole)]
         return [n for n in rest if n not in priors] or leaves
 
+    def without_flows(self, decoded: set[fx.Node], latents: list[fx.Node], random: set[fx.Node]) -> set[fx.Node]:
+        """Decoded values, without what a flow makes of a latent for its prior alone, where something else is decoded.
+
+        Such a value has the latent's shape, and some way from the draw to it goes through no layer: a coupling's, a residual one.
+        """
+        flowing: set[fx.Node] = set()
+        for draw in latents:
+            carried = self.forward_of((draw,), stop=lambda n: self.decodes(n, random))
+            for node in carried & decoded:
+                ends = node.meta.get("shape") == draw.meta.get("shape") and not self.fits_an_input(node)
+                if ends and not any(self.decodes(n, random) for n in self.ahead_of(node)):
+                    flowing.update(self.between(draw, node))
+        rest = self.closure(random, lambda n: n not in flowing and self.decodes(n, random))
+        shapes = {draw.meta.get("shape") for draw in latents}
+        return rest if any(n.meta.get("shape") not in shapes and rank_of(n) > 1 for n in rest) else decoded
+
     def is_latent(self, node: fx.Node, latents: list[fx.Node]) -> bool:
         """A latent, or several of them joined; not what a decoder gives times a smaller one, a library's size."""
         return any(
@@ -401,6 +425,19 @@ class _Assignment(RecordedGraph):
         """A layer acts on an input, or nothing does, so that one does not know."""
         return not given.users or any(self.has_weights(n) for n in self.ahead_of(given))
 
+    def are_one(self, first: fx.Node, second: fx.Node) -> bool:
+        """One is the other, or both are a value, but for views and functions of each element: logits and probabilities."""
+        return self.same(first, second) or self.same(second, first) or self.origin(first) is self.origin(second)
+
+    def origin(self, node: fx.Node) -> fx.Node:
+        """What ``node`` is the whole of, but for a function of each element."""
+        while self.is_kind(node, Elementwise, Shape) and "part" not in node.meta and len(self.values_in(node)) == 1:
+            (value,) = self.values_in(node)
+            if size_of(value) != size_of(node):
+                break
+            node = value
+        return node
+
     def stem(self, node: fx.Node, random: set[fx.Node]) -> fx.Node:
         """What ``node`` is a view or an elementwise function of, as far back as a layer."""
         while not self.decodes(node, random) and self.is_kind(node, Elementwise, Shape):
@@ -419,7 +456,7 @@ class _Assignment(RecordedGraph):
 
     def is_stage(self, source: fx.Node, chosen: list[fx.Node], random: set[fx.Node]) -> bool:
         """A reconstruction made of others by a decoder of its own: of an input's size, or a step as they are."""
-        apart = all(not self.same(source, n) and not self.same(n, source) for n in chosen)
+        apart = not any(self.are_one(source, n) for n in chosen)
         decoded = all(not self.behind(n, source) or self.decodes_between(n, source, random) for n in chosen)
         return apart and decoded and (self.fits_an_input(source) or any(self.is_step(n, source) for n in chosen))
 
@@ -430,12 +467,21 @@ class _Assignment(RecordedGraph):
         """
         found = []
         for node in self.nodes:
+            if node in random and self.rule_name(node) in ("cat", "stack") and self.joins_examples(node):
+                shapes = [n.meta.get("shape") for n in self.parts(node) if n in self.raw]
+                found += [(n, node) for n in self.parts(node) if n in decoded and n.meta.get("shape") in shapes]
             if node.op == "call_module" and str(node.target) in self.reference and node in random:
                 sources = [n for n in node.all_input_nodes if n in random]
                 whole = len(sources) == 1 and sources[0] in decoded and self.fits_an_input(sources[0])
                 if whole and not any(self.decodes(n, random) for n in self.ahead_of(node)):
                     found.append((sources[0], node))
         return found
+
+    def joins_examples(self, node: fx.Node) -> bool:
+        """Along the batch: its parts are as many examples each."""
+        joined = node.meta.get("shape", ())
+        given = next((n.meta["shape"] for n in self.parts(node) if "shape" in n.meta), ())
+        return node.args != () and (joined[1:] == given[1:] or joined[1:] == given)
 
     # --- losses inside the method ------------------------------------------------------------------
 
