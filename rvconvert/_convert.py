@@ -123,6 +123,12 @@ def _check_module(module: Any) -> None:
 
 def _check_methods(module: nn.Module, options: Options) -> None:
     for name in options.methods:
+        if getattr(type(module), name, None) is getattr(nn.Module, name, name):  # torch's, which says that there is none
+            own = [n for n, f in vars(type(module)).items() if n[0] != "_" and inspect.isfunction(f)]
+            raise ConversionError(
+                f"{type(module).__name__} has no method {name!r}; name those that encode, sample and decode, of "
+                f"{', '.join(own)}: methods=(...)"
+            )
         if not callable(getattr(type(module), name, None)):
             raise ConversionError(f"methods: {type(module).__name__} has no method {name!r}")
     if not options.random_inputs:

@@ -191,17 +191,26 @@ def _size(args: tuple[Any, ...]) -> int:
     return next((len(x) for x in flatten(args)[0] if len(x.shape)), 0)
 
 
+def _is_graph(args: tuple[Any, ...]) -> bool:
+    """A number for each pair of samples, edges of a graph, is among the arguments: there is no part of them."""
+    size = _size(args)
+    of_samples = [x for x in flatten(args)[0] if len(x.shape) and len(x) == size]
+    return len(of_samples) > 1 and any(x.layout != torch.strided or x.shape[1:2] == (size,) for x in of_samples)
+
+
 def _part(args: tuple[Any, ...], start: int, end: int) -> tuple[Any, ...]:
     """The call with some of its samples."""
     size = _size(args)
     leaves, structure = flatten(args)
+    if _is_graph(args):
+        return args
     made: tuple[Any, ...] = structure.build(iter([x[start:end] if len(x.shape) and len(x) == size else x for x in leaves]))
     return made
 
 
 def _chunks(args: tuple[Any, ...]) -> Iterator[tuple[Any, ...]]:
     size = _size(args)
-    count = max(1, math.ceil(size / _CHUNK))
+    count = 1 if _is_graph(args) else max(1, math.ceil(size / _CHUNK))
     step = math.ceil(size / count) if size else 1
     for start in range(0, size, step):
         yield _part(args, start, start + step)

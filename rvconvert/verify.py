@@ -359,7 +359,8 @@ def verify(
 
     Args:
         rv_model: what ``convert`` returned; it is left as it was.
-        inputs, kwargs: of the converted method, a batch of real ones; a random input as ``RandomVariable(mean, var)``.
+        inputs, kwargs: of the converted method, a batch of real ones, or a tuple of them as ``calibrate`` takes it; a random
+            input as ``RandomVariable(mean, var)``.
         samples: Monte Carlo runs of the plain model.
         modes: covariance modes to compare; default independent, calibrated if that is the model's own, and lowrank.
         seed: of the Monte Carlo draws.
@@ -382,7 +383,7 @@ def verify(
     rv_model.eval()
     try:
         with torch.no_grad(), unchanged(rv_model, rv_model.parameters()):
-            args, kwargs = conversion.normalized(name, inputs, kwargs)
+            args, kwargs = conversion.normalized(name, _given(inputs), kwargs)
             torch.manual_seed(seed)
             with intercept.lock, intercept.plainly():
                 examined = conversion.examine(name, rv_model, args, kwargs)
@@ -561,6 +562,11 @@ def _outputs_only(
 # --- one figure ---------------------------------------------------------------------------------
 
 
+def _given(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The arguments of a call, which may have come as one tuple."""
+    return inputs[0] if len(inputs) == 1 and type(inputs[0]) is tuple else inputs
+
+
 def truth_ratio(rv_model: nn.Module, *inputs: Any, pairs: int = 32, method: str | None = None, **kwargs: Any) -> float:
     """The true variance of the reconstruction over the one that the model's own mode propagates, in eval mode.
 
@@ -612,6 +618,7 @@ def output_variances(
     options = conversion.options
     name = method or options.methods[0]
     with torch.no_grad(), unchanged(rv_model, rv_model.parameters()):
+        inputs = _given(inputs)
         own = _reconstructions(conversion, rv_model, options, name, inputs, kwargs)
         true = _reconstructions(conversion, rv_model, options.in_mode("sampled", pairs=pairs), name, inputs, kwargs)
     elements = sum(y.mean.numel() for y in own)

@@ -16,7 +16,7 @@ import rvconvert
 from rvconvert import RandomVariable
 from rvconvert.converted import conversion_of
 from rvconvert.covariance.calibrated import Gain, Gains
-from rvconvert.verify import output_variances
+from rvconvert.verify import output_variances, truth_ratio
 from tests.exact import relu_network_moments
 
 IMAGES = torch.rand(192, 12, generator=torch.Generator().manual_seed(1))
@@ -485,3 +485,29 @@ def test_what_is_given_by_keyword_alone_is_measured_on_with_the_rest() -> None:
     rv = rvconvert.convert(Conditional(), covariance="calibrated")
     rv(torch.rand(200, 6), labels=torch.rand(200, 2)).sum().backward()
     assert conversion_of(rv).gains.training
+
+
+class OfAGraph(nn.Module):
+    """Edges from the inner products of nodes, as of Kipf and Welling."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.mean, self.logvar = nn.Linear(5, 4), nn.Linear(5, 4)
+
+    def forward(self, x, adjacency):
+        mean, logvar = torch.mm(adjacency, self.mean(x)), torch.mm(adjacency, self.logvar(x))
+        z = mean + (logvar / 2).exp() * torch.randn_like(mean)
+        return z @ z.t(), mean, logvar
+
+
+@pytest.mark.parametrize("sparse", [True, False])
+def test_a_graph_is_calibrated_and_verified_whole(sparse):
+    n = 300  # more nodes than are measured at once
+    x, adjacency = torch.rand(n, 5), torch.eye(n) / 2
+    given = (x, adjacency.to_sparse() if sparse else adjacency)
+    rv = rvconvert.convert(OfAGraph(), covariance="calibrated")
+    rv(*given)[0].square().mean().backward()
+    rvconvert.calibrate(rv, given, pairs=8)
+    assert 0.5 < truth_ratio(rv, given, pairs=8) < 2
+    assert len(rvconvert.verify(rv, given, samples=20))

@@ -811,3 +811,41 @@ def test_a_batch_that_forward_writes_into_and_returns_is_the_caller_s() -> None:
         torch.testing.assert_close(batch["output"], rv.decoder(batch["mu"]))
         batch["output"].sum().backward()
         assert rv.encoder.weight.grad is not None
+
+
+@torch.compile(backend="eager")
+def compiled_error(y, x):
+    return (y - x).square().view(x.shape[0] * x.shape[1]).mean()
+
+
+def test_functions_that_are_compiled_on_their_own_are_recorded_as_python():
+    class Compiled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.encoder, self.decoder = nn.Linear(8, 6), nn.Linear(3, 8)
+
+        def forward(self, x):
+            mu, logvar = self.encoder(x).chunk(2, 1)
+            y = self.decoder(mu + (logvar / 2).exp() * torch.randn_like(mu))
+            return y, compiled_error(y, x)
+
+    x = torch.rand(4, 8)
+    y, loss = rvconvert.convert(Compiled())(x)
+    assert float(loss) == pytest.approx(float((y - x).square().mean()))
+
+
+@pytest.mark.parametrize("share", [0.5, np.float64(0.5), np.float32(0.5)])
+def test_a_share_of_the_batch_may_be_a_number_of_numpy(share):
+    class Shared(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.encoder, self.decoder = nn.Linear(8, 6), nn.Linear(3, 8)
+
+        def forward(self, x):
+            mu, logvar = self.encoder(x).chunk(2, 1)
+            k = int(mu.shape[0] * share)
+            mu = torch.cat([mu[:k], 2 * mu[k:]])
+            return self.decoder(mu + (logvar / 2).exp() * torch.randn_like(mu))
+
+    assert rvconvert.plan(Shared(), example_inputs=torch.rand(6, 8)).lifetime == "kept"

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import rvconvert
+from rvconvert.errors import ConversionError, TracingError, UnsupportedOperationError
 
 
 class Base(nn.Module):
@@ -128,3 +129,51 @@ def test_a_line_that_a_loop_comes_by_is_named_once():
     stub = stub.replace("(torch.special.bessel_j0)", "(torch.special.bessel_j0, registry=overlay)")
     exec(stub, {"rvconvert": rvconvert, "torch": torch, "overlay": overlay})
     rvconvert.convert(Loop(), example_inputs=X, strict=True, rules=overlay)(X).sum().backward()
+
+
+@pytest.mark.parametrize("way", ["y[y < 0] *= -1", "y[y < 0] = -y[y < 0]", "y[y[:, 0] > 0] = 0"])
+def test_elements_that_a_random_mask_picks_are_refused_with_what_to_type(way):
+    class Masked(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.encoder, self.decoder = nn.Linear(8, 6), nn.Linear(3, 8)
+
+        def forward(self, x):
+            mu, logvar = self.encoder(x).chunk(2, 1)
+            y = self.decoder(mu + (logvar / 2).exp() * torch.randn_like(mu))
+            exec(way, {"y": y})
+            return y
+
+    with pytest.raises(UnsupportedOperationError, match=r"torch\.where"):
+        rvconvert.convert(Masked())(torch.rand(4, 8))
+
+
+def test_a_write_through_two_views_is_refused_at_its_own_line():
+    class Masked(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.encoder, self.decoder = nn.Linear(8, 6), nn.Linear(3, 8)
+
+        def forward(self, x):
+            mu, logvar = self.encoder(x).chunk(2, 1)
+            y = self.decoder(mu + (logvar / 2).exp() * torch.randn_like(mu))
+            y[:, :3][x[:, 0] > 0] = 0
+            return y * 2
+
+    with pytest.raises(TracingError, match=r"(?s)y\[:, :3\]\[x\[:, 0\] > 0\] = 0.*y \* 2.*torch.where"):
+        rvconvert.convert(Masked())(torch.rand(4, 8))
+
+
+def test_a_model_without_forward_is_told_of_its_methods():
+    class Named(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.encoder, self.decoder = nn.Linear(8, 6), nn.Linear(3, 8)
+
+        def reconstruct(self, x):
+            mu, logvar = self.encoder(x).chunk(2, 1)
+            return self.decoder(mu + (logvar / 2).exp() * torch.randn_like(mu))
+
+    with pytest.raises(ConversionError, match=r"no method 'forward'.*reconstruct.*methods="):
+        rvconvert.convert(Named())
+    rvconvert.convert(Named(), methods=("reconstruct",), example_inputs=torch.rand(4, 8))

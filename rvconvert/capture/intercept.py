@@ -109,8 +109,8 @@ def refuse_inside_transforms(name: str) -> None:
 def intercepting(handler: Handler) -> Iterator[None]:
     """Within, in this thread: modules, autograd functions and questions about gradient mode go through ``handler``.
 
-    Functions of ``torch.jit.script`` run as the Python they were made of, a ``Variable`` is its tensor, and reentrant
-    checkpointing just calls its function.
+    Functions of ``torch.jit.script`` and ``torch.compile`` run as the Python they were made of, a ``Variable`` is its tensor,
+    and reentrant checkpointing just calls its function.
     """
     global _owner
     with lock, contextlib.ExitStack() as stack:
@@ -119,6 +119,8 @@ def intercepting(handler: Handler) -> Iterator[None]:
         stack.callback(_release, outer)
         grad_enabled = torch.is_grad_enabled()
         stack.callback(torch._C._set_grad_enabled, grad_enabled)
+        if "torch._dynamo" in sys.modules:  # else nothing is compiled, and its import takes a second
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
 
         call_module = nn.Module.__call__
 

@@ -331,8 +331,9 @@ class _Recorder(TorchFunctionMode, Handler):
         mutable = _tensors(plain_args, plain_kwargs)
         versions = [_version(x) for x in mutable]
         target = plain_args[0] if plain_args and is_in_place(func, plain_kwargs) else None
-        writes = isinstance(target, torch.Tensor) and _storage(target) in self.parameters
-        if writes:
+        writes = False
+        if isinstance(target, torch.Tensor) and _storage(target) in self.parameters:
+            writes = True
             if _runs("torch/optim"):
                 raise TracingError(
                     f"an optimizer steps inside the method: {self.line()}; step it in the training loop, and convert the method "

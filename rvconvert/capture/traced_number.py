@@ -9,6 +9,7 @@ import contextlib
 import operator
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import fx
 
@@ -99,6 +100,7 @@ def _arithmetic(function: Callable[..., Any], reflected: bool) -> Callable[..., 
     def method(self: Any, *others: Any) -> Any:
         if not all(isinstance(x, (int, float)) for x in others) or any(type(x) is bool for x in others):
             return NotImplemented
+        others = tuple(float(x) if isinstance(x, np.floating) else x for x in others)  # np.float64 is a float
         operands = (*others, self) if reflected else (self, *others)
         value = function(*map(untraced, operands))
         live = [x for x in operands if is_traced_now(x)]

@@ -40,8 +40,10 @@ def refusal(
     for writer, place in recording.stale:
         if writer in roles.random:
             return TracingError(
-                f"{label}: in-place write through a view, then its base is used: {place}; write out of place "
-                "(y = torch.relu(y) for y.relu_()), or use the view's result alone"
+                f"{label}: in-place write through a view at {short_place(writer.meta['where'])}: {writer.meta['source']}\n"
+                f"  then its base is used: {place}\n"
+                "  write out of place, y = torch.relu(y) for y.relu_(), y = torch.where(mask, value, y) for y[0][mask] = value, "
+                "or use the view's result alone"
             )
     others = [n for n in roles.latents if not n.meta["draw"].can_be_latent]
     if others:

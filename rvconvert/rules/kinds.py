@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from rvconvert.core.random_variable import Origin, RandomVariable, random_variables
 from rvconvert.core.registry import NAMESPACES, REGISTRY, Exactness, FunctionTable, Kind, Rule, operation_name, spellings
-from rvconvert.errors import ConversionError
+from rvconvert.errors import ConversionError, UnsupportedOperationError
 from rvconvert.moments.compilation import is_traced
 from rvconvert.moments.composed import composed_moments
 from rvconvert.rules.density import moments_under
@@ -194,6 +194,7 @@ class Collapse:
         return at_means(func, args, kwargs)
 
 
+_SELECTS = frozenset("__getitem__ getitem masked_select".split())
 _KEEPS_ORDER = frozenset("expand expand_as broadcast_to view view_as reshape reshape_as flatten squeeze".split())
 _TRANSPOSE = frozenset("t transpose swapaxes swapdims permute adjoint movedim moveaxis".split())
 
@@ -216,6 +217,9 @@ class Shape:
         like = random_variables(args, kwargs)[0]
         values, rest, options = bind(self.names, args, kwargs)
         present = {name: value for name, value in zip(self.names, values, strict=True) if value is not None}
+        picks = getattr(func, "__name__", "") in _SELECTS and any(x.dtype.is_floating_point for x in random_variables(rest))
+        if picks:  # by an indicator, x > 0
+            raise picked_by_a_random_variable("read")
         # What is asked of another argument (``view_as(other)``) is its shape or type, which its mean has.
         rest, options = substitute(rest, lambda x: x.mean), substitute(options, lambda x: x.mean)
         if not random_variables(*(present.get(name) for name in self.data)):
@@ -260,6 +264,14 @@ class Shape:
         if rest and names:
             raise TypeError(f"{func} got positional arguments behind a missing one")
         return func(*positional, *rest, **{n: values[n] for n in names if n in values}, **options)
+
+
+def picked_by_a_random_variable(what: str) -> UnsupportedOperationError:
+    """For ``y[y < 0] *= -1``, whose number of elements would be random."""
+    return UnsupportedOperationError(
+        f"a random variable picks which elements are {what}, and how many differs with each draw; give all of them a value: "
+        "y = torch.where(mask, value, y) in the place of y[mask] = value"
+    )
 
 
 class _Detached(torch.autograd.Function):

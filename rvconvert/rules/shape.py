@@ -10,7 +10,7 @@ from torch import nn
 from rvconvert.core.random_variable import RandomVariable, random_variables
 from rvconvert.core.registry import Exactness, operation_name
 from rvconvert.errors import UnsupportedOperationError
-from rvconvert.rules.kinds import Composite, Metadata, Read, Shape, add_rule
+from rvconvert.rules.kinds import Composite, Metadata, Read, Shape, add_rule, picked_by_a_random_variable
 
 _QUESTIONS = (
     "size dim ndimension numel nelement stride is_contiguous is_floating_point is_complex element_size get_device "
@@ -144,7 +144,7 @@ def setitem(input: Any, index: Any, value: Any) -> Any:
     if random_variables(index):  # an indicator, x > 0: each element is written with its probability
         if isinstance(index, RandomVariable) and index.shape == input.shape:
             return torch.where(index, value, input)  # type: ignore[call-overload]
-        raise UnsupportedOperationError("a random variable picks which elements are written; its value differs with each draw")
+        raise picked_by_a_random_variable("written")
     likes = random_variables(input, value)
 
     def write(target: torch.Tensor, source: Any) -> torch.Tensor:
