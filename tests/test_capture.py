@@ -849,3 +849,40 @@ def test_a_share_of_the_batch_may_be_a_number_of_numpy(share):
             return self.decoder(mu + (logvar / 2).exp() * torch.randn_like(mu))
 
     assert rvconvert.plan(Shared(), example_inputs=torch.rand(6, 8)).lifetime == "kept"
+
+
+THROUGH_VIEWS = {
+    "a mask of a view": "y[:, :3][x[:, 0] > 0.5] = 0",
+    "a factor for a mask of a view": "y[:, :3][x[:, 0] > 0.5] *= -1",
+    "a view of a view": "y[:, 1:5][:, 2] = y[:, 0]",
+    "added to a view of a view": "y[:, 1:5][:, 2] += 1",
+    "a function in place": "y[:, 0].mul_(2)",
+    "twice, then the whole": "v = y[:, :4]\nv += 1\nv *= 2\ny[:, 2] += 1",
+    "the view after the whole was written": "v = y[:, :2]\nv.mul_(2)\ny[:, 2:4] = v",
+    "in a loop": "for i in range(4):\n    y[:, i] += y[:, i + 1]",
+    "itself": "y[:, :2] = y[:, :2]",
+}
+
+
+@pytest.mark.parametrize("counts", [True, False])
+@pytest.mark.parametrize("name", THROUGH_VIEWS)
+def test_what_is_written_through_a_view_is_written_in_the_whole(name, counts):
+    class Written(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.encoder, self.decoder, self.calls = nn.Linear(8, 6), nn.Linear(3, 8), 0
+
+        def forward(self, x):
+            self.calls += counts
+            mu, logvar = self.encoder(x).chunk(2, 1)
+            y = self.decoder(mu + (logvar / 2).exp() * torch.randn_like(mu)) * 1
+            exec(THROUGH_VIEWS[name], {"y": y, "x": x})
+            return y * 2
+
+    plain, x = Written(), torch.rand(6, 8, generator=torch.Generator().manual_seed(1))
+    y = rvconvert.convert(plain, output="distribution", covariance="lowrank")(x)
+    with torch.no_grad():
+        drawn = torch.stack([plain(x) for _ in range(2000)])
+    assert ((y.mean - drawn.mean(0)).abs() < 0.15 * drawn.std(0) + 1e-5).all()
+    assert float(y.var.sum()) == pytest.approx(float(drawn.var(0).sum()), rel=0.05)

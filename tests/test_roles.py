@@ -1849,3 +1849,27 @@ def test_a_latent_without_a_location_is_one_in_eval_mode_after_training_too() ->
     first, second = rv.train()(x), rv.eval()(x)
     assert torch.equal(first.mean, second.mean)
     assert torch.equal(first.var, second.var)
+
+
+def test_a_warp_by_a_latent_field_decodes() -> None:
+    """As in registration of images: no layer acts on the velocity that is drawn."""
+
+    class Registration(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.mean, self.logvar = nn.Conv2d(2, 2, 3, padding=1), nn.Conv2d(2, 2, 3, padding=1)
+            axis = torch.linspace(-1, 1, 8)
+            self.register_buffer("grid", torch.stack(torch.meshgrid(axis, axis, indexing="xy"), -1)[None])
+
+        def forward(self, source: Tensor, target: Tensor) -> Any:
+            x = torch.cat([source, target], 1)
+            mu, logvar = self.mean(x), self.logvar(x) - 4
+            field = (mu + (logvar / 2).exp() * torch.randn_like(mu)) / 4
+            return F.grid_sample(source, self.grid + field.permute(0, 2, 3, 1), align_corners=True), mu, logvar
+
+    given = torch.rand(3, 1, 8, 8), torch.rand(3, 1, 8, 8)
+    y = rvconvert.convert(Registration(), output="distribution")(*given)[0]
+    rv = rvconvert.convert(Registration())
+    rv(*given)
+    assert float(rv.last_penalty) == pytest.approx(float(rvconvert.variance_penalty(y)))  # type: ignore[arg-type]

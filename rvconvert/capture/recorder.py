@@ -102,6 +102,7 @@ class _Recorder(TorchFunctionMode, Handler):
         self.storages: dict[Any, fx.Node] = {}
         self.alive: list[Any] = []
         self.writers: dict[int, fx.Node] = {}  # of tensors that are stale since
+        self.views: dict[int, tuple[torch.Tensor, Any]] = {}  # what a view was indexed from, and by what
         self.paths = {id(module): path for path, module in root.named_modules(remove_duplicate=True)}
         self.numbers = {id(module): number for number, module in enumerate(root.modules())}
         self.codes: set[types.CodeType] = set()
@@ -348,8 +349,8 @@ class _Recorder(TorchFunctionMode, Handler):
             self.recording.once.append(f"a hook on a tensor: {self.line()}")
         elif not mutated and (not _tensors(result) or name == "__deepcopy__"):
             return result  # a question whose answer is no tensor
-        if func is torch.Tensor.__setitem__:
-            self.written_back(*plain_args)
+        if func is torch.Tensor.__setitem__ and self.is_written_back(*plain_args):
+            return result
         node_args = tuple(self.argument(a) for a in args)
         node_kwargs = {k: self.argument(v) for k, v in kwargs.items()}
         if name in _LIKE_ANOTHER:
@@ -386,6 +387,8 @@ class _Recorder(TorchFunctionMode, Handler):
             self.recording.depends.add(node)
         if not held or node in self.recording.depends:
             self.finish(node, result, mutated)
+        if func is torch.Tensor.__getitem__ and not mutated and _storage(result) == _storage(plain_args[0]):
+            self.views[id(result)] = plain_args[0], node_args[1]
         return result
 
     def like(self, value: Any) -> Any:
@@ -396,13 +399,13 @@ class _Recorder(TorchFunctionMode, Handler):
         asked.meta["rule"] = self.registry.find(torch.empty_like)
         return asked
 
-    def written_back(self, target: Any, index: Any, value: Any) -> None:
-        """``x[i] += y`` writes through a view and writes the view back: the whole is as fresh as the part."""
-        writer = self.writers.get(id(target))
-        if writer is not None and isinstance(value, torch.Tensor) and self.nodes.get(id(value)) is writer:
-            with torch._C.DisableTorchFunction():
-                if _storage_key(target[index]) == _storage_key(value):
-                    del self.writers[id(target)]
+    def is_written_back(self, target: Any, index: Any, value: Any) -> bool:
+        """``x[i] += y`` writes through a view and writes the view back: the whole has been written with the part."""
+        node = self.nodes.get(id(value))
+        if node is None or node not in self.recording.depends or id(target) in self.writers:
+            return False
+        with torch._C.DisableTorchFunction():
+            return _storage_key(target[index]) == _storage_key(value)
 
     def node_for(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], mutates: bool) -> fx.Node:
         """The node of a call; an in-place call on what may be random becomes its functional twin."""
@@ -462,7 +465,7 @@ class _Recorder(TorchFunctionMode, Handler):
             return
         if path is not None:
             self.add("call_function", assign_mean, (self.graph.get_attr(path), node), {}).meta.update(mutates=True, part=True)
-        whole = None if tensor.requires_grad else _storage_key(tensor)
+        whole, stale = None if tensor.requires_grad else _storage_key(tensor), set(self.writers)
         for other in list(self.alive):
             if isinstance(other, torch.Tensor) and other is not tensor and _storage(other) == key and key is not None:
                 held = self.nodes.get(id(other))
@@ -474,6 +477,15 @@ class _Recorder(TorchFunctionMode, Handler):
                 self.inherit(again)
                 self.track(other, again)
         self.track(tensor, node)
+        while id(tensor) in self.views:  # y[:, 0:3][mask] = 0 writes y
+            of, index = self.views[id(tensor)]
+            if id(of) in stale or id(of) not in self.nodes:
+                return
+            node = self.add("call_function", setitem, (self.nodes[id(of)], index, node), {})
+            node.meta["rule"], node.meta["function"] = self.registry.find(torch.Tensor.__setitem__), torch.Tensor.__setitem__
+            self.inherit(node)
+            self.track(of, node)
+            tensor = of
 
     # --- modules --------------------------------------------------------------------------------
 

@@ -62,7 +62,7 @@ class RecordedGraph:
         self.weights: set[fx.Node] = set()  # made of parameters and buffers alone, perhaps picked by an input
         self.posterior: Posterior | None = None  # of the latents, where they have one
         self.nuisance: set[fx.Node] = set()  # made of draws that are no latent
-        self.by_products = False  # products decode, with what is given or of two latents: where nothing else does
+        self.by_products = False  # products with what is given, or of two latents, and warps decode: where nothing else does
         for node in self.nodes:
             self._describe(node)
         self.reference = self._modules_applied_to_inputs()
@@ -208,7 +208,10 @@ class RecordedGraph:
         both = self.is_kind(node, Bilinear) or self.rule_name(node) in DISTANCES
         given = [n for n in node.args if isinstance(n, fx.Node) and n in random]
         # Where nothing else decodes, the factors of the other side that are given do.
-        return (both and len(given) > 1) or (self.by_products and ((both and bool(given)) or self._sums_products(node, sources)))
+        if both and len(given) > 1:
+            return True
+        warps = self.rule_name(node) == "grid_sample" and any(n in random for n in node.all_input_nodes[1:])
+        return self.by_products and ((both and bool(given)) or warps or self._sums_products(node, sources))
 
     def _sums_products(self, node: fx.Node, sources: list[fx.Node]) -> bool:
         """``(z[i] * z[j]).sum(1)``, the inner products of a graph's edges."""
