@@ -1873,3 +1873,100 @@ def test_a_warp_by_a_latent_field_decodes() -> None:
     rv = rvconvert.convert(Registration())
     rv(*given)
     assert float(rv.last_penalty) == pytest.approx(float(rvconvert.variance_penalty(y)))  # type: ignore[arg-type]
+
+
+class Estimates(nn.Module):
+    """``term(z, w)`` of two latents inside, beside a reconstruction."""
+
+    def __init__(self, term: Callable[[Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.encoder, self.decoder, self.scale = nn.Linear(6, 4), nn.Linear(4, 12), nn.Parameter(torch.full((4,), -0.2))
+        self.term = term
+
+    def forward(self, x: Tensor) -> Any:
+        mu, other = self.encoder(x[:, :6]), self.encoder(x[:, 6:])
+        z, w = (m + self.scale.exp() * torch.randn_like(m) for m in (mu, other))
+        return self.decoder(z), self.term(z, w)
+
+
+def kernel(z: Tensor) -> Tensor:
+    return torch.exp(-(z[:, None] - z[None]).square().sum(-1) / 4)
+
+
+def hsic(z: Tensor, w: Tensor) -> Tensor:
+    centre = torch.eye(16) - torch.ones(16, 16) / 16
+    return torch.trace(kernel(z) @ centre @ kernel(w) @ centre) / 16
+
+
+ESTIMATES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "exponential of a sum": lambda z, w: torch.exp(z.sum(1) / 4).mean(),
+    "logsumexp of sums": lambda z, w: torch.logsumexp(z.sum(1) / 2, 0),
+    "a score of two": lambda z, w: (z * w).sum(1).mean() / 8 - torch.exp((z * w).sum(1) / 8 - 1).mean(),
+    "HSIC": hsic,
+    "cross entropy": lambda z, w: F.cross_entropy(z, torch.arange(16) % 4),
+    "logits of pairs": lambda z, w: F.binary_cross_entropy_with_logits((z * w).sum(1), torch.ones(16)),
+    "triplets": lambda z, w: F.triplet_margin_loss(z, w, z.roll(1, 0)),
+    "covariance": lambda z, w: torch.cov(z.t()).square().mean(),
+    "sliced distance": lambda z, w: (z.sort(0)[0] - torch.linspace(-2, 2, 16)[:, None]).square().mean(),
+}
+
+
+@pytest.mark.parametrize("name", ESTIMATES)
+def test_a_term_of_latents_alone_has_the_value_and_gradient_of_the_model_s_own_estimate(name: str) -> None:
+    """Once at the mean, with no gradient for the posterior's width, or of elements taken as independent."""
+    x = torch.rand(16, 12, generator=torch.Generator().manual_seed(0))
+    found = []
+    for model in (Estimates(ESTIMATES[name]), rvconvert.convert(Estimates(ESTIMATES[name]), penalty=0.0)):
+        values, slopes = [], []
+        for seed in range(200):
+            torch.manual_seed(seed)
+            value = model(x)[1]
+            values.append(float(value.detach()))
+            slopes.append(torch.autograd.grad(value, model.scale)[0].sum())  # type: ignore[arg-type]
+        found.append((torch.tensor(values), torch.stack(slopes)))
+    for plain, converted in zip(*found, strict=True):
+        error = math.hypot(float(plain.std()), float(converted.std())) / math.sqrt(200)
+        assert abs(float(plain.mean() - converted.mean())) < 4 * error
+
+
+def test_a_full_covariance_s_density_at_its_own_draw_is_bounded() -> None:
+    class Full(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.encoder, self.decoder = nn.Linear(4, 2), nn.Linear(2, 4)
+            self.factor = nn.Parameter(torch.tensor([[1.0, 0.0], [1.5, 0.5]]))
+
+        def forward(self, x: Tensor) -> Any:
+            mu = self.encoder(x)
+            factor = self.factor.tril() * (1 + 0.1 * torch.tanh(mu))[:, :, None]
+            q = torch.distributions.MultivariateNormal(mu, scale_tril=factor)
+            p = torch.distributions.MultivariateNormal(torch.zeros(2), torch.eye(2))
+            z = q.rsample()
+            return self.decoder(z), (q.log_prob(z) - p.log_prob(z)).mean(), kl_divergence(q, p).mean()
+
+    rv = rvconvert.convert(Full(), penalty=0.0)
+    _, found, exact = rv(torch.randn(4000, 4))
+    assert float(found) == pytest.approx(float(exact), abs=0.1)
+
+
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize("mixed", ["sum", "mean", "einsum"])
+def test_a_mixture_whose_weights_leave_too_has_l_c(mixed: str, first: bool) -> None:
+    class Slots(VAE):
+        def forward(self, x: Tensor) -> Any:
+            mu, logvar = self.encoder(x).chunk(2, 1)
+            z = mu + torch.randn_like(mu) * (0.5 * logvar).exp()
+            each, weights = torch.stack([self.decoder(z), self.decoder(-z)], 1).split([9, 3], 2)
+            weights = weights.repeat(1, 1, 3).softmax(1)
+            ways = {"sum": (each * weights).sum(1), "mean": (each * weights).mean(1)}
+            y = torch.einsum("bkp,bkp->bp", each, weights) if mixed == "einsum" else ways[mixed]
+            return (weights, y) if first else (y, weights)
+
+    plain, x = Slots(None, False), torch.rand(8, 12)  # type: ignore[arg-type]
+    y = rvconvert.convert(plain, output="distribution")(x)[1 if first else 0]
+    rv = rvconvert.convert(plain)
+    rv(x)
+    assert float(rv.last_penalty) == pytest.approx(float(rvconvert.variance_penalty(y)))  # type: ignore[arg-type]
+    assert of_l_c(plain, lambda rv: rv(x)[1 if first else 0].sum()) > 0

@@ -96,6 +96,7 @@ _EXPONENTIALS = frozenset("exp expm1".split())
 _SUMMING = frozenset("softmax log_softmax logsumexp logaddexp".split())
 _PICKS = frozenset("argmax argmin argsort".split())
 _RESCALINGS = frozenset("mul multiply add sub subtract rsub div true_divide divide clamp clip clamp_min clamp_max".split())
+_OF_CORRELATIONS = frozenset("cov corrcoef sort msort".split())
 _EVEN = frozenset("pow square abs norm vector_norm huber_loss".split())
 
 
@@ -199,21 +200,27 @@ class _Assignment(RecordedGraph):
         )
 
     def drawn(self, scores: set[fx.Node], random: set[fx.Node], ends: set[fx.Node]) -> frozenset[fx.Node]:
-        """Exponentials among ``scores`` that lead to no decoder and to none of ``ends``, and are made of none.
+        """What among ``scores`` leads to no layer and to none of ``ends``, is made of none, and has no moments to rely on.
 
         Densities of one latent under many components are one variable; as so many independent ones their logsumexp grows with
-        the posterior's variance, and a loss falls without bound. The model's own estimate, from a draw, has neither error.
+        the posterior's variance, and a loss falls without bound. So does the density of a draw whose elements are correlated,
+        and a loss function that has no rule for a latent has no gradient for its variance. The model's own estimate, from a
+        draw, has no such error.
         """
         scores = scores - self.forward_of(ends)
         leads: set[fx.Node] = set()
         for node in reversed(self.nodes):
-            if node in ends or self.decodes(node, random) or any(user in leads for user in node.users):
+            layer = self.has_weights(node) and self.decodes(node, random)
+            if node in ends or layer or any(user in leads for user in node.users):
                 leads.add(node)
-        return frozenset(n for n in scores - leads if self.is_exponential(n))
+        return frozenset(
+            n for n in scores - leads if self.is_exponential(n) or self.is_of_correlations(n) or self.is_loss_at_mean(n)
+        )
 
     def importance_weights(self, scores: set[fx.Node]) -> set[tuple[fx.Node, fx.Node]]:
         """(score, exponential of it): weights of samples, which the moments of a Gaussian log-weight would let explode."""
-        return {(n, user) for n in scores for user in n.users if user in scores and self.is_exponential(user)}
+        weighed = [n for n in scores if n in self.decoded]
+        return {(n, user) for n in weighed for user in n.users if user in scores and self.is_exponential(user)}
 
     def is_exponential(self, node: fx.Node) -> bool:
         """Of scores that are summed, a density's or a weight's: not one that leaves as it is, the rate of an example."""
@@ -221,6 +228,15 @@ class _Assignment(RecordedGraph):
         summed = (n for n in made - {node} if n.op != "output" and self.reduces(n, [x for x in n.all_input_nodes if x in made]))
         name = self.rule_name(node)
         return name in _SUMMING or (name in _EXPONENTIALS and any(summed))
+
+    def is_of_correlations(self, node: fx.Node) -> bool:
+        """A covariance, an order along the batch, or a linear system: ``L^-1 (z - mu)`` of a Gaussian of covariance ``L L^T``."""
+        name = str(getattr(node.meta.get("function"), "__name__", ""))
+        return "solve" in name or name in _OF_CORRELATIONS
+
+    def is_loss_at_mean(self, node: fx.Node) -> bool:
+        """A loss function without an expected value."""
+        return self.is_loss(node) and getattr(node.meta["rule"].kind, "expected", None) is None
 
     def samples_likelihood(self, node: fx.Node) -> bool:
         """A draw that is no latent, or a comparison with one: what it makes of a random value is a draw at its mean."""
@@ -324,7 +340,7 @@ class _Assignment(RecordedGraph):
                     dropped.add(first if size_of(first) == size_of(second) and second not in dropped else second)
                 elif (second in fits) != (first in fits):
                     dropped.add(first if second in fits else second)
-                elif not self.decodes_between(first, second, random) or size_of(second) <= batch_of(second):
+                elif self.is_summary(first, second, random) or size_of(second) <= batch_of(second):
                     dropped.add(second)
                 elif first not in fits:
                     dropped.add(first)
@@ -334,6 +350,10 @@ class _Assignment(RecordedGraph):
         kept = [n for n in leaves if n not in dropped and not (n in fits - read and size_of(n) < largest)]
         least = min((size_of(n) for n in kept if n in fits), default=0)  # fewer numbers beside it are a score: logits of classes
         return [n for n in kept if size_of(n) >= least]
+
+    def is_summary(self, first: fx.Node, second: fx.Node, random: set[fx.Node]) -> bool:
+        """``second`` is made of ``first`` through no layer, and of nothing else: not what is mixed by weights that leave too."""
+        return not self.decodes_between(first, second, random) and not self.joins_others(first, second, random)
 
     def without_latents(self, leaves: list[fx.Node], latents: list[fx.Node], random: set[fx.Node]) -> list[fx.Node]:
         """Decoded values that leave, without latents and the parameters of these and of their priors, of a size with an input."""

@@ -86,7 +86,8 @@ class Linearized:
                 found = torch.func.vmap(derivative, chunk_size=MOST_PROBES)(*signs)
             except NotImplementedError as error:
                 raise UnsupportedOperationError(
-                    f"{operation_name(func)} has neither a rule nor a forward derivative to linearise it by"
+                    f"{operation_name(func)} has neither a rule nor a forward derivative to linearise it by; give it one with "
+                    "@rvconvert.rule, or take it along each path: covariance='sampled'"
                 ) from error
             variances = iter([each.square().mean(0) for each in found])
             return join(mean, _rebuilt(mean, variances), like)

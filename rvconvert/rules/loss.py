@@ -90,5 +90,5 @@ _LOSSES: dict[str, tuple[type[nn.Module], Callable[..., Any] | None]] = {
 }
 _AT_MEAN = "taken at the mean; the variance is left to the penalty"
 for _name, (_module, _expected) in _LOSSES.items():
-    _assumption = _AT_MEAN if _expected is None else f"{_AT_MEAN}; of a latent the expected value"
+    _assumption = f"{_AT_MEAN}; of a latent {'from a draw' if _expected is None else 'the expected value'}"
     add_rule(_name, Loss(_expected), Exactness.APPROXIMATE, _assumption, modules=(_module,))
