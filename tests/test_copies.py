@@ -120,3 +120,22 @@ def test_networks_in_a_plain_dict_or_list(held: type) -> None:
     made(x).square().sum().backward()
     optimizer.step()
     assert not torch.allclose(made(x), before) and torch.allclose(rv(x), before)
+
+
+def test_a_sparse_buffer_is_copied_and_left_as_it_is():
+    class Pooled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.encoder, self.decoder = nn.Linear(8, 6), nn.Linear(3, 8)
+            self.register_buffer("pool", torch.eye(8).to_sparse())
+
+        def forward(self, x):
+            mu, logvar = self.encoder(x).chunk(2, 1)
+            y = self.decoder(mu + (logvar / 2).exp() * torch.randn_like(mu))
+            return torch.sparse.mm(self.pool, y.t()).t()
+
+    plain, x = Pooled(), torch.rand(4, 8)
+    rv = rvconvert.convert(plain, example_inputs=x)
+    rv(x).sum().backward()
+    assert rv.last_penalty > 0
+    assert torch.equal(rvconvert.to_plain(rv).pool.to_dense(), plain.pool.to_dense())

@@ -77,7 +77,8 @@ def tensors_written(root: nn.Module) -> dict[torch.Tensor, torch.Tensor]:
     held = [value for m in modules for name, value in vars(m).items() if not _is_torchs(m, name)]
     plain = [x for x in flatten(held)[0] if type(x) is torch.Tensor and x.layout == torch.strided]
     own = [x for x in plain if x.nbytes <= _LARGEST]
-    return {x: x.detach().clone() for x in (*root.buffers(), *own) if not x.is_meta}
+    written = (x for x in (*root.buffers(), *own) if x.layout == torch.strided)
+    return {x: x.detach().clone() for x in written if not x.is_meta}
 
 
 def put_back(values: dict[torch.Tensor, torch.Tensor]) -> None:
