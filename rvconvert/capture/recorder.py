@@ -107,8 +107,7 @@ class _Recorder(TorchFunctionMode, Handler):
         self.numbers = {id(module): number for number, module in enumerate(root.modules())}
         self.codes: set[types.CodeType] = set()
         self.tensors = {id(t): path for path, t in [*root.named_parameters(), *root.named_buffers()]}
-        self.model_parameters = list(root.parameters())
-        self.parameters = {_storage(p) for p in self.model_parameters} - {None}
+        self.parameters = {_storage(p) for p in root.parameters()} - {None}
         self.attributes = _plain_tensor_attributes(root)
         self.stack: list[str] = []
         self.leaf: list[Any] | None = None
@@ -325,7 +324,7 @@ class _Recorder(TorchFunctionMode, Handler):
         if name == "__set__":  # x.data = y: torch gives no name to it that a graph could call
             self.recording.once.append(f"the data of a tensor is set: {self.line()}")
             result = func(*plain_args, **plain_kwargs)
-            if any(plain_args[0] is p for p in self.model_parameters):
+            if isinstance(plain_args[0], nn.Parameter) and id(plain_args[0]) in self.tensors:
                 self.recording.initializes = True
                 self.parameters.add(_storage(plain_args[0]))
             return result
