@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from scipy import special
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import rvconvert
 from rvconvert import moments as gaussian
@@ -260,6 +261,34 @@ def test_no_denormal_number_leaves_an_activation(name):
     moments = BY_NAME[name].moments(mean, var, *BY_NAME[name].arguments)
     for x in (*moments, *torch.autograd.grad(moments, (mean, var), [torch.full_like(mean, 1e-6)] * 2)):
         assert not ((x != 0) & (x.abs() < torch.finfo(x.dtype).tiny)).any()
+
+
+class _Denormal(TorchDispatchMode):
+    """Which operations made denormal numbers."""
+
+    def __init__(self):
+        super().__init__()
+        self.by = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        if (
+            isinstance(out, torch.Tensor)
+            and out.is_floating_point()
+            and ((out != 0) & (out.abs() < torch.finfo(out.dtype).tiny)).sum() > out.numel() / 1000
+        ):
+            self.by.add(str(function))
+        return out
+
+
+@named("name", ["relu", "leaky_relu", "relu6", "hardswish", "elu", "gelu", "silu", "tanh", "sigmoid", "softplus"])
+def test_no_denormal_number_is_made_within_an_activation(name):
+    means, deviations = torch.linspace(-12, 12, 601), torch.logspace(-3.5, 1, 81)
+    mean, deviation = (x.ravel() for x in torch.meshgrid(means, deviations, indexing="ij"))
+    made = _Denormal()
+    with torch.no_grad(), made:
+        BY_NAME[name].moments(mean, deviation.square(), *BY_NAME[name].arguments)
+    assert not made.by
 
 
 def test_clamp_bounds_get_their_gradient():
