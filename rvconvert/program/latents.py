@@ -101,14 +101,13 @@ class _Walk:
 
     def visit(self, node: fx.Node) -> None:
         """The next node."""
-        depends = self.graph.recording.depends
         if "draw" in node.meta:
             self.draws(node)
             return
         placed, plain = (_NONE.union(*(of.get(n, _NONE) for n in node.all_input_nodes)) for of in (self.posterior, self.noise))
-        if node not in depends or not (placed or plain):
+        if node not in self.graph.random or not (placed or plain):
             return
-        if self.graph.decodes(node, depends):
+        if self.graph.decodes(node):
             self.found |= placed
             self.decoded |= plain
             self.values.add(node)
@@ -171,7 +170,7 @@ class _Walk:
 
     def is_whole(self, node: fx.Node) -> bool:
         """A latent, or a multiple of one, that serves something else too."""
-        random = self.graph.recording.depends
+        random = self.graph.random
         while sum(n in random for n in node.users) < 2:
             sources = [n for n in node.all_input_nodes if n in self.drawn]
             if len(sources) != 1:

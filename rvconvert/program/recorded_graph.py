@@ -52,6 +52,7 @@ class RecordedGraph:
         self._ahead: dict[fx.Node, set[fx.Node]] = {}
         self.nodes = list(recording.graph.nodes)
         self.given = set(recording.random_inputs)
+        self.random: set[fx.Node] | frozenset[fx.Node] = recording.depends  # less of them once latents are known
         self.inputs = [n for n in self.nodes if n.op == "placeholder" and n not in self.given]
         self.outputs = list(recording.output.all_input_nodes)
         given: tuple[object, ...] = recording.output.args[0]  # type: ignore[assignment]
@@ -198,19 +199,19 @@ class RecordedGraph:
             todo += [user for user in each.users if self.is_kind(user, Elementwise, Shape)]
         return False
 
-    def decodes(self, node: fx.Node, random: set[fx.Node] | frozenset[fx.Node]) -> bool:
+    def decodes(self, node: fx.Node) -> bool:
         """A decoder's operation on a random value: a learned layer, or a product or distance of random values."""
-        sources = [n for n in node.all_input_nodes if n in random]
+        sources = self.random_in(node)
         if not sources or "draw" in node.meta or asks(node):
             return False
         if self.has_weights(node):
             return str(node.target) not in self.reference if node.op == "call_module" else node not in self.filters
         both = self.is_kind(node, Bilinear) or self.rule_name(node) in DISTANCES
-        given = [n for n in node.args if isinstance(n, fx.Node) and n in random]
+        given = [n for n in node.args if isinstance(n, fx.Node) and n in self.random]
         # Where nothing else decodes, the factors of the other side that are given do.
         if both and len(given) > 1:
             return True
-        warps = self.rule_name(node) == "grid_sample" and any(n in random for n in node.all_input_nodes[1:])
+        warps = self.rule_name(node) == "grid_sample" and any(n in self.random for n in node.all_input_nodes[1:])
         return self.by_products and ((both and bool(given)) or warps or self._sums_products(node, sources))
 
     def _sums_products(self, node: fx.Node, sources: list[fx.Node]) -> bool:
@@ -219,6 +220,10 @@ class RecordedGraph:
             return False
         factors = set(sources[0].all_input_nodes)
         return len(factors) == 2 and all(n in self.recording.depends and self.is_kind(n, Shape) for n in factors)
+
+    def random_in(self, node: fx.Node) -> list[fx.Node]:
+        """The random values that go into ``node``."""
+        return [n for n in node.all_input_nodes if n in self.random]
 
     def values_in(self, node: fx.Node) -> list[fx.Node]:
         """The tensors whose values go into ``node``: no sizes, nor what a view takes its shape from."""
@@ -300,14 +305,6 @@ class RecordedGraph:
                 found.add(node)
         return found
 
-    def closure(self, random: set[fx.Node], begins: Callable[[fx.Node], bool]) -> set[fx.Node]:
-        """The random nodes at or behind one where ``begins`` holds."""
-        found: set[fx.Node] = set()
-        for node in self.nodes:
-            if node in random and (begins(node) or any(n in found for n in node.all_input_nodes)):
-                found.add(node)
-        return found
-
     def ahead_of(self, node: fx.Node) -> set[fx.Node]:
         """``node`` and what is made of it; found once."""
         if node not in self._ahead:
@@ -355,10 +352,6 @@ class RecordedGraph:
         """Both are of one line of a loop: steps of a decoder that takes back what it gave."""
         places = {(n.op, n.target, n.meta.get("where"), n.meta.get("module"), n.meta.get("shape")) for n in (first, second)}
         return len(places) == 1 and bool(first.meta.get("where"))
-
-    def decodes_between(self, first: fx.Node, second: fx.Node, random: set[fx.Node]) -> bool:
-        """A decoder's operation lies between the two."""
-        return any(self.decodes(n, random) for n in self.between(first, second))
 
 
 def asks(node: fx.Node) -> bool:

@@ -1,0 +1,300 @@
+"""A decoded graph with the losses that are made inside the method: where they take what a decoder gives, and how."""
+
+from __future__ import annotations
+
+from torch import fx
+
+from rvconvert.program.decoded_graph import DecodedGraph
+from rvconvert.program.recorded_graph import DIFFERENCES, PRODUCTS, rank_of, size_of
+from rvconvert.rules.kinds import Elementwise, Shape
+
+__all__ = ["RESCALINGS", "ScoredGraph"]
+
+RESCALINGS = frozenset("mul multiply add sub subtract rsub div true_divide divide clamp clip clamp_min clamp_max".split())
+# Errors, log-likelihoods and their like are no activation of a last layer: a reconstruction ends before them.
+_LOGARITHMS = frozenset("log log1p log2 log10 log_softmax logsigmoid".split())
+_ERRORS = frozenset("pow square abs neg".split()) | _LOGARITHMS
+_EXPONENTIALS = frozenset("exp expm1".split())
+_SUMMING = frozenset("softmax log_softmax logsumexp logaddexp".split())
+_OF_CORRELATIONS = frozenset("cov corrcoef sort msort".split())
+_EVEN = frozenset("pow square abs norm vector_norm huber_loss".split())
+
+
+class ScoredGraph(DecodedGraph):
+    """A decoded graph with its losses.
+
+    Attributes:
+        losses: outputs that are a loss or a term of one.
+        scoring: random nodes that reach such outputs, and no other.
+    """
+
+    losses: frozenset[fx.Node]
+    scoring: set[fx.Node]
+
+    def score(self) -> None:
+        """Find the losses."""
+        self.loss_like = self._loss_like()
+        self.losses = frozenset(n for n in self.outputs if n in self.random and n in self.loss_like)
+        self.scoring = self._only_towards_losses()
+
+    def _loss_like(self) -> set[fx.Node]:
+        """Values that are a loss: of a loss function, an error against an input, or one number for each example."""
+        found: set[fx.Node] = set()
+        for node in self.nodes:
+            if node not in self.random:
+                continue
+            sources = self.random_in(node)
+            if self.is_loss(node) or self.is_error(node):
+                found.add(node)
+            elif self.decodes(node):
+                continue
+            summary = self.reduces(node, sources) and (size_of(node) == 1 or rank_of(node) <= 1)
+            if summary or (any(n in found for n in sources) and not self.is_rescaled(node, found)):
+                found.add(node)
+        return found
+
+    def is_rescaled(self, node: fx.Node, losses: set[fx.Node]) -> bool:
+        """What a decoder gives, divided or shifted by one number for each example or joined to it: a sum, a norm, a maximum."""
+        given = [n for n in node.all_input_nodes if n in self.decoded and n not in losses]
+        whole = [n for n in given if size_of(n) == size_of(node) or (len(self.parts(node)) > 1 and rank_of(n) > 1)]
+        return bool(whole) and all(size_of(n) < size_of(node) for n in node.all_input_nodes if n in losses)
+
+    def scores(self) -> frozenset[fx.Node]:
+        """A loss function's values and errors, numbers made of them, and what is one number."""
+        found: set[fx.Node] = set()
+        for node in self.nodes:
+            scores = self.is_loss(node) or self.is_error(node) or any(n in found for n in node.all_input_nodes)
+            scores = scores or ("shape" in node.meta and size_of(node) == 1)
+            if scores and node in self.random and not self.decodes(node) and not self.compares(node):
+                found.add(node)
+        return frozenset(found)
+
+    def is_error(self, node: fx.Node) -> bool:
+        """An even function of a difference from an input."""
+        if self.rule_name(node) not in _EVEN and not (self.rule_name(node) in PRODUCTS and len(set(node.all_input_nodes)) == 1):
+            return False
+        for source in node.all_input_nodes:
+            operands = source.all_input_nodes
+            other_sign = source.kwargs.get("alpha", 1) != 1 or any(map(self._is_negative, operands))
+            turned = self.rule_name(source) == "add" and other_sign
+            difference = source in self.decoded and (self.rule_name(source) in DIFFERENCES or turned)
+            if difference and any(n in self.raw for n in operands) and any(n in self.random for n in operands):
+                return True
+        return False
+
+    def _is_negative(self, node: fx.Node) -> bool:
+        """Another sign before a value: ``-x``, ``-1 * x``."""
+        number = next((n for n in node.args if isinstance(n, (int, float))), 0)
+        return self.rule_name(node) in ("neg", "negative") or (self.rule_name(node) in ("mul", "multiply") and number < 0)
+
+    def _only_towards_losses(self) -> set[fx.Node]:
+        """Random nodes that reach outputs which are losses, and no other."""
+        reaches: dict[fx.Node, bool] = {}
+        for node in reversed(self.nodes):
+            if node not in self.random:
+                continue
+            ends = [n for n in self.outputs if n is node]
+            verdicts = [node in self.losses] if ends else []
+            verdicts += [reaches[n] for n in node.users if n in reaches]
+            if verdicts:
+                reaches[node] = all(verdicts)
+        return {n for n, only in reaches.items() if only}
+
+    def frontier(self) -> list[tuple[fx.Node, fx.Node]]:
+        """(value, user): where what a decoder gives enters the making of a loss, activations of its last layer included."""
+        edges: list[tuple[fx.Node, fx.Node]] = []
+        todo, seen = list(self.losses), set()
+        while todo:
+            node = todo.pop()
+            if node in seen:
+                continue
+            seen.add(node)
+            for source in (n for n in node.all_input_nodes if n in self.random):
+                whole = self.decodes(source) or self.is_sum(source)
+                if source in self.scoring and source not in self.outputs and not whole:
+                    todo.append(source)
+                elif source in self.decoded:
+                    edges.append((source, node))
+        return list(dict.fromkeys(e for source, user in edges for e in self.extended(source, user)))
+
+    def is_sum(self, node: fx.Node) -> bool:
+        """A sum of what layers give, as a residual layer ends in, or a canvas that is written to step by step."""
+        sources = self.random_in(node)
+        if self.rule_name(node) != "add" or node.kwargs.get("alpha", 1) != 1 or any(n in self.raw for n in node.all_input_nodes):
+            return False
+        several = len(node.all_input_nodes) > 1
+        return several and all(size_of(n) == size_of(node) and self._is_given(n) for n in sources)
+
+    def _is_given(self, node: fx.Node) -> bool:
+        """By a layer, its activation included, or by a sum of such."""
+        while self.is_activation(node):
+            (node,) = self.values_in(node)
+        return node in self.random and (self.decodes(node) or self.is_sum(node))
+
+    def extended(self, source: fx.Node, user: fx.Node) -> list[tuple[fx.Node, fx.Node]]:
+        """The edges behind the activations of the last layer, which belong to the reconstruction."""
+        while True:
+            whole = self.rescaling(source)
+            if whole is None:
+                if (
+                    user not in self.scoring
+                    or user in self.outputs
+                    or not (self.is_activation(user) or self.scales(source, user))
+                ):
+                    return [(source, user)]
+                if len([n for n in source.users if n in self.random]) != 1:
+                    return [(source, user)]
+                whole = user
+            following = [n for n in whole.users if n in self.random]
+            if len(following) != 1 and self.rescaling(whole) is None:
+                return [(whole, each) for each in following if not self.decodes(each)]
+            source, user = whole, following[0]
+
+    def rescaling(self, source: fx.Node) -> fx.Node | None:
+        """The end of a normalisation written out, ``y / y.sum(1, keepdim=True)``: all that is made of ``source`` meets there."""
+        users = {n for n in source.users if n in self.random}
+        ends = PRODUCTS | DIFFERENCES
+        if len(users) < 2:
+            return None
+        for node in self.nodes:
+            if (
+                node not in self.scoring
+                or node in self.outputs
+                or self.rule_name(node) not in ends
+                or size_of(node) != size_of(source)
+            ):
+                continue
+            way = set(self.between(source, node))
+            made_of = {n for each in way for n in each.all_input_nodes} - way - {source}
+            gone_on = {user for each in way - {node} for user in each.users if user in self.random}
+            logarithms = any(self.rule_name(n) in _ERRORS - _EVEN for n in way)
+            summary = any("shape" in n.meta and size_of(n) < size_of(source) for n in way)
+            if summary and not logarithms and users | gone_on <= way and not made_of & self.conditioned:
+                return node
+        return None
+
+    def is_activation(self, node: fx.Node) -> bool:
+        """A function of one value and constants that ends a decoder."""
+        if len(self.values_in(node)) != 1 or self.is_loss(node):
+            return False
+        name = self.rule_name(node)
+        plain = self.is_kind(node, Elementwise, Shape) or name == "softmax"
+        return plain and name not in _ERRORS and size_of(node) == size_of(self.values_in(node)[0])
+
+    def scales(self, source: fx.Node, node: fx.Node) -> bool:
+        """``source`` times a factor of fewer numbers, such as one for each example: a library's size, a temperature."""
+        factors = [n for n in node.all_input_nodes if n is not source]
+        name = self.rule_name(node)
+        if name not in PRODUCTS - {"addcmul", "lerp"} or len(factors) != 1 or (name[:3] != "mul" and node.args[0] is not source):
+            return False
+        weights = factors[0] in self.decoded  # of a mixture of what a decoder gives
+        return not weights and size_of(factors[0]) < size_of(source) == size_of(node) and not self.behind(source, factors[0])
+
+    def meets_input(self, source: fx.Node, user: fx.Node) -> fx.Node | None:
+        """Where on its way to the loss, through no other layer, the value meets an input."""
+        todo, seen = [user], set()
+        while todo:
+            node = todo.pop()
+            if node in seen or node not in self.scoring:
+                continue
+            seen.add(node)
+            others = [n for n in node.all_input_nodes if n not in self.random]
+            # Not so what an encoder reads beside an input, or as the difference from it: the state before it, a canvas.
+            compared = any(n in self.raw for n in others) and not self.is_kind(node, Shape) and self.is_scored(node)
+            compared = compared or (self.is_loss(node) and any(n in self.conditioned for n in others))
+            if compared and not self.is_width(source, node):
+                return node
+            # An input that meets a sum weighs it.
+            summed = self.reduces(node, self.random_in(node)) and not self.fits_an_input(node)
+            if (node is user or not self.decodes(node)) and not summed:
+                todo += list(node.users)
+        return None
+
+    def is_width(self, source: fx.Node, loss: fx.Node) -> bool:
+        """``source`` makes the variance that a Gaussian likelihood takes beside its mean."""
+        given = loss.args[2] if len(loss.args) > 2 else loss.kwargs.get("var")
+        gaussian = getattr(loss.meta.get("module_type"), "__name__", "") == "GaussianNLLLoss"
+        likelihood = gaussian or self.rule_name(loss) == "gaussian_nll_loss"
+        return likelihood and isinstance(given, fx.Node) and self.same(source, given)
+
+    def is_scored(self, node: fx.Node) -> bool:
+        """A loss is made of ``node`` without any layer."""
+        todo, seen = [node], set()
+        while todo:
+            each = todo.pop()
+            if each in self.losses:
+                return True
+            if each not in seen:
+                seen.add(each)
+                todo += [user for user in each.users if user.op != "output" and not self.has_weights(user)]
+        return False
+
+    def whole(self, source: fx.Node, user: fx.Node, at: fx.Node) -> tuple[fx.Node, fx.Node]:
+        """The edge, moved to where a value as large as the input meets it: what layers give may be mixed or summed before."""
+        met = [n for n in at.all_input_nodes if n in self.random and self.behind(source, n)]
+        sizes = [size_of(n) for n in at.all_input_nodes if n in self.raw and self.is_step_of_input(n)]
+        if len(met) != 1 or size_of(met[0]) not in sizes:
+            return source, user
+        value, end = met[0], at
+        if self.rule_name(value) in _LOGARITHMS and self.rule_name(at) in PRODUCTS:  # of a likelihood, x log y
+            behind = self.values_in(value)[0]
+            mixed = size_of(behind) == size_of(value) and self.joins_others(source, behind)
+            value, end = (behind, value) if mixed else (value, end)
+        way = self.between(source, value)
+        apart = any(self.rule_name(n) in _ERRORS or self.is_loss(n) or self.is_one_of_several(n) for n in way)
+        return (source, user) if value is source or apart else (value, end)
+
+    def is_one_of_several(self, node: fx.Node) -> bool:
+        """Some of the elements of a value of which others are used too, as a mean beside a log-variance."""
+        selected = [n for n in self.values_in(node) if "part" in node.meta or size_of(node) < size_of(n)]
+        used = [[user for user in n.users if user in self.random and "int" not in str(user.meta.get("dtype"))] for n in selected]
+        return self.is_kind(node, Shape) and any(len(users) > 1 for users in used)
+
+    def is_step_of_input(self, node: fx.Node) -> bool:
+        """An input, what is selected of one or scaled or shifted by another, more than a number for each example."""
+        while node.op != "placeholder" and (self.is_kind(node, Shape) or self.rule_name(node) in RESCALINGS):
+            sources = [n for n in node.args if isinstance(n, fx.Node) and n in self.raw]
+            sources = [n for n in sources if size_of(n) == max(map(size_of, sources))]
+            if not sources or (self.rule_name(node) in PRODUCTS and len(sources) > 1):
+                return False
+            node = sources[0]
+        return node.op == "placeholder" and rank_of(node) >= 2
+
+    def drawn(self, ends: set[fx.Node]) -> frozenset[fx.Node]:
+        """What among scores leads to no layer and to none of ``ends``, is made of none, and has no moments to rely on.
+
+        Densities of one latent under many components are one variable; as so many independent ones their logsumexp grows with
+        the posterior's variance, and a loss falls without bound. So does the density of a draw whose elements are correlated,
+        and a loss function that has no rule for a latent has no gradient for its variance. The model's own estimate, from a
+        draw, has no such error.
+        """
+        scores = self.scoring - self.forward_of(ends)
+        leads: set[fx.Node] = set()
+        for node in reversed(self.nodes):
+            layer = self.has_weights(node) and self.decodes(node)
+            if node in ends or layer or any(user in leads for user in node.users):
+                leads.add(node)
+        return frozenset(
+            n for n in scores - leads if self.is_exponential(n) or self.is_of_correlations(n) or self.is_loss_at_mean(n)
+        )
+
+    def importance_weights(self, scores: set[fx.Node]) -> set[tuple[fx.Node, fx.Node]]:
+        """(score, exponential of it): weights of samples, which the moments of a Gaussian log-weight would let explode."""
+        weighed = [n for n in scores if n in self.decoded]
+        return {(n, user) for n in weighed for user in n.users if user in scores and self.is_exponential(user)}
+
+    def is_exponential(self, node: fx.Node) -> bool:
+        """Of scores that are summed, a density's or a weight's: not one that leaves as it is, the rate of an example."""
+        made = self.ahead_of(node)
+        summed = (n for n in made - {node} if n.op != "output" and self.reduces(n, [x for x in n.all_input_nodes if x in made]))
+        name = self.rule_name(node)
+        return name in _SUMMING or (name in _EXPONENTIALS and any(summed))
+
+    def is_of_correlations(self, node: fx.Node) -> bool:
+        """A covariance, an order along the batch, or a linear system: ``L^-1 (z - mu)`` of a Gaussian of covariance ``L L^T``."""
+        name = str(getattr(node.meta.get("function"), "__name__", ""))
+        return "solve" in name or name in _OF_CORRELATIONS
+
+    def is_loss_at_mean(self, node: fx.Node) -> bool:
+        """A loss function without an expected value."""
+        return self.is_loss(node) and getattr(node.meta["rule"].kind, "expected", None) is None
