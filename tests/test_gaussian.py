@@ -15,6 +15,7 @@ import rvconvert
 from rvconvert import moments as gaussian
 from rvconvert.moments import composed
 from rvconvert.moments.quadrature import quadrature
+from rvconvert.moments.table import Grid
 
 _path = Path(__file__).parents[1] / "benchmarks" / "accuracy.py"
 _spec = importlib.util.spec_from_file_location("accuracy", _path)
@@ -261,6 +262,17 @@ def test_no_denormal_number_leaves_an_activation(name):
     moments = BY_NAME[name].moments(mean, var, *BY_NAME[name].arguments)
     for x in (*moments, *torch.autograd.grad(moments, (mean, var), [torch.full_like(mean, 1e-6)] * 2)):
         assert not ((x != 0) & (x.abs() < torch.finfo(x.dtype).tiny)).any()
+
+
+@named("in_q", [0, 5])
+def test_a_table_read_by_indices_for_a_compiler_gives_the_same(in_q):
+    grid = Grid(end=4, in_p=12, in_q=in_q, spacing=1)
+    generator = torch.Generator().manual_seed(0)
+    table = torch.randn(1, 3, in_q + 1, 13, generator=generator).contiguous(memory_format=torch.channels_last)
+    x = torch.cat((torch.linspace(-1, 1, 13), torch.tensor([-torch.inf, -3, 3, torch.inf]), torch.rand(47, generator=generator)))
+    x, y = x.view(1, 1, -1), torch.rand(1, 1, len(x), generator=generator) * 2 - 1
+    y[..., :4] = torch.tensor([-1.0, 1.0, -1.0, 1.0])
+    torch.testing.assert_close(grid._gathered(table, x, y), grid.read(table, x, y))
 
 
 class _Denormal(TorchDispatchMode):

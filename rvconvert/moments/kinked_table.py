@@ -27,7 +27,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from rvconvert.moments.normal import step
+from rvconvert.moments.normal import affine, step
 from rvconvert.moments.table import (
     DENSER,
     Curve,
@@ -132,11 +132,11 @@ class Kinked(Curve):
 
 def _place(t: Tensor, var: Tensor, end: int, width: float) -> tuple[Tensor, Tensor, Tensor]:
     """1/(end s), and x, not yet in [-1, 1], and y of ``Grid.read``."""
-    inverse = torch.rsub(var, end**2 * _LEAST, alpha=-(end**2)).rsqrt_()
+    inverse = affine(var, end**2, end**2 * _LEAST).rsqrt_()
     x = (t + 8.5 * math.sqrt(_LEAST)).mul_(inverse)
     # y = 2 (1 + DENSER) q / (1 + DENSER q) - 1, q = 1/(1 + c/s)
-    y = torch.rsub(inverse, 1 + DENSER, alpha=-end * width).reciprocal_()
-    return inverse, x, torch.rsub(y, -1, alpha=-2 * (1 + DENSER))
+    y = affine(inverse, end * width, 1 + DENSER).reciprocal_()
+    return inverse, x, affine(y, 2 * (1 + DENSER), -1)
 
 
 def _from_kink(mean: Tensor, ends: tuple[float, float], shape: Shape) -> tuple[Tensor, Tensor | None]:
@@ -168,7 +168,7 @@ def _kernel(mean: Tensor, var: Tensor, table: Tensor, ends: tuple[float, float],
     if far is not None:
         out = out.addcmul_(out, far, value=-2) + mean.clamp(*ends)
     if shape.level:
-        size = torch.rsub(inverse, 1 / shape.width, alpha=-_GRID.end).reciprocal_()  # s c/(s + c)
+        size = affine(inverse, _GRID.end, 1 / shape.width).reciprocal_()  # s c/(s + c)
         return out, (ratio * size).mul_(size)
     return out, ratio * var
 
@@ -185,13 +185,13 @@ def _partials(mean: Tensor, var: Tensor, table: Tensor, ends: tuple[float, float
         growth = growth * growth
         by_mean, by_var = by_mean.mul_(growth), by_var.mul_(growth)
     if far is not None:
-        sign = torch.rsub(far, 1, alpha=2)
+        sign = affine(far, -2, 1)
         curvature, by_mean = curvature.mul_(sign), by_mean.mul_(sign)
     return Partials(gain, curvature, by_mean.mul_(var), by_var)
 
 
 def _hardswish_kernel(mean: Tensor, var: Tensor, table: Tensor, shape: Shape) -> tuple[Tensor, Tensor]:
-    inverse, x, y = _place(torch.rsub(mean.abs(), 3.0), var, _OF_HARDSWISH.end, shape.width)
+    inverse, x, y = _place(affine(mean.abs(), -1, 3), var, _OF_HARDSWISH.end, shape.width)
     u = (x - 1).clamp_(min=0.0).div_(inverse)
     logarithm, gain, out = _OF_HARDSWISH.bilinear(table, x.clamp_(-1, 1), y)
     inside = x.clamp_(min=0.0).div_(inverse)  # what lies above the tangents is a parabola
@@ -203,11 +203,11 @@ def _hardswish_kernel(mean: Tensor, var: Tensor, table: Tensor, shape: Shape) ->
 
 def _hardswish_partials(mean: Tensor, var: Tensor, table: Tensor, shape: Shape) -> Partials:
     """The table holds g - 1/2, U/2 E[f''], -U dR/dm, R + v dR/dv and -2 v dg/dv, where v R is what the line leaves of Var."""
-    inverse, x, y = _place(torch.rsub(mean.abs(), 3.0), var, _OF_HARDSWISH.end, shape.width)
+    inverse, x, y = _place(affine(mean.abs(), -1, 3), var, _OF_HARDSWISH.end, shape.width)
     u = (x - 1).clamp_(min=0.0).div_(inverse)
     gain, curvature, by_mean, by_var, gain_by_var = _OF_HARDSWISHS.bilinear(table, x.clamp_(-1, 1), y)
     far = mean.sign()
-    gain = torch.rsub(gain.add_(u, alpha=1 / 3).mul_(far), 0.5)
+    gain = affine(gain.add_(u, alpha=1 / 3).mul_(far), -1, 0.5)
     by_mean = by_mean.mul_(far).addcmul_(gain, curvature, value=4)
     by_var = by_var.addcmul_(gain, torch.addcmul(gain, far, gain_by_var))
     return Partials(gain, curvature.mul_(inverse), by_mean.mul_(inverse).mul_(var), by_var)

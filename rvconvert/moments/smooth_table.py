@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from rvconvert.moments.normal import affine
 from rvconvert.moments.quadrature import quadrature
 from rvconvert.moments.table import (
     CURVES,
@@ -138,11 +139,11 @@ class Smooth(Curve):
 
 def _place(mean: Tensor, var: Tensor, width: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """c/S, c p, and x and y of ``Grid.read``."""
-    ratio = torch.rsub(var, 1, alpha=-1 / width**2).rsqrt_()
+    ratio = affine(var, 1 / width**2, 1).rsqrt_()
     at = mean * ratio
     # y = 2 (1 + DENSER) q / (1 + DENSER q) - 1, q = 1 - c/S
-    y = torch.rsub(ratio, 1 + DENSER, alpha=DENSER).reciprocal_()
-    y = torch.rsub(y, 1 + 2 / DENSER, alpha=2 + 2 / DENSER)
+    y = affine(ratio, -DENSER, 1 + DENSER).reciprocal_()
+    y = affine(y, -2 - 2 / DENSER, 1 + 2 / DENSER)
     return ratio, at, (at * (1 / (_GRID.end * width))).clamp_(-1, 1), y
 
 

@@ -57,12 +57,29 @@ class Grid(NamedTuple):
             x: (images, 1, elements), p over ``end``, in [-1, 1]; a processor gives each image to one core.
             y: of its shape, -1 at q = 0, 1 at q = 1, and between as the corners lie.
         """
-        # Interleaved by way of complex numbers, which Inductor does not know, a processor takes a sixth of the time.
-        by_complex = x.is_cpu and not torch.compiler.is_compiling()
-        at = torch.view_as_real(torch.complex(x, y)) if by_complex else torch.stack((x, y), -1)
+        if torch.compiler.is_compiling():
+            return self._gathered(table, x, y)
+        # Interleaved by way of complex numbers a processor takes a sixth of the time.
+        at = torch.view_as_real(torch.complex(x, y)) if x.is_cpu else torch.stack((x, y), -1)
         each = torch.grid_sampler_2d(table.expand(x.shape[0], -1, -1, -1), at, _BILINEAR, _BORDER, True).unbind(1)
-        # Parts of a tensor change in place under neither a compiler nor a graph.
-        return tuple(x.clone() for x in each) if torch.compiler.is_compiling() or torch.is_grad_enabled() else each
+        return tuple(x.clone() for x in each) if torch.is_grad_enabled() else each  # parts do not change in place under a graph
+
+    def _gathered(self, table: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
+        """As ``read``, by indices, which Inductor fuses with what is before and after them."""
+        read = torch.ops.aten._unsafe_index  # noqa: SLF001 (the one that asks nothing of each index)
+        numbers = table[0].flatten(1).unbind()
+        first, along = _cell(x, self.in_p)
+
+        def between(at: Tensor) -> list[Tensor]:
+            pairs = [[read(number, [each]) for each in (at, at + 1)] for number in numbers]
+            return [a + along * (b - a) for a, b in pairs]
+
+        if not self.in_q:
+            return tuple(between(first))
+        row, across = _cell(y, self.in_q)
+        first = first + row * (self.in_p + 1)
+        pairs = zip(between(first), between(first + self.in_p + 1), strict=True)
+        return tuple(a + across * (b - a) for a, b in pairs)
 
     def bilinear(self, table: Tensor, x: Tensor, y: Tensor) -> Sequence[Tensor]:
         """As ``read``; the first number is NaN of NaN."""
@@ -76,6 +93,13 @@ class Grid(NamedTuple):
         t = x.mul_(self.in_p // 2).frac_().abs_()  # from a corner, in cells
         share = t.addcmul_(t, t, value=-1)
         return [a.addcmul_(share, b) for a, b in zip(found[:n], found[n:], strict=True)]
+
+
+def _cell(x: Tensor, cells: int) -> tuple[Tensor, Tensor]:
+    """Which one of ``cells`` between -1 and 1, and where in it, from 0 to 1; NaN of NaN."""
+    place = ((x + 1) * (cells / 2)).clamp(0, cells)
+    first = place.int().clamp(0, cells - 1)
+    return first, place - first
 
 
 # ---- filling -----------------------------------------------------------------------------------------------------
