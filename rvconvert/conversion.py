@@ -21,7 +21,7 @@ from rvconvert.calibration import renew
 from rvconvert.capture import intercept
 from rvconvert.capture.graph_calls import autocast_state, set_autocast
 from rvconvert.capture.module_state import put_back, tensors_written, unchanged
-from rvconvert.capture.python_state import Place, read_now
+from rvconvert.capture.python_state import Place, read_now, unused_arguments
 from rvconvert.capture.recorder import own_copies, record
 from rvconvert.capture.replay import each_mode, replay_differs
 from rvconvert.core.random_variable import RandomVariable, random_variables
@@ -96,6 +96,7 @@ class Conversion:
         self.latents: set[str] = set()  # places, "file:line", of the draws that became random variables
         self.checked: dict[tuple[str, str], list[str]] = {}  # graphs that replayed equal to eager
         self.signatures: dict[str, inspect.Signature] = {}
+        self.ignored: dict[str, frozenset[str]] = {}
         self.last_penalty: torch.Tensor | None = None
         self._penalty: torch.Tensor | None = None  # of the call under way
         self.penalty_scale: float = 1.0
@@ -183,7 +184,10 @@ class Conversion:
         for each in program.kept:
             module = model.get_submodule(each.path)
             value = each.structure.build(rest)
-            if not each.grown:
+            if each.called:
+                args, kwargs = value
+                getattr(module, each.name)(*args, **kwargs)
+            elif not each.grown:
                 setattr(module, each.name, value)
             else:
                 _refill(getattr(module, each.name), value)
@@ -274,12 +278,21 @@ class Conversion:
             self.prepare(name, model, args, kwargs, to_run=False)
         return self.key(name, model, leaves, structure, batch=False) in self.once
 
+    def unused(self, name: str) -> frozenset[str]:
+        """Arguments that the method's code never mentions."""
+        if name not in self.ignored:
+            self.ignored[name] = unused_arguments(self.own.get(name) or getattr(self.plain_class, name))
+        return self.ignored[name]
+
     def normalized(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The same call spelled one way, positional first, so that equal calls share a program."""
         try:
             bound = self.signature(name).bind(None, *args, **kwargs)
         except (TypeError, ValueError):
             return args, kwargs  # the model itself says what is wrong with the call
+        for argument in self.unused(name):  # the number of a batch, which each call has another of
+            if isinstance(bound.arguments.get(argument), (int, float, str)):
+                bound.arguments[argument] = None
         return bound.args[1:], bound.kwargs
 
     def key(self, name: str, model: nn.Module, leaves: list[Any], structure: Structure, *, batch: bool) -> Any:

@@ -157,6 +157,9 @@ def reconverted(model: nn.Module, options: Options) -> nn.Module:
     return made
 
 
+_NOT_INHERITED = ("__dict__", "__weakref__", "__annotations__", "__annotate__", "__annotate_func__")
+
+
 def _generated_class(cls: type[nn.Module], methods: tuple[str, ...]) -> type[nn.Module]:
     """A subclass of ``cls`` whose ``methods`` run converted, and plainly where the model's own code calls them."""
 
@@ -181,7 +184,7 @@ def _generated_class(cls: type[nn.Module], methods: tuple[str, ...]) -> type[nn.
         return method
 
     # The plain class stands first, or an instance could not change from a class such as C(ABC, nn.Module) to this one.
-    namespace = {name: value for name, value in vars(ConvertedModel).items() if name not in ("__dict__", "__weakref__")}
+    namespace = {name: value for name, value in vars(ConvertedModel).items() if name not in _NOT_INHERITED}
     namespace |= {name: converted(name) for name in methods}
     namespace |= {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
     return type(cls.__name__, (cls, ConvertedModel), namespace)

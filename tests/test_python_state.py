@@ -506,3 +506,32 @@ def test_an_initialization_by_the_first_batch_in_several_writes_stands(write):
         plain(x), rv(x)
         assert torch.allclose(plain.scale, rv.scale, rtol=0.2)
         assert torch.allclose(plain.shift, rv.shift, atol=0.2)
+
+
+class _Stepwise(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.encoder, self.decoder = nn.Linear(6, 4), nn.Linear(2, 6)
+
+    def training_step(self, x, index):
+        return self.loss(x)
+
+    def weighed_step(self, x, index):
+        return self.loss(x) * (index + 1)
+
+    def nested_step(self, x, index):
+        return (lambda: self.loss(x) * (index + 1))()
+
+    def loss(self, x):
+        mu, logvar = self.encoder(x).chunk(2, 1)
+        return (self.decoder(mu + torch.randn_like(mu) * torch.exp(0.5 * logvar)) - x).square().mean()
+
+
+@pytest.mark.parametrize(("name", "recordings"), [("training_step", 1), ("weighed_step", 5), ("nested_step", 5)])
+def test_a_number_that_the_code_never_mentions_makes_no_recording(name, recordings):
+    torch.manual_seed(0)
+    model, x = rvconvert.convert(_Stepwise(), methods=(name,)), torch.randn(8, 6)
+    losses = [float(getattr(model, name)(x, index)) for index in range(5)]
+    assert len(model._rvconvert.programs) == recordings
+    for index, loss in enumerate(losses):
+        assert loss == pytest.approx(losses[0] * (1 if recordings == 1 else index + 1))

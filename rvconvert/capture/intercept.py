@@ -57,8 +57,8 @@ class Handler:
         """The same of one whose ``apply`` was taken off its class before, ``reverse = Reverse.apply``: inside its forward."""
         raise NotImplementedError
 
-    def attribute_read(self, module: nn.Module, name: str, value: Any) -> None:
-        """The model, or torch, has looked an attribute of a module up."""
+    def attribute_read(self, module: nn.Module, name: str, value: Any) -> Any:
+        """The model, or torch, has looked an attribute of a module up: what it is given."""
         raise NotImplementedError
 
     def asks_grad_mode(self) -> bool:
@@ -132,7 +132,7 @@ def intercepting(handler: Handler) -> Iterator[None]:
         def read_attribute(module: nn.Module, name: str) -> Any:
             value = object.__getattribute__(module, name)
             if capturing():
-                handler.attribute_read(module, name, value)
+                return handler.attribute_read(module, name, value)
             return value
 
         call_script = torch.jit.ScriptFunction.__call__

@@ -12,6 +12,7 @@ from torch import nn
 
 from rvconvert.capture.python_state import is_opaque, random_state, restore_random_state
 from rvconvert.capture.recording import Kept, equal
+from rvconvert.capture.surroundings import is_surrounding, silent_logs
 from rvconvert.capture.traced_number import TracedFloat, TracedInt, is_traced_now, untraced
 from rvconvert.core.tree import Structure, flatten
 
@@ -47,7 +48,7 @@ def unchanged(root: nn.Module, written: Iterable[torch.Tensor] = ()) -> Iterator
     for module, (buffers, _) in tables.items():
         module._buffers.update({name: copies[id(b)] for name, b in buffers.items() if id(b) in copies})
     try:
-        with torch.random.fork_rng(devices=devices):
+        with torch.random.fork_rng(devices=devices), silent_logs(modules):
             yield
     finally:
         restore_random_state(drawn)
@@ -74,7 +75,7 @@ def tensors_written(root: nn.Module) -> dict[torch.Tensor, torch.Tensor]:
     Of these the large ones, a whole set of data, are left out.
     """
     modules = [m for m in root.modules() if not isinstance(m, torch.jit.ScriptModule)]
-    held = [value for m in modules for name, value in vars(m).items() if not _is_torchs(m, name)]
+    held = [value for m in modules for name, value in vars(m).items() if not (_is_torchs(m, name) or is_surrounding(m, value))]
     plain = [x for x in flatten(held)[0] if type(x) is torch.Tensor and x.layout == torch.strided]
     own = [x for x in plain if x.nbytes <= _LARGEST]
     written = (x for x in (*root.buffers(), *own) if x.layout == torch.strided)
@@ -122,7 +123,7 @@ def _mutables(attributes: dict[nn.Module, dict[str, Any]]) -> list[_Mutable]:
 
     for module, held in attributes.items():
         for name, value in held.items():
-            if not _is_torchs(module, name):
+            if not _is_torchs(module, name) and not is_surrounding(module, value):
                 visit(module, name, value, _DEPTH)
     return found
 

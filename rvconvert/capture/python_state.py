@@ -33,6 +33,7 @@ __all__ = [
     "random_state",
     "read_now",
     "restore_random_state",
+    "unused_arguments",
 ]
 
 _PLAIN = (bool, int, float, complex, str, bytes, torch.dtype, torch.device, type(None))
@@ -70,6 +71,18 @@ def globals_read(code: types.CodeType) -> tuple[str, ...]:
     """The names of globals that a function's own code reads."""
     read = (each.argval for each in dis.get_instructions(code) if each.opname in ("LOAD_GLOBAL", "LOAD_NAME"))
     return tuple(dict.fromkeys(name for name in read if not name.startswith("__")))
+
+
+def unused_arguments(function: Any) -> frozenset[str]:
+    """The names of arguments that a function's own code never mentions; none of what is wrapped."""
+    if not isinstance(function, types.FunctionType) or hasattr(function, "__wrapped__"):
+        return frozenset()
+    code = function.__code__
+    if "locals" in code.co_names:
+        return frozenset()
+    arguments = code.co_varnames[1 : code.co_argcount + code.co_kwonlyargcount]
+    named = [each.argval if isinstance(each.argval, tuple) else (each.argval,) for each in dis.get_instructions(code)]
+    return frozenset(arguments) - {name for names in named for name in names if isinstance(name, str)} - {*code.co_cellvars}
 
 
 def globals_of(scope: dict[str, Any], code: types.CodeType) -> list[Place]:

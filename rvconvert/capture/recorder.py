@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import linecache
 import operator
@@ -34,7 +35,8 @@ from rvconvert.capture.python_state import (
     random_state,
     read_now,
 )
-from rvconvert.capture.recording import Recording
+from rvconvert.capture.recording import Kept, Recording
+from rvconvert.capture.surroundings import is_log, is_surrounding, reads_its_own
 from rvconvert.capture.traced_number import TracedFloat, TracedInt, ignored, is_traced_now, traced_size, tracing, untraced
 from rvconvert.core.random_variable import RandomVariable, is_in_place
 from rvconvert.core.tree import flatten
@@ -111,6 +113,7 @@ class _Recorder(TorchFunctionMode, Handler):
         self.attributes = _plain_tensor_attributes(root)
         self.stack: list[str] = []
         self.leaf: list[Any] | None = None
+        self.said: list[tuple[Kept, list[Any]]] = []
         self.autocast = autocast_state()
 
     # --- values in, nodes out -------------------------------------------------------------------
@@ -601,15 +604,23 @@ class _Recorder(TorchFunctionMode, Handler):
         with torch.enable_grad():
             return self.function_call(without_gradients, function, args)
 
-    def attribute_read(self, module: nn.Module, name: str, value: Any) -> None:
+    def attribute_read(self, module: nn.Module, name: str, value: Any) -> Any:
         """A plain attribute of one of the model's own modules is part of what the recording stands for."""
         number = self.numbers.get(id(module))
         if number is None or self.leaf is not None or isinstance(value, (TracedInt, TracedFloat)):
-            return
-        if is_watched(module, name, value):
+            return value
+        if is_log(module, name):
+            return functools.partial(self.says, self.paths[id(module)], name)
+        if is_watched(module, name, value) and not (reads_its_own(sys._getframe(2), value) and is_surrounding(module, value)):
             self.recording.places[Place(number, name)] = None
             if isinstance(value, GENERATORS):
                 self.recording.once.append(f"Python draws random numbers of its own: {self.line()}")
+        return value
+
+    def says(self, path: str, name: str, *args: Any, **kwargs: Any) -> None:
+        """A trainer's log is told once the graph has run, of what that gave."""
+        found, structure = flatten((args, kwargs), is_output)
+        self.said.append((Kept(path, name, structure, len(found), called=True), found))
 
     def asks_grad_mode(self) -> bool:
         """What the model is told; that it asked is noted."""
@@ -703,7 +714,7 @@ def _plain_tensor_attributes(root: nn.Module) -> dict[int, str]:
 
     for prefix, module in root.named_modules():
         for name, value in vars(module).items():
-            if name not in ("_parameters", "_buffers", "_modules"):
+            if name not in ("_parameters", "_buffers", "_modules") and not is_surrounding(module, value):
                 visit(value, f"{prefix}.{name}" if prefix else name, 3)
     return found
 
@@ -767,6 +778,9 @@ def _recorded(
     recording.builds = any(id(p) not in recorder.tensors for p in root.parameters())
     leaves, recording.outputs = flatten(result, is_output)
     leaves += before.changes(recording, recorder.paths)
+    for kept, found in recorder.said:
+        recording.kept.append(kept)
+        leaves += found
     recording.graph.output(tuple(recorder.argument(leaf) for leaf in leaves))
     return result
 

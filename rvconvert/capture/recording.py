@@ -19,13 +19,17 @@ __all__ = ["Kept", "Recording", "equal"]
 
 @dataclass(frozen=True)
 class Kept:
-    """Something that the method keeps on a module: an attribute and the structure of its value, tensors taken out."""
+    """Something that the method keeps on a module: an attribute and the structure of its value, tensors taken out.
+
+    Or what it says by a method of the module, a trainer's log: then ``called``, the value holds its arguments.
+    """
 
     path: str
     name: str
     structure: Structure
     leaves: int
     grown: bool = False  # the same list or dict as before, with other contents
+    called: bool = False
 
 
 @dataclass
