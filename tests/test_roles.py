@@ -1608,6 +1608,42 @@ def test_a_head_with_a_target_that_no_layer_reads_has_no_penalty(name: str, retu
     assert float(rv.last_penalty) == pytest.approx(float(rvconvert.variance_penalty(y)))  # type: ignore[arg-type]
 
 
+TAKEN_BY_STEPS: dict[str, Callable[[Tensor, int], Tensor]] = {
+    "indexed": lambda x, t: x[:, t],
+    "selected": lambda x, t: x.select(1, t),
+    "unbound": lambda x, t: x.unbind(1)[t],
+    "split": lambda x, t: x.split(1, 1)[t].squeeze(1),
+}
+
+
+@pytest.mark.parametrize("name", TAKEN_BY_STEPS)
+def test_a_reward_beside_steps_of_an_input_has_no_penalty_and_columns_of_the_input_have(name: str) -> None:
+    class World(VAE):
+        def forward(self, x: Tensor, reward: Tensor) -> Any:
+            total = torch.zeros(())
+            for t in range(2):
+                step, target = TAKEN_BY_STEPS[name](x, t), TAKEN_BY_STEPS[name](reward, t)
+                mu, logvar = self.encoder(step).chunk(2, 1)
+                z = mu + torch.randn_like(mu) * (0.5 * logvar).exp()
+                total = total + F.mse_loss(self.decoder(z), step) + F.mse_loss(10 * self.prior(z)[:, 0], target)
+            return total
+
+    class Table(VAE):
+        def forward(self, x: Tensor, reward: Tensor) -> Any:
+            mu, logvar = self.encoder(x[:, 0]).chunk(2, 1)
+            y = self.decoder(mu + torch.randn_like(mu) * (0.5 * logvar).exp())
+            return F.mse_loss(y[:, :8], x[:, 0, :8]) + F.cross_entropy(y[:, 8:], x[:, 0, 8:].argmax(1)) + 0 * reward.sum()
+
+    x, reward = torch.rand(8, 2, 12), torch.rand(8, 2)
+    rv = rvconvert.convert(World(None, False))  # type: ignore[arg-type]
+    rv(x, reward)
+    y = [rvconvert.convert(VAE(lambda y, *rest: y, False), output="distribution")(x[:, t]) for t in range(2)]
+    assert float(rv.last_penalty) == pytest.approx(sum(float(rvconvert.variance_penalty(each)) for each in y))  # type: ignore[arg-type]
+    rv = rvconvert.convert(Table(None, False))  # type: ignore[arg-type]
+    rv(x, reward)
+    assert float(rv.last_penalty) == pytest.approx(float(rvconvert.variance_penalty(y[0])))  # type: ignore[arg-type]
+
+
 PREDICTED: dict[str, Callable[[Tensor, Tensor], torch.distributions.Distribution]] = {
     "gamma": lambda a, b: torch.distributions.Gamma(a, b),
     "negative binomial": lambda a, b: torch.distributions.NegativeBinomial(a, logits=torch.log(10 * b)),

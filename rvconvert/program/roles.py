@@ -12,7 +12,7 @@ import dataclasses
 from typing import TYPE_CHECKING, NamedTuple
 
 from rvconvert.program.latents import find_latents, named_latents
-from rvconvert.program.recorded_graph import asks_of, batch_of, size_of
+from rvconvert.program.recorded_graph import asks_of, batch_of, rank_of, size_of
 from rvconvert.program.scored_graph import RESCALINGS, ScoredGraph
 from rvconvert.rules.kinds import Shape
 
@@ -290,12 +290,29 @@ class _Assignment(ScoredGraph):
         read = {n for n, at in fitting if self.meets_what_is_read(at)}
         largest = max(map(size_of, read), default=0)
         targets = {n for n, _ in fitting if n not in read and size_of(n) < largest}
-        return (small - {n for n, _, at in edges if at in places}) | targets
+        return (small - {n for n, _, at in edges if at in places}) | targets | self.heads_of_steps(edges)
+
+    def heads_of_steps(self, edges: list[_Edge]) -> set[fx.Node]:
+        """The same where inputs are met step by step, ``x[:, t]``: the head's target is an input of its own, as a reward is."""
+        of_steps = [(n, at) for n, _, at in edges if at is not None and self.fits_a_step(n, at)]
+        least = min((size_of(n) for n, _ in of_steps), default=0)
+        reconstructed = {given for _, at in of_steps for given in self.inputs_met(at)}
+        small = [(n, at) for n, _, at in edges if at is not None and size_of(n) < least]
+        return {n for n, at in small if not reconstructed & self.inputs_met(at)}
+
+    def fits_a_step(self, node: fx.Node, at: fx.Node) -> bool:
+        """As many numbers as in the step of an input that it meets ``at``, which is a batch of vectors or more."""
+        met = [n for n in at.all_input_nodes if n in self.raw and self.is_step_of_input(n)]
+        return rank_of(node) >= 2 and any(size_of(n) == size_of(node) for n in met)
+
+    def inputs_met(self, at: fx.Node) -> set[fx.Node]:
+        """The inputs that a value meets ``at`` a place."""
+        met = [n for n in at.all_input_nodes if n in self.raw]
+        return {given for given in self.inputs if any(self.behind(given, n) for n in met)}
 
     def meets_what_is_read(self, at: fx.Node) -> bool:
         """A layer, an encoder's, reads an input that a value meets at ``at``."""
-        met = [n for n in at.all_input_nodes if n in self.raw]
-        return any(self.behind(each, n) and self.is_read(each) for each in self.inputs for n in met)
+        return any(map(self.is_read, self.inputs_met(at)))
 
     def is_read(self, given: fx.Node) -> bool:
         """A layer acts on an input, or nothing does, so that one does not know."""
