@@ -15,7 +15,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributions import Bernoulli, Normal, kl_divergence
+from torch.distributions import Bernoulli, Categorical, Independent, MixtureSameFamily, Normal, kl_divergence
 
 import rvconvert
 from rvconvert import ConversionError
@@ -593,9 +593,18 @@ def test_importance_weights_are_those_of_the_mean_log_weights(doubly: bool) -> N
     torch.testing.assert_close(losses[0], losses[1], rtol=1e-4, atol=0)
 
 
-DENSITIES: dict[str, Callable[[Tensor, int], Tensor]] = {
-    "logsumexp": lambda z, k: torch.logsumexp(Normal(torch.zeros(k, 4), 1.0).log_prob(z[:, None]).sum(2) - math.log(k), 1),
-    "by hand": lambda z, k: (Normal(torch.zeros(k, 4), 1.0).log_prob(z[:, None]).sum(2).exp().sum(1) / k).log(),
+def log_normals(z: Tensor, k: int) -> Tensor:
+    return Normal(torch.zeros(k, 4), 1.0).log_prob(z[:, None]).sum(2)
+
+
+DENSITIES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "logsumexp": lambda z, w: torch.logsumexp(log_normals(z, len(w)) + w.log(), 1),
+    "by hand": lambda z, w: (log_normals(z, len(w)).exp() * w).sum(1).log(),
+    "a product": lambda z, w: (log_normals(z, len(w)).exp() @ w).log(),
+    "a layer's product": lambda z, w: F.linear(torch.exp(log_normals(z, len(w))), w[None]).log().sum(1),
+    "a distribution": lambda z, w: MixtureSameFamily(
+        Categorical(w), Independent(Normal(torch.zeros(len(w), 4), torch.ones(len(w), 4)), 1)
+    ).log_prob(z),
 }
 
 
@@ -605,7 +614,9 @@ def test_a_mixture_prior_is_estimated_from_a_draw(name: str, components: int) ->
     """Of equal components the KL is that to one of them, in value and gradient, however many they are."""
 
     def result(y: Tensor, x: Tensor, z: Tensor, mu: Tensor, std: Tensor, m: VAE) -> Any:
-        return F.mse_loss(y, x), (Normal(mu, std).log_prob(z).sum(1) - DENSITIES[name](z, components)).mean()
+        return F.mse_loss(y, x), (
+            Normal(mu, std).log_prob(z).sum(1) - DENSITIES[name](z, torch.softmax(m.scale[:1].expand(components), 0))
+        ).mean()
 
     x = torch.rand(1, 12, generator=torch.Generator().manual_seed(1)).expand(20000, 12)
     rv = rvconvert.convert(VAE(result, False), example_inputs=x)

@@ -151,7 +151,8 @@ def _checks(graph: fx.Graph) -> set[fx.Node]:
     found: set[fx.Node] = set()
     for node in reversed(graph.nodes):
         asks = node.target is getattr(torch, "_is_all_true", None)
-        if asks or (node.op in ("call_function", "call_method") and node.users and all(user in found for user in node.users)):
+        idle = node.target == "size" or node.users
+        if asks or (node.op in ("call_function", "call_method") and idle and all(user in found for user in node.users)):
             found.add(node)
     return found
 

@@ -357,11 +357,12 @@ class _Assignment(ScoredGraph):
     # --- other roles ------------------------------------------------------------------------------
 
     def unused(self) -> frozenset[fx.Node]:
-        """Random nodes that reach neither an output nor an effect."""
+        """Random nodes, and sizes, that reach neither an output nor an effect."""
         found: set[fx.Node] = set()
         for node in reversed(self.nodes):
-            effect = node.meta.get("mutates") or "draw" in node.meta or node.op == "placeholder"
-            if node in self.random and not effect and all(user in found for user in node.users):
+            effect = node.meta.get("mutates") or "draw" in node.meta or node.op in ("placeholder", "output")
+            of_sizes = node.op.startswith("call_") and "shape" not in node.meta
+            if (node in self.random or of_sizes) and not effect and all(user in found for user in node.users):
                 found.add(node)
         return frozenset(found)
 

@@ -271,12 +271,22 @@ class ScoredGraph(DecodedGraph):
         scores = self.scoring - self.forward_of(ends)
         leads: set[fx.Node] = set()
         for node in reversed(self.nodes):
-            layer = self.has_weights(node) and self.decodes(node)
+            layer = self.has_weights(node) and self.decodes(node) and not all(map(self.is_density, self.random_in(node)))
             if node in ends or layer or any(user in leads for user in node.users):
                 leads.add(node)
         return frozenset(
             n for n in scores - leads if self.is_exponential(n) or self.is_of_correlations(n) or self.is_loss_at_mean(n)
         )
+
+    def is_density(self, node: fx.Node) -> bool:
+        """The exponential of sums, through no layer: what learned weights of a mixture multiply."""
+        todo = self.values_in(node) if self.rule_name(node) in _EXPONENTIALS else []
+        while todo:
+            each = todo.pop()
+            if self.reduces(each, self.random_in(each)) and not self.decodes(each):
+                return True
+            todo += self.random_in(each) if self.is_kind(each, Elementwise, Shape) else []
+        return False
 
     def importance_weights(self, scores: set[fx.Node]) -> set[tuple[fx.Node, fx.Node]]:
         """(score, exponential of it): weights of samples, which the moments of a Gaussian log-weight would let explode."""
