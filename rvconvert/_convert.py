@@ -117,6 +117,8 @@ def _check_module(module: Any) -> None:
         raise ConversionError(f"convert takes a torch.nn.Module, not {type(module).__name__}")
     if isinstance(module, torch.jit.ScriptModule):
         raise ConversionError("a scripted model has no Python to convert; pass the nn.Module that torch.jit.script was given")
+    if type(module).__name__ == "OptimizedModule":
+        raise ConversionError("a compiled model has no code of its own; convert first: torch.compile(rvconvert.convert(model))")
     if is_converted(module):
         raise ConversionError("this model is converted already; rvconvert.to_plain(model) gives the plain one back")
 

@@ -67,6 +67,7 @@ class Program:
     kept: list[Kept]
     fixed_batch: bool
     penalised: bool
+    encodes: bool  # what leaves depends on a latent, and nothing is decoded
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,7 +136,7 @@ class Conversion:
 
     def warn_of_latent(self, grad: torch.Tensor) -> None:
         """Say once that a loss is made of a latent's mean."""
-        if "latent" not in self.warned and bool(grad.any()):
+        if not {"latent", "no penalty"} & self.warned and bool(grad.any()):
             self.warn(
                 "latent",
                 f"{self.plain_class.__name__} returns a latent, here its mean, and the loss is made of it: log q(z|x) - log p(z) "
@@ -171,7 +172,7 @@ class Conversion:
         results = program.run(model, *leaves)
         self.keep(program, model, results)
         if not program.penalised and model.training and torch.is_grad_enabled():
-            self.warn_without_penalty(name)
+            self.warn_without_penalty(name, encodes=program.encodes)
         # Rules may have changed the order in memory; a caller's view() asks for the plain one.
         leaving = (x.contiguous() if isinstance(x, RandomVariable) else x for x in results)
         made = program.outputs.build(leaving)
@@ -197,14 +198,20 @@ class Conversion:
         """True if the options ask for an L_c that joins the loss."""
         return bool(self.options.attach and self.options.penalty and self.options.output == "mean")
 
-    def warn_without_penalty(self, name: str) -> None:
-        """Say once that a call in training attaches no L_c."""
-        if not self.attaches:
+    def warn_without_penalty(self, name: str, *, encodes: bool) -> None:
+        """Say once that a call in training attaches no L_c, and none has before."""
+        if not self.attaches or self.last_penalty is not None:  # a prior's samples beside a reconstruction
             return
         why = (
             "nothing that it returns, and nothing that meets an input in it, is a random value with a decoder behind it. "
             "rvconvert.plan(model, example_inputs=x) prints the roles; latent=('file.py:line',) names a draw"
         )
+        if encodes:
+            why = (
+                "it gives a latent, here its mean, and decodes nothing. With a decoder apart, convert both: "
+                "convert(encoder, output='distribution') gives a rvconvert.RandomVariable, which "
+                "convert(decoder, random_inputs=('z',)) takes"
+            )
         if self.options.random_inputs:
             names = " and ".join(self.options.random_inputs)
             why = f"{names} came as a plain tensor. Give the posterior: rvconvert.RandomVariable(mu, logvar.exp())"
@@ -417,7 +424,13 @@ class Conversion:
         if recording.sets_autocast:
             run = _restoring_autocast(run)
         made = Program(
-            run, recording.outputs, recording.returned, recording.kept, bool(recording.fixed), bool(roles.reconstructions)
+            run,
+            recording.outputs,
+            recording.returned,
+            recording.kept,
+            bool(recording.fixed),
+            penalised=bool(roles.reconstructions),
+            encodes=bool(roles.hidden) and not roles.decoded,
         )
         weakref.finalize(made, _forget, self.constants, tuple(recording.constants))
         return made

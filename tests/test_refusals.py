@@ -1,6 +1,7 @@
 """What a refusal says to type next works when it is pasted, for this very model; the same line stands once."""
 
 import re
+import warnings
 
 import pytest
 import torch
@@ -172,3 +173,74 @@ def test_a_model_without_forward_is_told_of_its_methods():
     with pytest.raises(ConversionError, match=r"no method 'forward'.*reconstruct.*methods="):
         rvconvert.convert(Named())
     rvconvert.convert(Named(), methods=("reconstruct",), example_inputs=torch.rand(4, 8))
+
+
+class _LossThatDraws(nn.Module):
+    """Its forward decodes the mean; a loss draws."""
+
+    def __init__(self):
+        super().__init__()
+        self.encoder, self.decoder = nn.Linear(10, 8), nn.Linear(4, 10)
+
+    def set_mode(self, flag):
+        self.flag = flag
+
+    def encode(self, x):
+        return self.encoder(x).chunk(2, 1)
+
+    def reparameterize(self, mu, logvar):
+        return mu + torch.randn_like(mu) * torch.exp(0.5 * logvar)
+
+    def forward(self, x):
+        return self.decoder(self.encode(x)[0])
+
+    def elbo_loss(self, x):
+        mu, logvar = self.encode(x)
+        return (self.decoder(self.reparameterize(mu, logvar)) - x).square().mean()
+
+
+def test_of_other_methods_those_that_draw_are_named_the_one_that_goes_on_first():
+    with pytest.raises(rvconvert.ConversionError) as refused:
+        rvconvert.convert(_LossThatDraws())(torch.randn(3, 10))
+    named = re.findall(r"methods=\('(\w+)',\)", str(refused.value))
+    assert named == ["elbo_loss", "reparameterize"]
+    rv = rvconvert.convert(_LossThatDraws(), methods=(named[0],))
+    rv.elbo_loss(torch.randn(3, 10)).backward()
+    assert rv.last_penalty > 0
+
+
+def test_a_compiled_model_is_told_to_be_converted_first():
+    with pytest.raises(rvconvert.ConversionError, match=r"torch\.compile\(rvconvert\.convert\(model\)\)"):
+        rvconvert.convert(torch.compile(_LossThatDraws(), backend="eager"))
+
+
+class _Encoder(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(10, 8)
+
+    def forward(self, x):
+        mu, logvar = self.layer(x).chunk(2, 1)
+        return mu, logvar, mu + torch.randn_like(mu) * torch.exp(0.5 * logvar)
+
+
+class _ScalingDecoder(nn.Sequential):
+    """Writes into its argument, as latents of a scale of their own are scaled back."""
+
+    def forward(self, z):
+        z /= 0.5
+        return super().forward(z)
+
+
+def test_an_encoder_with_a_decoder_apart_is_told_what_to_type():
+    encoder = rvconvert.convert(_Encoder())
+    with pytest.warns(UserWarning, match=r"output='distribution'.*random_inputs") as said:
+        nn.Linear(4, 10)(encoder(torch.randn(3, 10))[2]).sum().backward()
+    assert len([each for each in said if each.category is UserWarning]) == 1
+    encoder = rvconvert.convert(_Encoder(), output="distribution")
+    decoder = rvconvert.convert(_ScalingDecoder(nn.Linear(4, 10)), random_inputs=("z",))
+    decoder(encoder(torch.randn(3, 10))[2]).sum().backward()
+    assert decoder.last_penalty > 0
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # a prior's samples beside a reconstruction attach nothing, as is right
+        decoder(nn.Linear(10, 4)(torch.randn(3, 10)))  # the plain decoder takes it, and writes into it

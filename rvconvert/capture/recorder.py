@@ -792,5 +792,6 @@ def own_copies(leaves: list[Any]) -> list[Any]:
         if isinstance(leaf, RandomVariable):
             made[id(leaf)] = leaf.snapshot()
         elif type(leaf) is torch.Tensor and not leaf.is_meta:
-            made[id(leaf)] = leaf.detach().clone().requires_grad_(leaf.requires_grad)
+            own = leaf.detach().clone().requires_grad_(leaf.requires_grad)
+            made[id(leaf)] = own if leaf.is_leaf else own.clone()  # into which a method may write in place
     return [made.get(id(leaf), leaf) for leaf in leaves]

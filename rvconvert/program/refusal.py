@@ -5,6 +5,8 @@ from __future__ import annotations
 import inspect
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from rvconvert.errors import ConversionError, NonGaussianError, NoReparameterizationError, TracingError
 from rvconvert.places import short_place
 from rvconvert.program.latents import is_named
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
     from rvconvert.program.roles import Roles
 
 _SUGGESTED = 4  # methods that a refusal names
+_DRAWING = frozenset("randn randn_like normal normal_ rsample sample".split())
 
 
 def refusal(
@@ -74,15 +77,21 @@ def _nothing_to_convert(
         reason += ", but Python or numpy draws in it, whose numbers no graph holds: draw by torch.randn_like(mu)"
     elif discrete := [short_place(str(n.meta["where"])) for n in recording.graph.nodes if _chooses(n)]:
         reason += f"; it picks by argmin or argmax, as vector quantization does, at {discrete[0]}"
+    elif any(isinstance(module, torch.jit.ScriptModule) for module in model.modules()):
+        reason += ", and a scripted module in it has no Python to look into: use the nn.Module that it was made of"
     own = {} if plain_class.__module__.startswith("torch.") else vars(plain_class)
     functions = [m for m in own if inspect.isfunction(getattr(plain_class, m))]
     others = [m for m in functions if m[0] != "_" and m != name]
+    reached = {m: _reached(plain_class, m) for m in others}
+    # Those that draw, and of these the ones that go on from there: a loss, not the reparameterization.
+    others = sorted((m for m in others if _DRAWING & reached[m]), key=lambda m: -len(reached[m] & set(functions))) or others
     advice = [f"    rvconvert.convert(model, methods=({other!r},))" for other in others[:_SUGGESTED]]
     if drawn and not options.latent:
         methods = "" if name == "forward" else f"methods=({name!r},), "
         advice.append(f"    rvconvert.convert(model, {methods}latent=({drawn[0].rpartition('/')[2]!r},))")
     for path, module in model.named_modules():
-        if path and any(part in path.rpartition(".")[2].lower() for part in ("dec", "gen")):
+        decoder = path and any(part in path.rpartition(".")[2].lower() for part in ("dec", "gen"))
+        if decoder and not isinstance(module, torch.jit.ScriptModule):
             argument = _first_argument(module)
             advice.append(f"    rvconvert.convert(model.{path}, random_inputs=({argument!r},))  # a bare decoder")
             break
@@ -94,6 +103,17 @@ def _nothing_to_convert(
     return NoReparameterizationError(
         "\n".join([f"{what}. What encodes, samples and decodes is converted, or a decoder alone:", *advice])
     )
+
+
+def _reached(plain_class: type[nn.Module], method: str) -> set[str]:
+    """The names that a method's code mentions, and that of the class's other methods where it mentions these."""
+    todo, found = [method], set[str]()
+    while todo:
+        function = inspect.unwrap(getattr(plain_class, todo.pop()))
+        names = set(getattr(getattr(function, "__code__", None), "co_names", ())) - found
+        found |= names
+        todo += [n for n in names if inspect.isfunction(getattr(plain_class, n, None))]
+    return found
 
 
 def _noise_among(recording: Recording, method: Callable[..., Any]) -> str | None:
