@@ -244,3 +244,32 @@ def test_an_encoder_with_a_decoder_apart_is_told_what_to_type():
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # a prior's samples beside a reconstruction attach nothing, as is right
         decoder(nn.Linear(10, 4)(torch.randn(3, 10)))  # the plain decoder takes it, and writes into it
+
+
+class _OnALattice(Base):
+    """Coordinates and a latent side by side; half of the lattice, told by its coordinates, is mirrored."""
+
+    def forward(self, x, mirrors=True):
+        mu, std = self.posterior(x)
+        z = mu + std * torch.randn_like(mu)
+        at = torch.linspace(-1, 1, 6)[None, :, None].expand(len(x), 6, 1)
+        lattice = torch.cat((at, z[:, None, 1:].expand(-1, 6, 2)), -1)
+        mask = lattice[..., 0] > 0 if mirrors else at[..., 0] > 0
+        lattice = lattice.clone()
+        lattice[..., 0:1][mask] *= -1
+        y = self.decoder(lattice)
+        y[..., 1][mask] *= -1
+        return y, lattice[mask]
+
+
+@pytest.mark.parametrize("covariance", ["independent", "calibrated", "lowrank", "sampled"])
+def test_a_mask_of_the_part_that_does_not_vary_picks(covariance):
+    torch.manual_seed(0)
+    rv = rvconvert.convert(_OnALattice(), covariance=covariance, output="distribution")
+    x, found = torch.rand(5, 4), []
+    for mirrors in (True, False):
+        torch.manual_seed(1)
+        found.append(rv(x, mirrors))
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a.mean, b.mean)
+        torch.testing.assert_close(a.var, b.var)

@@ -217,9 +217,8 @@ class Shape:
         like = random_variables(args, kwargs)[0]
         values, rest, options = bind(self.names, args, kwargs)
         present = {name: value for name, value in zip(self.names, values, strict=True) if value is not None}
-        picks = getattr(func, "__name__", "") in _SELECTS and any(x.dtype.is_floating_point for x in random_variables(rest))
-        if picks:  # by an indicator, x > 0
-            raise picked_by_a_random_variable("read")
+        if getattr(func, "__name__", "") in _SELECTS:
+            rest = picking(rest, "read")
         # What is asked of another argument (``view_as(other)``) is its shape or type, which its mean has.
         rest, options = substitute(rest, lambda x: x.mean), substitute(options, lambda x: x.mean)
         if not random_variables(*(present.get(name) for name in self.data)):
@@ -266,12 +265,23 @@ class Shape:
         return func(*positional, *rest, **{n: values[n] for n in names if n in values}, **options)
 
 
-def picked_by_a_random_variable(what: str) -> UnsupportedOperationError:
-    """For ``y[y < 0] *= -1``, whose number of elements would be random."""
-    return UnsupportedOperationError(
-        f"a random variable picks which elements are {what}, and how many differs with each draw; give all of them a value: "
-        "y = torch.where(mask, value, y) in the place of y[mask] = value"
-    )
+def picking(index: Any, what: str) -> Any:
+    """An index without the random variables in it: an indicator, x > 0, of what does not vary is the mask that it is.
+
+    Raises:
+        UnsupportedOperationError: one varies, ``y[y < 0] *= -1``, and the number of elements would be random.
+    """
+
+    def certain(x: RandomVariable) -> torch.Tensor:
+        mask = x.dtype.is_floating_point or x.dtype == torch.bool
+        if mask and bool(x.var.any()):
+            raise UnsupportedOperationError(
+                f"a random variable picks which elements are {what}, and how many differs with each draw; give all of them a "
+                "value: y = torch.where(mask, value, y) in the place of y[mask] = value"
+            )
+        return x.mean.bool() if mask else x.mean
+
+    return substitute(index, certain)
 
 
 class _Detached(torch.autograd.Function):

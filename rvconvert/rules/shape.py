@@ -10,7 +10,7 @@ from torch import nn
 from rvconvert.core.random_variable import RandomVariable, random_variables
 from rvconvert.core.registry import Exactness, operation_name
 from rvconvert.errors import UnsupportedOperationError
-from rvconvert.rules.kinds import Composite, Metadata, Read, Shape, add_rule, picked_by_a_random_variable
+from rvconvert.rules.kinds import Composite, Metadata, Read, Shape, add_rule, picking
 
 _QUESTIONS = (
     "size dim ndimension numel nelement stride is_contiguous is_floating_point is_complex element_size get_device "
@@ -142,9 +142,9 @@ add_rule("index_add", Composite(_index_add), Exactness.EXACT_IF_INDEPENDENT, "op
 def setitem(input: Any, index: Any, value: Any) -> Any:
     """``input[index] = value`` as a function: a new tensor or random variable, ``input`` unchanged."""
     if random_variables(index):  # an indicator, x > 0: each element is written with its probability
-        if isinstance(index, RandomVariable) and index.shape == input.shape:
+        if isinstance(index, RandomVariable) and index.shape == input.shape and bool(index.var.any()):
             return torch.where(index, value, input)  # type: ignore[call-overload]
-        raise picked_by_a_random_variable("written")
+        index = picking(index, "written")
     likes = random_variables(input, value)
 
     def write(target: torch.Tensor, source: Any) -> torch.Tensor:
