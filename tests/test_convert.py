@@ -350,3 +350,30 @@ def test_training_against_independent_moments_is_told_what_they_see_once(monkeyp
     for covariance in ("calibrated", "sampled", "independent", "independent"):
         rvconvert.convert(VanillaVAE(), covariance=covariance)(x)
     assert len(caplog.records) == 1 and "covariance='calibrated' sees it" in caplog.text
+
+
+@pytest.mark.parametrize("covariance", ["independent", "calibrated", "lowrank", "sampled"])
+def test_a_hook_on_a_latent_scales_the_gradients_of_its_mean_and_its_variance(covariance):
+    class Hooked(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.mu, self.logvar, self.decoder = nn.Linear(6, 2), nn.Linear(6, 2), nn.Linear(2, 6)
+
+        def forward(self, x, factor):
+            mu = self.mu(x)
+            z = mu + torch.exp(0.5 * self.logvar(x)) * torch.randn_like(mu)
+            if z.requires_grad:
+                z.register_hook(lambda grad: factor * grad)
+            return self.decoder(z)
+
+    torch.manual_seed(0)
+    rv, x = rvconvert.convert(Hooked(), covariance=covariance), torch.randn(32, 6)
+    grads = {}
+    for factor in (1.0, 0.5, 0.0):
+        rv.zero_grad()
+        torch.manual_seed(1)
+        (rv(x, torch.tensor(factor)) - x).square().mean().backward()
+        grads[factor] = torch.cat([rv.mu.bias.grad, rv.logvar.bias.grad])
+    assert (grads[1.0] != 0).all()
+    torch.testing.assert_close(grads[0.5], 0.5 * grads[1.0])
+    assert not grads[0.0].any()

@@ -126,6 +126,9 @@ class SampledVariable(RandomVariable):
             for chunk in self.chunks:
                 chunk.requires_grad_(*args[1:], **kwargs)
             return self
+        if name == "register_hook":
+            handles = [chunk.register_hook(*args[1:]) for chunk in self.chunks if chunk.requires_grad]
+            return handles[0] if handles else None
         settings = self.settings
         variables = {id(x): entering(x, settings) for x in random_variables(args, kwargs)}
         stacks, made = self.joined(list(variables.values()))  # type: ignore[arg-type]

@@ -94,6 +94,7 @@ def assign(recording: Recording, named: Iterable[str] = (), *, paths: bool = Fal
 
 
 _PICKS = frozenset("argmax argmin argsort".split())
+_EFFECTS = ("register_hook", "retain_grad")
 
 
 class _Edge(NamedTuple):
@@ -360,7 +361,8 @@ class _Assignment(ScoredGraph):
         """Random nodes, and sizes, that reach neither an output nor an effect."""
         found: set[fx.Node] = set()
         for node in reversed(self.nodes):
-            effect = node.meta.get("mutates") or "draw" in node.meta or node.op in ("placeholder", "output")
+            effect = node.meta.get("mutates") or "draw" in node.meta or self.rule_name(node) in _EFFECTS
+            effect = effect or node.op in ("placeholder", "output")
             of_sizes = node.op.startswith("call_") and "shape" not in node.meta
             if (node in self.random or of_sizes) and not effect and all(user in found for user in node.users):
                 found.add(node)

@@ -17,7 +17,7 @@ _QUESTIONS = (
     "storage_offset zeros_like ones_like empty_like full_like new_zeros new_ones new_empty "
     "new_full new_tensor new is_same_size result_type is_tensor is_pinned is_shared is_inference is_conj is_neg "
     "broadcast_shapes can_cast shape ndim dtype device layout requires_grad is_cuda is_leaf grad_fn "
-    "is_signed is_set_to register_hook isnan isinf isfinite isreal is_nested is_sparse is_quantized is_cpu is_meta is_mps "
+    "is_signed is_set_to isnan isinf isfinite isreal is_nested is_sparse is_quantized is_cpu is_meta is_mps "
     "is_mkldnn is_sparse_csr itemsize nbytes output_nr retains_grad _nested_tensor_from_mask_left_aligned"
 ).split()
 add_rule("len", Metadata(), Exactness.EXACT, functions=(torch.Tensor.__len__, torch.Tensor.__format__, torch.Tensor.__repr__))
@@ -40,8 +40,15 @@ def _retain_grad(input: Any) -> None:
     input.mean.retain_grad()
 
 
+def _register_hook(input: Any, hook: Any) -> Any:
+    """The gradient of the mean and that of the variance pass through the hook, which scales both or stops both."""
+    handles = [x.register_hook(hook) for x in (input.mean, input.var) if x.requires_grad]
+    return handles[0] if handles else None
+
+
 add_rule("requires_grad_", Composite(_requires_grad), Exactness.EXACT, functions=(torch.Tensor.requires_grad_,))
 add_rule("retain_grad", Composite(_retain_grad), Exactness.EXACT)
+add_rule("register_hook", Composite(_register_hook), Exactness.APPROXIMATE, "the hook scales a gradient")
 for _name in _QUESTIONS:
     add_rule(_name, Metadata(), Exactness.EXACT)
 
