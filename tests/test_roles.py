@@ -2017,3 +2017,39 @@ def test_a_mixture_whose_weights_leave_too_has_l_c(mixed: str, first: bool) -> N
     rv(x)
     assert float(rv.last_penalty) == pytest.approx(float(rvconvert.variance_penalty(y)))  # type: ignore[arg-type]
     assert of_l_c(plain, lambda rv: rv(x)[1 if first else 0].sum()) > 0
+
+
+COMPARED_LOGARITHMS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor, Tensor], Tensor]]] = {
+    "a spectrogram": (lambda y: torch.log(F.softplus(10 * y) + 1e-3), F.mse_loss),
+    "a difference": (lambda y: torch.log1p(F.softplus(10 * y)), lambda y, x: (x - y).square().mean()),
+    "logits": (lambda y: torch.log(F.softplus(10 * y)), lambda y, x: -(F.log_softmax(y, 1) * x).sum()),
+}
+LIKELIHOODS_LOGARITHMS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "Bernoulli": lambda y, x: -(x * torch.log(y) + (1 - x) * torch.log(1 - y)).mean(),
+    "categorical": lambda y, x: -(x * torch.log(y)).sum(),
+    "kl_div": lambda y, x: F.kl_div(torch.log(y), x),
+    "of logarithms": lambda y, x: F.mse_loss(torch.log(y), torch.log(x + 0.1)),
+}
+
+
+@pytest.mark.parametrize("name", COMPARED_LOGARITHMS)
+def test_a_logarithm_that_is_held_against_the_input_is_the_reconstruction(name: str) -> None:
+    logarithm, loss = COMPARED_LOGARITHMS[name]
+    x, penalties = torch.rand(8, 12), []
+    for result in (lambda y, x, *_: loss(logarithm(y), x), lambda y, *_: logarithm(y)):
+        torch.manual_seed(1)
+        rv = rvconvert.convert(VAE(result, False), example_inputs=x)
+        rv(x)
+        penalties.append(float(rv.last_penalty))
+    assert penalties[0] == pytest.approx(penalties[1])
+
+
+@pytest.mark.parametrize("name", LIKELIHOODS_LOGARITHMS)
+def test_a_logarithm_of_a_likelihood_is_none(name: str) -> None:
+    x, penalties = torch.rand(8, 12), []
+    for result in (lambda y, x, *_: LIKELIHOODS_LOGARITHMS[name](torch.sigmoid(y), x), lambda y, *_: torch.sigmoid(y)):
+        torch.manual_seed(1)
+        rv = rvconvert.convert(VAE(result, False), example_inputs=x)
+        rv(x)
+        penalties.append(float(rv.last_penalty))
+    assert penalties[0] == pytest.approx(penalties[1])

@@ -17,6 +17,7 @@ _ERRORS = frozenset("pow square abs neg".split()) | _LOGARITHMS
 _EXPONENTIALS = frozenset("exp expm1".split())
 _SUMMING = frozenset("softmax log_softmax logsumexp logaddexp".split())
 _OF_CORRELATIONS = frozenset("cov corrcoef sort msort".split())
+_SUBTRACTING = DIFFERENCES | frozenset("mse_loss l1_loss smooth_l1_loss huber_loss".split())
 _EVEN = frozenset("pow square abs norm vector_norm huber_loss".split())
 
 
@@ -136,11 +137,8 @@ class ScoredGraph(DecodedGraph):
         while True:
             whole = self.rescaling(source)
             if whole is None:
-                if (
-                    user not in self.scoring
-                    or user in self.outputs
-                    or not (self.is_activation(user) or self.scales(source, user))
-                ):
+                goes_on = self.is_activation(user) or self.scales(source, user) or self.is_compared_logarithm(user)
+                if user not in self.scoring or user in self.outputs or not goes_on:
                     return [(source, user)]
                 if len([n for n in source.users if n in self.random]) != 1:
                     return [(source, user)]
@@ -180,6 +178,15 @@ class ScoredGraph(DecodedGraph):
         name = self.rule_name(node)
         plain = self.is_kind(node, Elementwise, Shape) or name == "softmax"
         return plain and name not in _ERRORS and size_of(node) == size_of(self.values_in(node)[0])
+
+    def is_compared_logarithm(self, node: fx.Node) -> bool:
+        """A logarithm that an input as it is is subtracted from, a log spectrogram, or that is taken for logits."""
+        users = [n for n in node.users if n in self.random]
+        if self.rule_name(node) not in _LOGARITHMS or len(users) != 1:
+            return False
+        (user,) = users
+        met = [n for n in user.all_input_nodes if n in self.raw and size_of(n) == size_of(node) and self.is_step_of_input(n)]
+        return self.rule_name(user) in ("softmax", "log_softmax") or (bool(met) and self.rule_name(user) in _SUBTRACTING)
 
     def scales(self, source: fx.Node, node: fx.Node) -> bool:
         """``source`` times a factor of fewer numbers, such as one for each example: a library's size, a temperature."""
@@ -241,7 +248,8 @@ class ScoredGraph(DecodedGraph):
             mixed = size_of(behind) == size_of(value) and self.joins_others(source, behind)
             value, end = (behind, value) if mixed else (value, end)
         way = self.between(source, value)
-        apart = any(self.rule_name(n) in _ERRORS or self.is_loss(n) or self.is_one_of_several(n) for n in way)
+        errors = any(self.rule_name(n) in _ERRORS and not self.is_compared_logarithm(n) for n in way)
+        apart = errors or any(self.is_loss(n) or self.is_one_of_several(n) for n in way)
         return (source, user) if value is source or apart else (value, end)
 
     def is_one_of_several(self, node: fx.Node) -> bool:
