@@ -21,7 +21,7 @@ from rvconvert.calibration import renew
 from rvconvert.capture import intercept
 from rvconvert.capture.graph_calls import autocast_state, set_autocast
 from rvconvert.capture.module_state import put_back, tensors_written, unchanged
-from rvconvert.capture.python_state import Place, read_now, unused_arguments
+from rvconvert.capture.python_state import Place, is_opaque, read_now, unused_arguments
 from rvconvert.capture.recorder import own_copies, record
 from rvconvert.capture.replay import each_mode, replay_differs
 from rvconvert.core.random_variable import RandomVariable, random_variables
@@ -191,7 +191,7 @@ class Conversion:
             elif not each.grown:
                 setattr(module, each.name, value)
             else:
-                _refill(getattr(module, each.name), value)
+                _refill(getattr(module, each.name), value, meters=True)
 
     @property
     def attaches(self) -> bool:
@@ -571,14 +571,19 @@ class Conversion:
         return []
 
 
-def _refill(held: Any, contents: Any) -> Any:
-    """A list or dict with these contents, in place, as are those within it; what is no such is replaced."""
+def _refill(held: Any, contents: Any, *, meters: bool = False) -> Any:
+    """A list or dict with these contents, in place, as are those within it; what is no such is replaced.
+
+    With ``meters`` an object's own numbers are put into it too.
+    """
     if type(held) is not type(contents):
         return contents
     if isinstance(held, list):
-        held[:] = [_refill(a, b) for a, b in itertools.zip_longest(held[: len(contents)], contents)]
+        held[:] = [_refill(a, b, meters=meters) for a, b in itertools.zip_longest(held[: len(contents)], contents)]
     elif isinstance(held, dict):
-        held.update({key: _refill(held.get(key), value) for key, value in contents.items()})
+        held.update({key: _refill(held.get(key), value, meters=meters) for key, value in contents.items()})
+    elif meters and not is_opaque(held) and isinstance(getattr(held, "__dict__", None), dict):
+        _refill(vars(held), vars(contents), meters=True)
     else:
         return contents
     return held

@@ -307,6 +307,8 @@ def test_what_a_method_notes_in_containers_within_containers_is_noted_at_every_c
     assert len(model.nested["losses"]) == len(model._log) == len(model.history.losses) == len(model.seen) == 4
     assert len(model.recent) == 2 and model.calls == 4 and model._meter.count == model.meters["loss"].count == 4
     assert nested is model.nested["losses"] and meter is model.meters["loss"]
+    for each in (model._meter, meter):
+        assert each.total == pytest.approx(sum(model._log), rel=1e-4)
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -318,6 +320,7 @@ def test_what_a_method_notes_in_lists_dicts_and_meters_is_noted_at_every_call(it
         y = model(x)
     assert model.meter.count == len(model.history) == len(model.copied) == 4
     assert float(model.history[-1]) == pytest.approx(float(F.mse_loss(y, x)), rel=1e-4)
+    assert float(model.meter.total) == pytest.approx(sum(map(float, model.history)), rel=1e-4)
     assert float(model.losses["reconstruction"]) == pytest.approx(float(F.mse_loss(y, x)), rel=1e-4)
     assert type(model.meter.total) is (float if item else torch.Tensor)
 

@@ -204,9 +204,6 @@ class Held:
         list that grows) is what Python alone can do, so that the recording serves one call.
         """
         leaves: list[Any] = []
-        for _, _, value, _, is_record in self.mutables:
-            if not is_record:
-                _untrace(value)
         changed = {(module, name): None for module, name, value, before, _ in self.mutables if _is_changed(value, before)}
         recording.once += [f"the method changes {type(module).__name__}.{name}" for module, name in changed]
         for module, held in self.held.items():
@@ -215,10 +212,13 @@ class Held:
                 if name in _TABLES:
                     continue
                 same = name in held and value is held[name]
-                grown = same and (module, name) in changed and _is_record(module, name, value)
-                if same and not grown:
+                if same and (module, name) not in changed:
                     continue
                 found, structure = flatten(value, is_output)
+                meter = structure.kind == "object" and not isinstance(value, torch.distributions.Distribution)
+                grown = same and (_is_record(module, name, value) or meter)
+                if same and not grown:
+                    continue
                 if not found and not grown and equal(value, held.get(name, self)):
                     continue
                 recording.kept.append(Kept(path, name, structure, len(found), grown))
@@ -230,4 +230,7 @@ class Held:
                 if value is not self.buffers[module].get(name) and value is not None:
                     recording.kept.append(Kept(path, name, Structure("leaf"), 1))
                     leaves.append(value)
+        for _, _, value, _, is_record in self.mutables:
+            if not is_record:
+                _untrace(value)
         return leaves
