@@ -1570,12 +1570,18 @@ def straight_through(z: Tensor) -> Tensor:
     return (hard - y).detach() + y
 
 
+def packed_and_padded(x: Tensor) -> Tensor:
+    packed = nn.utils.rnn.pack_padded_sequence(x, [x.shape[1]] * len(x), batch_first=True)
+    return nn.utils.rnn.pad_packed_sequence(packed, batch_first=True)[0]
+
+
 PICKS: dict[str, tuple[bool, Callable[..., Any]]] = {
     "straight through": (True, lambda y, x, z, mu, std, m: m.decoder(straight_through(z))),
     "one hot": (True, lambda y, x, z, mu, std, m: m.decoder(F.one_hot(z.argmax(1), 4).float())),
     "a cluster beside": (False, lambda y, x, z, mu, std, m: (y, z.argmax(1))),
     "an accuracy beside": (False, lambda y, x, z, mu, std, m: (y, (y.argmax(1) == x.argmax(1)).float().mean())),
     "a maximum": (False, lambda y, x, z, mu, std, m: m.decoder(z - z.max(1, keepdim=True)[0])),
+    "a packed sequence": (False, lambda y, x, z, mu, std, m: m.decoder(packed_and_padded(z[:, None].expand(-1, 3, -1))[:, 0])),
 }
 
 

@@ -94,6 +94,7 @@ def assign(recording: Recording, named: Iterable[str] = (), *, paths: bool = Fal
 
 
 _PICKS = frozenset("argmax argmin argsort".split())
+_COUNTS = ("_pack_padded_sequence", "_pad_packed_sequence")  # of whose results one says how many sequences go on
 _EFFECTS = ("register_hook", "retain_grad")
 
 
@@ -384,7 +385,7 @@ class _Assignment(ScoredGraph):
         """Indices that a value before the decoder picks, and that a decoder's layers act on, through a one-hot vector or not."""
         found = set()
         for node in indices:
-            by = [n for n in node.all_input_nodes if n in self.random and n not in indices]
+            by = [n for n in self.random_in(node) if n not in indices and self.rule_name(n) not in _COUNTS]
             if by and not any(n in self.decoded for n in by) and any(self.has_weights(n) for n in self.ahead_of(node)):
                 found.add(node)
         return frozenset(found)
