@@ -1144,19 +1144,20 @@ def test_a_learned_prior_s_draw_in_eval_mode_goes_on_drawing(shared: bool) -> No
     assert torch.allclose(rv(c), rv(c)) == shared  # by the posterior's own layers it is one
 
 
-def test_a_loop_that_calls_nothing_converted_is_told() -> None:
+@pytest.mark.parametrize("name", ["train", "eval", "state_dict"])
+def test_a_loop_that_calls_nothing_converted_is_told(name: str) -> None:
     rv = rvconvert.convert(VAE(lambda y, *_: y, False))
     x = torch.rand(4, 12)
     mu, logvar = rv.encoder(x).chunk(2, -1)
     F.mse_loss(rv.decoder(mu + torch.randn_like(mu) * (0.5 * logvar).exp()), x).backward()
     with pytest.warns(UserWarning, match="never called"):
-        rv.train()
+        getattr(rv, name)()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         called = rvconvert.convert(VAE(lambda y, *_: y, False))
         called.eval().train()
         called(x).sum().backward()
-        called.train()
+        getattr(called, name)()
 
 
 def test_a_latent_s_name_that_names_no_draw_is_refused() -> None:
