@@ -97,7 +97,8 @@ class Conversion:
         self.latents: set[str] = set()  # places, "file:line", of the draws that became random variables
         self.checked: dict[tuple[str, str], list[str]] = {}  # graphs that replayed equal to eager
         self.signatures: dict[str, inspect.Signature] = {}
-        self.ignored: dict[str, frozenset[str]] = {}
+        # Arguments that a method's code never mentions.
+        self.ignored = {name: unused_arguments(self.own.get(name) or getattr(plain_class, name)) for name in options.methods}
         self.last_penalty: torch.Tensor | None = None
         self._penalty: torch.Tensor | None = None  # of the call under way
         self.penalty_scale: float = 1.0
@@ -285,19 +286,13 @@ class Conversion:
             self.prepare(name, model, args, kwargs, to_run=False)
         return self.key(name, model, leaves, structure, batch=False) in self.once
 
-    def unused(self, name: str) -> frozenset[str]:
-        """Arguments that the method's code never mentions."""
-        if name not in self.ignored:
-            self.ignored[name] = unused_arguments(self.own.get(name) or getattr(self.plain_class, name))
-        return self.ignored[name]
-
     def normalized(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The same call spelled one way, positional first, so that equal calls share a program."""
         try:
             bound = self.signature(name).bind(None, *args, **kwargs)
         except (TypeError, ValueError):
             return args, kwargs  # the model itself says what is wrong with the call
-        for argument in self.unused(name):  # the number of a batch, which each call has another of
+        for argument in self.ignored[name]:  # the number of a batch, which each call has another of
             if isinstance(bound.arguments.get(argument), (int, float, str)):
                 bound.arguments[argument] = None
         return bound.args[1:], bound.kwargs
