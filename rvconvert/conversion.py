@@ -200,8 +200,9 @@ class Conversion:
         return bool(self.options.attach and self.options.penalty and self.options.output == "mean")
 
     def warn_without_penalty(self, name: str, *, encodes: bool) -> None:
-        """Say once that a call in training attaches no L_c, and none has before."""
-        if not self.attaches or self.last_penalty is not None:  # a prior's samples beside a reconstruction
+        """Say once that a call in training attaches no L_c."""
+        beside = bool(self.options.random_inputs) and self.last_penalty is not None  # a prior's samples, beside a reconstruction
+        if not self.attaches or beside:
             return
         why = (
             "nothing that it returns, and nothing that meets an input in it, is a random value with a decoder behind it. "

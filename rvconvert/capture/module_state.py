@@ -184,6 +184,11 @@ def _is_record(module: nn.Module, name: str, value: Any) -> bool:
     return isinstance(value, (list, dict)) and not _is_torchs(module, name)
 
 
+def _is_meter(value: Any) -> bool:
+    """An object with numbers of this run in it."""
+    return any(map(is_output, getattr(value, "__dict__", {}).values()))
+
+
 def is_output(value: Any) -> bool:
     """True for what a graph gives: a tensor, or a number that was recorded."""
     return isinstance(value, torch.Tensor) or is_traced_now(value)
@@ -214,11 +219,10 @@ class Held:
                 same = name in held and value is held[name]
                 if same and (module, name) not in changed:
                     continue
-                found, structure = flatten(value, is_output)
-                meter = structure.kind == "object" and not isinstance(value, torch.distributions.Distribution)
-                grown = same and (_is_record(module, name, value) or meter)
+                grown = same and (_is_record(module, name, value) or _is_meter(value))
                 if same and not grown:
                     continue
+                found, structure = flatten(value, is_output)
                 if not found and not grown and equal(value, held.get(name, self)):
                     continue
                 recording.kept.append(Kept(path, name, structure, len(found), grown))
