@@ -2060,3 +2060,82 @@ def test_a_logarithm_of_a_likelihood_is_none(name: str) -> None:
         rv(x)
         penalties.append(float(rv.last_penalty))
     assert penalties[0] == pytest.approx(penalties[1])
+
+
+RECURRENT: dict[str, tuple[nn.Module, Callable[[nn.Module, Tensor], Tensor]]] = {
+    "LSTM": (nn.LSTM(3, 7, batch_first=True), lambda layer, z: layer(z)[0]),
+    "its last state": (nn.LSTM(3, 7, batch_first=True), lambda layer, z: layer(z)[1][0].transpose(0, 1).expand(-1, 5, 7)),
+    "GRU": (nn.GRU(3, 7, batch_first=True), lambda layer, z: torch.sigmoid(layer(z)[0])),
+    "RNN, both ways": (nn.RNN(3, 7, batch_first=True, bidirectional=True), lambda layer, z: layer(z)[0][..., :7] * 2),
+    "LSTMCell": (nn.LSTMCell(3, 7), lambda layer, z: layer(z.flatten(0, 1))[0].unflatten(0, (-1, 5))),
+    "attention": (nn.MultiheadAttention(3, 1, batch_first=True), lambda layer, z: layer(z, z, z)[0]),
+}
+
+
+class EndsIn(nn.Module):
+    """Its decoder's last layer gives several results."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.encoder, self.decoder, self.decode = nn.Linear(7, 6), *RECURRENT[name]
+
+    def reconstruct(self, x: Tensor) -> Tensor:
+        mu, logvar = self.encoder(x).chunk(2, -1)
+        return self.decode(self.decoder, mu + torch.exp(0.5 * logvar) * torch.randn_like(mu))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.reconstruct(x)
+        return F.mse_loss(y, x[..., : y.shape[-1]])
+
+
+@pytest.mark.parametrize("name", RECURRENT)
+def test_a_last_layer_of_several_results_has_l_c_on_the_one_that_a_loss_takes(name: str) -> None:
+    torch.manual_seed(0)
+    vae, x = EndsIn(name), torch.rand(4, 5, 7)
+    inside = rvconvert.convert(vae)
+    inside(x)
+    given = rvconvert.convert(vae, methods=("reconstruct",), output="distribution")
+    assert float(inside.last_penalty) == pytest.approx(float(rvconvert.variance_penalty(given.reconstruct(x))), rel=1e-4)
+
+
+STEPWISE: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "a density": lambda y, x: -torch.distributions.Normal(y, 1.0).log_prob(x).sum(),
+    "a function": lambda y, x: F.mse_loss(y, x, reduction="sum"),
+    "by hand": lambda y, x: (y - x).square().sum(),
+}
+
+
+class ByStep(nn.Module):
+    """Sums a loss of each step, and gives the steps joined."""
+
+    def __init__(self, joined: str, loss: str) -> None:
+        super().__init__()
+        self.joined, self.loss = joined, loss
+        self.encoder, self.decoder = nn.Linear(6, 6), nn.Linear(3, 6)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        y, steps, total = torch.zeros_like(x), [], torch.zeros(())
+        for t in range(x.shape[1]):
+            mu, logvar = self.encoder(x[:, t]).chunk(2, 1)
+            step = self.decoder(mu + torch.exp(0.5 * logvar) * torch.randn_like(mu))
+            total = total + STEPWISE[self.loss](step, x[:, t])
+            y[:, t] = step
+            steps.append(step)
+        return {"written": y, "stacked": torch.stack(steps, 1), "concatenated": torch.cat(steps, 1)}[self.joined], total
+
+
+@pytest.mark.parametrize("joined", ["written", "stacked", "concatenated"])
+@pytest.mark.parametrize("loss", STEPWISE)
+def test_l_c_of_steps_that_leave_joined_arrives_by_their_losses(joined: str, loss: str) -> None:
+    x, grads = torch.randn(4, 5, 6), []
+    for penalty in (0.0, 50.0):
+        torch.manual_seed(0)
+        rv = rvconvert.convert(ByStep(joined, loss), penalty=penalty)
+        rv(x)[1].backward()
+        grads.append(rv.decoder.weight.grad)
+    torch.manual_seed(0)
+    given = rvconvert.convert(ByStep(joined, loss), output="distribution")
+    penalty = rvconvert.variance_penalty(given(x)[0])
+    (expected,) = torch.autograd.grad(penalty, given.decoder.weight)
+    assert float(rv.last_penalty) == pytest.approx(float(penalty))
+    torch.testing.assert_close(grads[1] - grads[0], expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max()))

@@ -80,7 +80,9 @@ class DecodedGraph(RecordedGraph):
 
     def are_one(self, first: fx.Node, second: fx.Node) -> bool:
         """One is the other, or both are a value, but for views and functions of each element: logits and probabilities."""
-        return self.same(first, second) or self.same(second, first) or self.origin(first) is self.origin(second)
+        origins = self.origin(first), self.origin(second)
+        one = origins[0] is origins[1] or self.same(first, second) or self.same(second, first)
+        return one or self.same(origins[0], second) or self.same(origins[1], first)  # a step, and what steps are joined to
 
     def origin(self, node: fx.Node) -> fx.Node:
         """What ``node`` is the whole of, but for a function of each element."""

@@ -335,7 +335,8 @@ class RecordedGraph:
         if second in self.nuisance and first not in self.nuisance:  # a sample of a likelihood
             return False
         way = self.between(first, second)
-        return bool(way) and all(self.is_kind(n, Elementwise, Shape) or self._keeps_size(n) for n in way)
+        moved = (self.is_kind(n, Elementwise, Shape) or self.rule_name(n) in WRITES or self._keeps_size(n) for n in way)
+        return bool(way) and all(moved)
 
     def _keeps_size(self, node: fx.Node) -> bool:
         """A softmax, dropout or the like: no layer, and as many numbers as before."""

@@ -111,7 +111,7 @@ class ScoredGraph(DecodedGraph):
                 continue
             seen.add(node)
             for source in (n for n in node.all_input_nodes if n in self.random):
-                whole = self.decodes(source) or self.is_sum(source)
+                whole = self.is_result(source) or self.is_sum(source)
                 if source in self.scoring and source not in self.outputs and not whole:
                     todo.append(source)
                 elif source in self.decoded:
@@ -130,7 +130,13 @@ class ScoredGraph(DecodedGraph):
         """By a layer, its activation included, or by a sum of such."""
         while self.is_activation(node):
             (node,) = self.values_in(node)
-        return node in self.random and (self.decodes(node) or self.is_sum(node))
+        return node in self.random and (self.is_result(node) or self.is_sum(node))
+
+    def is_result(self, node: fx.Node) -> bool:
+        """Of a layer, or one of its several results, as a recurrent layer gives."""
+        while "part" in node.meta and node.all_input_nodes:
+            node = node.all_input_nodes[0]
+        return self.decodes(node)
 
     def extended(self, source: fx.Node, user: fx.Node) -> list[tuple[fx.Node, fx.Node]]:
         """The edges behind the activations of the last layer, which belong to the reconstruction."""
