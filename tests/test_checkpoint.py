@@ -532,3 +532,24 @@ def test_classes_are_named_as_they_can_be_found(tmp_path: Path) -> None:
     cls = import_class(spec)
     assert import_class(spec) is cls
     assert checkpoint.imported_class(spec) is cls
+
+
+class _ClosesOverItself(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.encoder, self.decoder = nn.Linear(6, 4), nn.Linear(2, 6)
+        self.decode = lambda z: self.decoder(z)
+
+    def forward(self, x):
+        mu, logvar = self.encoder(x).chunk(2, 1)
+        return self.decode(mu + torch.randn_like(mu) * torch.exp(0.5 * logvar))
+
+
+def test_a_function_on_a_loaded_model_is_of_the_loaded_model(tmp_path):
+    rv, fresh, x = rvconvert.convert(_ClosesOverItself()), _ClosesOverItself(), torch.randn(3, 6)
+    rvconvert.save(rv, tmp_path / "vae.pt")
+    loaded = rvconvert.load(tmp_path / "vae.pt", model=fresh)
+    torch.testing.assert_close(loaded.eval()(x), rv.eval()(x))
+    loaded.train()(x).sum().backward()
+    assert loaded.decoder.weight.grad is not None
+    assert fresh.decoder.weight.grad is None

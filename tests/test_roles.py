@@ -2139,3 +2139,43 @@ def test_l_c_of_steps_that_leave_joined_arrives_by_their_losses(joined: str, los
     (expected,) = torch.autograd.grad(penalty, given.decoder.weight)
     assert float(rv.last_penalty) == pytest.approx(float(penalty))
     torch.testing.assert_close(grads[1] - grads[0], expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max()))
+
+
+MASKED: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "assigned": lambda y, mask: assigned(y, ~mask, 0.0),
+    "cloned and assigned": lambda y, mask: assigned(y.clone(), ~mask, -1.0),
+    "filled": lambda y, mask: y.masked_fill(~mask[..., None], 0.0),
+    "chosen": lambda y, mask: torch.where(mask[..., None], y, 0.0),
+    "weighed": lambda y, mask: y * mask[..., None],
+}
+
+
+def assigned(y: Tensor, mask: Tensor, value: float) -> Tensor:
+    y[mask] = value
+    return y
+
+
+class Padded(nn.Module):
+    """What its decoder gives of padding is masked."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.name, self.encoder, self.decoder = name, nn.Linear(6, 6), nn.Linear(3, 6)
+
+    def reconstruct(self, x: Tensor, mask: Tensor) -> Tensor:
+        mu, logvar = self.encoder(x).chunk(2, -1)
+        return MASKED[self.name](self.decoder(mu + torch.exp(0.5 * logvar) * torch.randn_like(mu)), mask)
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        return F.smooth_l1_loss(self.reconstruct(x, mask), x)
+
+
+@pytest.mark.parametrize("name", MASKED)
+def test_what_is_masked_has_no_part_in_l_c(name: str) -> None:
+    torch.manual_seed(0)
+    vae, x, mask = Padded(name), torch.randn(4, 5, 6), torch.arange(5) < torch.tensor([[2], [3], [5], [1]])
+    inside, given = rvconvert.convert(vae), rvconvert.convert(vae, methods=("reconstruct",), output="distribution")
+    inside(x, mask)
+    y = given.reconstruct(x, mask)
+    assert not y.var[~mask].any()
+    assert float(inside.last_penalty) == pytest.approx(float(rvconvert.variance_penalty(y)))

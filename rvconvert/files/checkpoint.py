@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import copy
 import dataclasses
 import inspect
 import os
@@ -25,6 +24,7 @@ from torch import nn
 
 from rvconvert._convert import convert
 from rvconvert.converted import conversion_of, is_converted
+from rvconvert.copies import copied
 from rvconvert.covariance.calibrated import Gains
 from rvconvert.errors import CheckpointError, ConversionError, TransferError
 from rvconvert.files.recipe import Recipe, construct, import_class, imported_class
@@ -193,7 +193,7 @@ def _plain_model(path: Path, recipe: Recipe, model: Any, kwargs: Mapping[str, An
     """A plain instance of the model's class that nobody else holds."""
     if isinstance(model, nn.Module):
         # convert would copy too; made here, so that dtypes can be set before conversion
-        return to_plain(model) if is_converted(model) else copy.deepcopy(model)
+        return to_plain(model) if is_converted(model) else copied(model, {})
     if isinstance(model, str):
         cls = import_class(model)
     elif model is not None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import dataclasses
 import inspect
 import logging
@@ -15,6 +14,7 @@ from torch import nn
 
 from rvconvert._convert import convert
 from rvconvert.converted import conversion_of, is_converted, plain_copy, reconverted
+from rvconvert.copies import copied
 from rvconvert.core.random_variable import RandomVariable
 from rvconvert.core.tree import Structure, flatten
 from rvconvert.errors import ConversionError
@@ -73,7 +73,7 @@ def export(
         made = _propagating(model, method, args, kwargs, options)
     else:
         converted = is_converted(model)
-        made = plain_copy(model) if converted else copy.deepcopy(model)
+        made = plain_copy(model) if converted else copied(model, {})
         latents = conversion_of(model).latents if converted else _latents(model, method, args, kwargs)
         make_deterministic(made, (method,), frozenset(latents))
     program, names = _exported(_Flat(made.eval(), method, deviation), method, args, kwargs)

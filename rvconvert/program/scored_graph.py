@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import fx
 
 from rvconvert.program.decoded_graph import DecodedGraph
-from rvconvert.program.recorded_graph import DIFFERENCES, PRODUCTS, rank_of, size_of
+from rvconvert.program.recorded_graph import DIFFERENCES, PRODUCTS, WRITES, rank_of, size_of
 from rvconvert.rules.kinds import Elementwise, Shape
 
 __all__ = ["RESCALINGS", "ScoredGraph"]
@@ -18,6 +18,7 @@ _EXPONENTIALS = frozenset("exp expm1".split())
 _SUMMING = frozenset("softmax log_softmax logsumexp logaddexp".split())
 _OF_CORRELATIONS = frozenset("cov corrcoef sort msort".split())
 _SUBTRACTING = DIFFERENCES | frozenset("mse_loss l1_loss smooth_l1_loss huber_loss".split())
+_MASKING = WRITES | {"masked_fill", "where"}
 _EVEN = frozenset("pow square abs norm vector_norm huber_loss".split())
 
 
@@ -178,7 +179,10 @@ class ScoredGraph(DecodedGraph):
         return None
 
     def is_activation(self, node: fx.Node) -> bool:
-        """A function of one value and constants that ends a decoder."""
+        """A function of one value and constants that ends a decoder, or a mask that is written into it."""
+        others = [n for n in self.values_in(node) if n not in self.random]
+        if self.rule_name(node) in _MASKING and len(self.random_in(node)) == 1 and all(map(self.compares, others)):
+            return True
         if len(self.values_in(node)) != 1 or self.is_loss(node):
             return False
         name = self.rule_name(node)
