@@ -10,6 +10,7 @@ from torch import nn
 
 import rvconvert
 from rvconvert.errors import ConversionError, TracingError, UnsupportedOperationError
+from rvconvert.rules.kinds import value_error
 
 
 class Base(nn.Module):
@@ -212,6 +213,11 @@ def test_of_other_methods_those_that_draw_are_named_the_one_that_goes_on_first()
 def test_a_compiled_model_is_told_to_be_converted_first():
     with pytest.raises(rvconvert.ConversionError, match=r"torch\.compile\(rvconvert\.convert\(model\)\)"):
         rvconvert.convert(torch.compile(_LossThatDraws(), backend="eager"))
+
+
+def test_a_solver_that_chooses_its_steps_is_told_of_those_that_do_not():
+    assert "method='rk4'" in str(value_error("V.forward: torchdiffeq/_impl/misc.py:60: if d0 < 1e-5:"))
+    assert "torch.where" in str(value_error("V.forward: model.py:60: if d0 < 1e-5:"))
 
 
 class _Encoder(nn.Module):

@@ -180,9 +180,11 @@ class Read(Metadata):
 
 def value_error(what: str) -> ConversionError:
     """The refusal of a question for the value of a random variable."""
+    advice = "Choose by torch.where(x > 0, a, b), or leave that part of the model out of the conversion (methods=...)."
+    if "torchdiffeq" in what:
+        advice = "Take a solver whose steps do not depend on it: odeint(..., method='rk4'), or odeint_adjoint."
     return ConversionError(
-        f"{what} asks for the value of a random variable, which has none: the result would depend on a draw. "
-        "Choose by torch.where(x > 0, a, b), or leave that part of the model out of the conversion (methods=...)."
+        f"{what} asks for the value of a random variable, which has none: the result would depend on a draw. {advice}"
     )
 
 
