@@ -42,7 +42,7 @@ def is_surrounding(module: nn.Module, value: Any) -> bool:
             continue
         held = each if isinstance(each, dict) else getattr(each, "__dict__", {})
         within = each if isinstance(each, (list, tuple)) else held.values()
-        for other in within if depth else ():
+        for other in within if depth and len(within) <= _MOST else ():  # not a data set's millions
             if id(other) not in seen and (isinstance(other, (nn.Module, list, tuple, dict)) or hasattr(other, "__dict__")):
                 seen.add(id(other))
                 todo.append((other, depth - 1))
