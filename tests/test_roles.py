@@ -2170,6 +2170,20 @@ class Padded(nn.Module):
         return F.smooth_l1_loss(self.reconstruct(x, mask), x)
 
 
+@pytest.mark.parametrize("name", [name for name in MASKED if name != "weighed"])
+def test_what_is_masked_may_be_a_term_of_a_sum(name: str) -> None:
+    class Residual(Padded):
+        def reconstruct(self, x: Tensor, mask: Tensor) -> Tensor:
+            y = self.decoder(self.encoder(x)[..., :3] + 0.1 * torch.randn_like(x[..., :3]))
+            return self.encoder(y) + MASKED[self.name](y, mask)
+
+    torch.manual_seed(0)
+    vae, x, mask = Residual(name), torch.randn(4, 5, 6), torch.arange(5) < torch.tensor([[2], [3], [5], [1]])
+    inside, given = rvconvert.convert(vae), rvconvert.convert(vae, methods=("reconstruct",), output="distribution")
+    inside(x, mask)
+    assert float(inside.last_penalty) == pytest.approx(float(rvconvert.variance_penalty(given.reconstruct(x, mask))))
+
+
 @pytest.mark.parametrize("name", MASKED)
 def test_what_is_masked_has_no_part_in_l_c(name: str) -> None:
     torch.manual_seed(0)

@@ -130,7 +130,8 @@ class ScoredGraph(DecodedGraph):
     def _is_given(self, node: fx.Node) -> bool:
         """By a layer, its activation included, or by a sum of such."""
         while self.is_activation(node):
-            (node,) = self.values_in(node)
+            values = self.values_in(node)
+            node = values[0] if len(values) == 1 else self.random_in(node)[0]  # beside a mask
         return node in self.random and (self.is_result(node) or self.is_sum(node))
 
     def is_result(self, node: fx.Node) -> bool:
