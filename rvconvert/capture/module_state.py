@@ -75,7 +75,7 @@ def tensors_written(root: nn.Module) -> dict[torch.Tensor, torch.Tensor]:
     Of these the large ones, a whole set of data, are left out.
     """
     modules = [m for m in root.modules() if not isinstance(m, torch.jit.ScriptModule)]
-    held = [value for m in modules for name, value in vars(m).items() if not (_is_torchs(m, name) or is_surrounding(m, value))]
+    held = [value for m in modules for _, value in own_attributes(m, vars(m))]
     plain = [x for x in flatten(held)[0] if type(x) is torch.Tensor and x.layout == torch.strided]
     own = [x for x in plain if x.nbytes <= _LARGEST]
     written = (x for x in (*root.buffers(), *own) if x.layout == torch.strided)
@@ -122,10 +122,16 @@ def _mutables(attributes: dict[nn.Module, dict[str, Any]]) -> list[_Mutable]:
                 visit(module, name, each, depth - 1, in_record)
 
     for module, held in attributes.items():
-        for name, value in held.items():
-            if not _is_torchs(module, name) and not is_surrounding(module, value):
-                visit(module, name, value, _DEPTH)
+        for name, value in own_attributes(module, held):
+            visit(module, name, value, _DEPTH)
     return found
+
+
+def own_attributes(module: nn.Module, held: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Of what a module has ``held``, the model's own: no table of torch's, no trainer that it is held by."""
+    for name, value in held.items():
+        if not _is_torchs(module, name) and not is_surrounding(module, value):
+            yield name, value
 
 
 def _is_torchs(module: nn.Module, name: str) -> bool:

@@ -25,7 +25,7 @@ from rvconvert.capture.graph_calls import (
     set_autocast,
 )
 from rvconvert.capture.intercept import COMMAND_LINE, INTERNAL, Handler, intercepting
-from rvconvert.capture.module_state import Held, is_output
+from rvconvert.capture.module_state import Held, is_output, own_attributes
 from rvconvert.capture.python_state import (
     GENERATORS,
     Place,
@@ -713,9 +713,8 @@ def _plain_tensor_attributes(root: nn.Module) -> dict[int, str]:
                     visit(each, f"{path}.{name}", depth - 1)
 
     for prefix, module in root.named_modules():
-        for name, value in vars(module).items():
-            if name not in ("_parameters", "_buffers", "_modules") and not is_surrounding(module, value):
-                visit(value, f"{prefix}.{name}" if prefix else name, 3)
+        for name, value in own_attributes(module, vars(module)):
+            visit(value, f"{prefix}.{name}" if prefix else name, 3)
     return found
 
 

@@ -115,10 +115,13 @@ class _Assignment(ScoredGraph):
         compared = self.compared()
         edges = self.edges(compared)
         leaves = self.leaves(leaving, compared)
-        if any(edge.at is not None for edge in edges):  # what is kept on the model beside a loss is no output
+        meeting = {edge.value for edge in edges if edge.at is not None}
+        if meeting:  # what is kept on the model beside a loss is no output
             leaves = [n for n in leaves if n in self.returned]
-        candidates = self.candidates(edges, leaves) | {source for source, _ in compared}
-        chosen = self.chosen(candidates, edges, leaves)
+        # Inside, a reconstruction meets an input, or enters a loss where nothing else is decoded.
+        inside = meeting or (set() if leaves else {edge.value for edge in edges})
+        candidates = inside | {source for source, _ in compared}
+        chosen = self.chosen(candidates, meeting, edges, leaves)
         at_mean = {(edge.value, edge.user) for edge in edges if edge.value in candidates}
         for index, source in enumerate(chosen):
             if "shape" not in source.meta:  # means and variances by chunk: what they are cut from is the reconstruction
@@ -164,15 +167,9 @@ class _Assignment(ScoredGraph):
         leaves = [n for n in leaving if n in self.decoded and n not in self.losses and n not in features]
         return self.reconstructions_that_leave(self.without_latents(leaves))
 
-    def candidates(self, edges: list[_Edge], leaves: list[fx.Node]) -> set[fx.Node]:
-        """What may be a reconstruction inside: what meets an input, or what enters a loss where nothing else is decoded."""
-        meeting = {edge.value for edge in edges if edge.at is not None}
-        return meeting or (set() if leaves else {edge.value for edge in edges})
-
-    def chosen(self, candidates: set[fx.Node], edges: list[_Edge], leaves: list[fx.Node]) -> list[fx.Node]:
-        """The reconstructions, in what leaves and in the ``candidates``."""
+    def chosen(self, candidates: set[fx.Node], meeting: set[fx.Node], edges: list[_Edge], leaves: list[fx.Node]) -> list[fx.Node]:
+        """The reconstructions, in what leaves and in the ``candidates``, of which some are ``meeting`` an input."""
         chosen = list(leaves)
-        meeting = {edge.value for edge in edges if edge.at is not None}
         heads = self.heads(edges, leaves)
         for source in (n for n in self.nodes if n in candidates):
             # What leaves may be a copy for a log, without a gradient, or for display of what the loss is made of.

@@ -129,7 +129,7 @@ class ScoredGraph(DecodedGraph):
 
     def _is_given(self, node: fx.Node) -> bool:
         """By a layer, its activation included, or by a sum of such."""
-        while self.is_activation(node):
+        while self.is_activation(node) or self.is_masking(node):
             values = self.values_in(node)
             node = values[0] if len(values) == 1 else self.random_in(node)[0]  # beside a mask
         return node in self.random and (self.is_result(node) or self.is_sum(node))
@@ -145,7 +145,8 @@ class ScoredGraph(DecodedGraph):
         while True:
             whole = self.rescaling(source)
             if whole is None:
-                goes_on = self.is_activation(user) or self.scales(source, user) or self.is_compared_logarithm(user)
+                goes_on = self.is_activation(user) or self.is_masking(user) or self.scales(source, user)
+                goes_on = goes_on or self.is_compared_logarithm(user)
                 if user not in self.scoring or user in self.outputs or not goes_on:
                     return [(source, user)]
                 if len([n for n in source.users if n in self.random]) != 1:
@@ -180,15 +181,17 @@ class ScoredGraph(DecodedGraph):
         return None
 
     def is_activation(self, node: fx.Node) -> bool:
-        """A function of one value and constants that ends a decoder, or a mask that is written into it."""
-        others = [n for n in self.values_in(node) if n not in self.random]
-        if self.rule_name(node) in _MASKING and len(self.random_in(node)) == 1 and all(map(self.compares, others)):
-            return True
+        """A function of one value and constants that ends a decoder."""
         if len(self.values_in(node)) != 1 or self.is_loss(node):
             return False
         name = self.rule_name(node)
         plain = self.is_kind(node, Elementwise, Shape) or name == "softmax"
         return plain and name not in _ERRORS and size_of(node) == size_of(self.values_in(node)[0])
+
+    def is_masking(self, node: fx.Node) -> bool:
+        """Numbers written into one value where a comparison holds, as into padding."""
+        others = [n for n in self.values_in(node) if n not in self.random]
+        return self.rule_name(node) in _MASKING and len(self.random_in(node)) == 1 and all(map(self.compares, others))
 
     def is_compared_logarithm(self, node: fx.Node) -> bool:
         """A logarithm that an input as it is is subtracted from, a log spectrogram, or that is taken for logits."""
