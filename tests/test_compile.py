@@ -1,6 +1,7 @@
 """torch.compile of converted models, and the kernels that compile where that is asked for."""
 
 import copy
+import inspect
 import logging
 
 import pytest
@@ -13,6 +14,7 @@ from torch.nn import functional as F
 import rvconvert
 from rvconvert import RandomVariable
 from rvconvert import moments as gaussian
+from rvconvert.core.registry import REGISTRY
 from rvconvert.moments import compilation
 
 
@@ -124,6 +126,29 @@ def test_operations_of_a_random_variable_compile(function):
     arguments = torch.randn(3, 4), torch.rand(3, 4), torch.randn(3, 4)
     compiled = torch.compile(moments, fullgraph=True, backend="eager")
     torch.testing.assert_close(compiled(*arguments), moments(*arguments))
+
+
+ACTIVATIONS = [kind for rule in REGISTRY for kind in rule.modules if kind.__module__ == "torch.nn.modules.activation"]
+SIZES = {nn.Threshold: (0.1, 0.0)}
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize(
+    "kind", [kind for kind in ACTIVATIONS if kind is not nn.MultiheadAttention], ids=lambda kind: kind.__name__
+)
+def test_a_compiled_activation_gives_what_an_eager_one_gives(kind, inplace):
+    if inplace and "inplace" not in inspect.signature(kind).parameters:
+        pytest.skip("has no in-place form")
+    layer = kind(*SIZES.get(kind, ()), **({"inplace": True} if inplace else {})).eval()
+
+    def moments(mean, var):
+        x = layer(RandomVariable(mean * 2, var))
+        return x.mean, x.var
+
+    torch.manual_seed(0)
+    torch._dynamo.reset()
+    arguments = torch.randn(3, 4, 4), torch.rand(3, 4, 4)
+    torch.testing.assert_close(torch.compile(moments, backend="eager")(*arguments), moments(*arguments))
 
 
 def test_a_matrix_product_inside_a_model_compiles():

@@ -2193,3 +2193,57 @@ def test_what_is_masked_has_no_part_in_l_c(name: str) -> None:
     y = given.reconstruct(x, mask)
     assert not y.var[~mask].any()
     assert float(inside.last_penalty) == pytest.approx(float(rvconvert.variance_penalty(y)))
+
+
+def write_part(y: Tensor) -> Tensor:
+    y = y.clone()
+    y[:, :3] = torch.tanh(y[:, :3])
+    return y
+
+
+IN_PARTS = {
+    "parts": lambda y: torch.cat([torch.tanh(y[:, :4]), torch.sigmoid(y[:, 4:])], 1),
+    "chunk": lambda y: torch.cat([torch.tanh(y.chunk(2, 1)[0]), y.chunk(2, 1)[1]], 1),
+    "columns": lambda y: torch.stack([f(y[:, i]) for i, f in enumerate([torch.tanh, torch.sigmoid] * 3)], 1),
+    "written": write_part,
+    "softmax": lambda y: torch.cat([torch.tanh(y[:, :3]), torch.softmax(y[:, 3:], 1)], 1),
+    "twice": lambda y: torch.relu(torch.cat([torch.tanh(y[:, :4]), y[:, 4:]], 1)),
+}
+
+
+@pytest.mark.parametrize("name", IN_PARTS)
+def test_columns_with_activations_of_their_own_are_one_reconstruction(name: str) -> None:
+    class Tabular(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.encoder, self.decoder = nn.Linear(6, 6), nn.Linear(3, 6)
+
+        def reconstruct(self, x: Tensor) -> Tensor:
+            mu, logvar = self.encoder(x).chunk(2, -1)
+            return IN_PARTS[name](3 * self.decoder(mu + torch.exp(0.5 * logvar) * torch.randn_like(mu)))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return F.mse_loss(self.reconstruct(x), x)
+
+    torch.manual_seed(0)
+    vae, x = Tabular(), torch.rand(8, 6)
+    inside, given = rvconvert.convert(vae), rvconvert.convert(vae, methods=("reconstruct",), output="distribution")
+    inside(x).backward()
+    expected = rvconvert.variance_penalty(given.reconstruct(x))
+    assert float(inside.last_penalty) == pytest.approx(float(expected))
+
+
+@pytest.mark.parametrize("covariance", ["independent", "lowrank"])
+@pytest.mark.parametrize(
+    "joined", [lambda x, y: torch.cat([x, y]), lambda x, y: torch.stack([x, y]), lambda x, y: (x - y).square()]
+)
+def test_a_panel_of_some_images_beside_the_reconstruction_shows_means(joined: Callable[..., Tensor], covariance: str) -> None:
+    vae = VAE(lambda y, x, z, mu, std, self: (y, joined(x[:4], y[:4])), reads=False)
+    x = torch.rand(8, 12)
+    model = rvconvert.convert(vae, covariance=covariance)
+    torch.manual_seed(1)
+    y, panel = model(x)
+    torch.testing.assert_close(panel, joined(x[:4], y[:4]))
+    torch.manual_seed(1)
+    given = rvconvert.convert(vae, covariance=covariance, output="distribution", attach=False)(x)[0]
+    assert float(model.last_penalty) == pytest.approx(float(rvconvert.variance_penalty(given)), rel=1e-5)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import types
 from collections.abc import Callable, Hashable, Iterator, Mapping
@@ -10,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
+import torch.nn.functional as F
 
 from rvconvert.core.mode import MODES
 from rvconvert.core.registry import NAMESPACES, PLAIN, REGISTRY, FunctionTable, Registry, operation_name
@@ -397,6 +399,23 @@ _IN_PLACE = FunctionTable(
 )
 
 
+_PLACES_OF_INPLACE = FunctionTable(
+    {
+        func: list(inspect.signature(func).parameters).index("inplace")
+        for func in vars(F).values()
+        if isinstance(func, types.FunctionType) and "inplace" in inspect.signature(func).parameters
+    }
+)
+
+
+def _by_keyword(
+    func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """``inplace``, always the last argument, by keyword: eager torch hands it on so, torch.compile as it was given."""
+    at = _PLACES_OF_INPLACE.get(func)
+    return (args, kwargs) if at is None or len(args) <= at else (args[:at], {**kwargs, "inplace": args[at]})
+
+
 def is_in_place(func: Callable[..., Any], kwargs: dict[str, Any]) -> bool:
     """True for a call that changes its first argument."""
     return _IN_PLACE.get(func) is not None or kwargs.get("inplace") is True
@@ -427,7 +446,7 @@ def propagate(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str,
     Raises:
         UnsupportedOperationError: no rule serves ``func``.
     """
-    kwargs = _in_torch_names(func, kwargs)
+    args, kwargs = _by_keyword(func, args, _in_torch_names(func, kwargs))
     in_place = is_in_place(func, kwargs)
     target = args[0] if in_place and args else None
     if isinstance(target, RandomVariable):  # the rule sees what the variable was; the variable becomes the result

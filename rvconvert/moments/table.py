@@ -70,16 +70,19 @@ class Grid(NamedTuple):
         numbers = table[0].flatten(1).unbind()
         first, along = _cell(x, self.in_p)
 
-        def between(at: Tensor) -> list[Tensor]:
-            pairs = [[read(number, [each]) for each in (at, at + 1)] for number in numbers]
-            return [a + along * (b - a) for a, b in pairs]
+        def between(at: Tensor, weight: Tensor | None = None) -> list[Tensor]:
+            # What is read is used once: else it would be kept in memory.
+            left, right = 1 - along, along
+            if weight is not None:
+                left, right = left * weight, right * weight
+            return [read(number, [at]) * left + read(number, [at + 1]) * right for number in numbers]
 
         if not self.in_q:
             return tuple(between(first))
         row, across = _cell(y, self.in_q)
         first = first + row * (self.in_p + 1)
-        pairs = zip(between(first), between(first + self.in_p + 1), strict=True)
-        return tuple(a + across * (b - a) for a, b in pairs)
+        pairs = zip(between(first, 1 - across), between(first + self.in_p + 1, across), strict=True)
+        return tuple(a + b for a, b in pairs)
 
     def bilinear(self, table: Tensor, x: Tensor, y: Tensor) -> Sequence[Tensor]:
         """As ``read``; the first number is NaN of NaN."""
@@ -98,7 +101,7 @@ class Grid(NamedTuple):
 def _cell(x: Tensor, cells: int) -> tuple[Tensor, Tensor]:
     """Which one of ``cells`` between -1 and 1, and where in it, from 0 to 1; NaN of NaN."""
     place = ((x + 1) * (cells / 2)).clamp(0, cells)
-    first = place.long().clamp(0, cells - 1)
+    first = place.int().clamp(0, cells - 1)
     return first, place - first
 
 
@@ -257,15 +260,13 @@ class Kernels(NamedTuple):
 def in_images(*arguments: Any) -> tuple[Tensor, ...]:
     """A kernel of tensors in the shape that ``Grid.read`` takes; the last two arguments are the kernel and its constants."""
     *tensors, kernel, constants = arguments
-    shape = tensors[0].shape
-    if torch.compiler.is_compiling():  # for any number of elements, which is not asked for
-        rows = [x.flatten(1)[:, None] if x.ndim > 1 else x.reshape(1, 1, -1) for x in tensors]
-    else:
-        n = tensors[0].numel()
-        shared = tensors[0].is_cpu and n >= _LEAST and n % _IMAGES == 0
-        rows = [x.reshape(_IMAGES if shared else 1, 1, -1) for x in tensors]
-    results = kernel(*rows, *constants)
-    return tuple(x.reshape(shape) for x in results)
+    if torch.compiler.is_compiling():  # reads by indices, in any shape
+        results: tuple[Tensor, ...] = kernel(*tensors, *constants)
+        return results
+    shape, n = tensors[0].shape, tensors[0].numel()
+    shared = tensors[0].is_cpu and n >= _LEAST and n % _IMAGES == 0
+    rows = [x.reshape(_IMAGES if shared else 1, 1, -1) for x in tensors]
+    return tuple(x.reshape(shape) for x in kernel(*rows, *constants))
 
 
 def _gradients(

@@ -208,10 +208,16 @@ class _Assignment(ScoredGraph):
             for value in dict.fromkeys(related)
             if value is not main and value in self.decoded and value not in self.losses and not self.stops_gradient(main, value)
             if self.are_one(value, main)
-            # What is made of the other one's mean has no variance.
-            if not any(value in self.ahead_of(user) for source, user in at_mean if source is main)
             if not any(main in self.ahead_of(user) for source, user in at_mean if source is value)
         ]
+        # What is made of the mean of another one has no variance.
+        made_of_mean = {
+            (value, main)
+            for value, main in pairs
+            for source, user in at_mean
+            if source is not value and (source is main or (source, main) in pairs) and value in self.ahead_of(user)
+        }
+        pairs = [pair for pair in pairs if pair not in made_of_mean]
         found = list(dict(reversed(pairs)).items())
         for main in chosen:
             taken = {main, *(value for value, other in found if other is main)}

@@ -19,6 +19,7 @@ _SUMMING = frozenset("softmax log_softmax logsumexp logaddexp".split())
 _OF_CORRELATIONS = frozenset("cov corrcoef sort msort".split())
 _SUBTRACTING = DIFFERENCES | frozenset("mse_loss l1_loss smooth_l1_loss huber_loss".split())
 _MASKING = WRITES | {"masked_fill", "where"}
+_JOINING = frozenset("cat stack hstack vstack dstack column_stack".split())
 _EVEN = frozenset("pow square abs norm vector_norm huber_loss".split())
 
 
@@ -143,7 +144,7 @@ class ScoredGraph(DecodedGraph):
     def extended(self, source: fx.Node, user: fx.Node) -> list[tuple[fx.Node, fx.Node]]:
         """The edges behind the activations of the last layer, which belong to the reconstruction."""
         while True:
-            whole = self.rescaling(source)
+            whole = self.meeting_again(source)
             if whole is None:
                 goes_on = self.is_activation(user) or self.is_masking(user) or self.scales(source, user)
                 goes_on = goes_on or self.is_compared_logarithm(user)
@@ -153,9 +154,37 @@ class ScoredGraph(DecodedGraph):
                     return [(source, user)]
                 whole = user
             following = [n for n in whole.users if n in self.random]
-            if len(following) != 1 and self.rescaling(whole) is None:
+            if len(following) != 1 and self.meeting_again(whole) is None:
                 return [(whole, each) for each in following if not self.decodes(each)]
             source, user = whole, following[0]
+
+    def meeting_again(self, source: fx.Node) -> fx.Node | None:
+        """Where all that is made of ``source`` is one value of its size."""
+        return self.rescaling(source) or self.put_together(source)
+
+    def put_together(self, source: fx.Node) -> fx.Node | None:
+        """Where parts of ``source``, each with an activation of its own, are joined again: columns of a table."""
+        users = {n for n in source.users if n in self.random}
+        for node in self.nodes:
+            joins = self.rule_name(node) in _JOINING | WRITES and size_of(node) == size_of(source)
+            if not joins or node not in self.scoring or node in self.outputs:
+                continue
+            way = set(self.between(source, node))
+            others = {n for each in way for n in each.all_input_nodes if n in self.random} - way - {source}
+            gone_on = {user for each in way - {node} for user in each.users if user in self.random and user.users}
+            if users and users | gone_on <= way and not others and all(map(self.is_part, way)):
+                return node
+        return None
+
+    def is_part(self, node: fx.Node) -> bool:
+        """A part, an activation of one, or parts joined."""
+        name = self.rule_name(node)
+        of_one = name not in _ERRORS and not self.is_loss(node) and len(self.values_in(node)) == 1
+        return (
+            name in _JOINING | WRITES
+            or self.is_kind(node, Shape)
+            or (of_one and (self.is_kind(node, Elementwise) or name == "softmax"))
+        )
 
     def rescaling(self, source: fx.Node) -> fx.Node | None:
         """The end of a normalisation written out, ``y / y.sum(1, keepdim=True)``: all that is made of ``source`` meets there."""
