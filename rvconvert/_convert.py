@@ -133,6 +133,11 @@ def _check_methods(module: nn.Module, options: Options) -> None:
             )
         if not callable(getattr(type(module), name, None)):
             raise ConversionError(f"methods: {type(module).__name__} has no method {name!r}")
+        if isinstance(inspect.getattr_static(type(module), name), staticmethod):
+            raise ConversionError(
+                f"methods: {type(module).__name__}.{name} is a staticmethod, which has no layers; leave it out, and what "
+                "calls it is converted with it"
+            )
     if not options.random_inputs:
         return
     for name in options.methods:

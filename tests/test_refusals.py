@@ -200,6 +200,26 @@ class _LossThatDraws(nn.Module):
         return (self.decoder(self.reparameterize(mu, logvar)) - x).square().mean()
 
 
+def test_a_static_method_is_not_offered_and_told_to_be_left_out():
+    class Static(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(4, 4)
+
+        @staticmethod
+        def divergence(mean):
+            return mean.square().sum()
+
+        def forward(self, x):
+            return self.layer(x), self.divergence(x)
+
+    with pytest.raises(ConversionError) as refused:
+        rvconvert.convert(Static(), example_inputs=torch.rand(2, 4))
+    assert "divergence" not in str(refused.value)
+    with pytest.raises(ConversionError, match=r"Static.divergence is a staticmethod.*leave it out"):
+        rvconvert.convert(Static(), methods=("forward", "divergence"))
+
+
 def test_of_other_methods_those_that_draw_are_named_the_one_that_goes_on_first():
     with pytest.raises(rvconvert.ConversionError) as refused:
         rvconvert.convert(_LossThatDraws())(torch.randn(3, 10))

@@ -80,7 +80,7 @@ def _nothing_to_convert(
     elif any(isinstance(module, torch.jit.ScriptModule) for module in model.modules()):
         reason += ", and a scripted module in it has no Python to look into: use the nn.Module that it was made of"
     own = {} if plain_class.__module__.startswith("torch.") else vars(plain_class)
-    functions = [m for m in own if inspect.isfunction(getattr(plain_class, m))]
+    functions = [m for m, held in own.items() if inspect.isfunction(held)]  # no static ones, which have no layers
     others = [m for m in functions if m[0] != "_" and m != name]
     reached = {m: _reached(plain_class, m) for m in others}
     # Those that draw, and of these the ones that go on from there: a loss, not the reparameterization.
