@@ -464,3 +464,33 @@ def test_a_law_of_constant_shape_is_a_latent_that_is_not_drawn(law, mode):
     assert torch.equal(first.var, second.var)
     assert float(first.var.mean()) == pytest.approx(float(draws.var(0).mean()), rel=0.35)
     assert ((first.mean - draws.mean(0)).abs() < 0.35 * draws.std(0)).all()
+
+
+VARIANCES = {  # of a draw whose scale is 1
+    "StudentT 3": (lambda loc, scale: D.StudentT(3.0, loc, scale), 3.0),
+    "StudentT 10": (lambda loc, scale: D.StudentT(10.0, loc, scale), 1.25),
+    "InverseGamma": (lambda loc, scale: D.InverseGamma(torch.full_like(scale, 5.0), scale), 1 / 48),
+}
+
+
+@pytest.mark.parametrize("law", VARIANCES)
+def test_a_function_of_a_gamma_draw_has_the_variance_of_its_law(law):
+    class Linear(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.encoder, self.decoder = nn.Linear(10, 8), nn.Linear(4, 10)
+
+        def forward(self, x: Tensor) -> Tensor:
+            loc, scale = self.encoder(x).chunk(2, 1)
+            return self.decoder(VARIANCES[law][0](loc, F.softplus(scale)).rsample())
+
+    torch.manual_seed(0)
+    vae, x = Linear(), torch.randn(6, 10)
+    model = rvconvert.convert(vae, output="distribution", attach=False)
+    y = model(x)
+    scale = F.softplus(vae.encoder(x)[:, 4:])
+    expected = scale.square() * VARIANCES[law][1] @ vae.decoder.weight.square().t()
+    torch.testing.assert_close(y.var, expected, rtol=5e-3, atol=0.0)
+    (given,) = torch.autograd.grad(y.var.sum(), model.encoder.weight)
+    (by_hand,) = torch.autograd.grad(expected.sum(), vae.encoder.weight)
+    torch.testing.assert_close(given, by_hand, rtol=1e-2, atol=1e-4)

@@ -67,10 +67,18 @@ def set_autocast(state: AutocastState) -> None:
 
 def rewritten(base: Any, written: Any) -> Any:
     """What ``base`` is once a detached alias of it was written: what was written, with its own gradient."""
-    if isinstance(base, RandomVariable) and isinstance(written, RandomVariable) and not base.precedence:
+    random = isinstance(base, RandomVariable) and isinstance(written, RandomVariable)
+    if random and not base.precedence and not _has_law(base):  # else one draw of that law, in both
         mean, var = base.mean, base.var
         return base.with_moments(mean + (written.mean - mean).detach(), var + (written.var - var).detach())
     return base + (written - base).detach()
+
+
+def _has_law(x: RandomVariable) -> bool:
+    """A function of a draw that is not Gaussian."""
+    while x.origin is not None:
+        x = x.origin.parent
+    return x.density is not None
 
 
 def assign_mean(target: torch.Tensor, value: Any) -> None:
