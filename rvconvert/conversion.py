@@ -221,7 +221,7 @@ class Conversion:
 
     def warn_of_no_call(self, model: nn.Module) -> None:
         """Say once that the model is trained and nothing called a converted method."""
-        if not self.calls and any(p.grad is not None for p in model.parameters()):
+        if not self.calls and self.last_penalty is None and any(p.grad is not None for p in model.parameters()):
             self.warn(
                 "never called",
                 f"{self.plain_class.__name__} has gradients, but its converted {' and '.join(self.options.methods)} was never "

@@ -81,6 +81,13 @@ def test_training_compiles_whole_and_once():
     torch.testing.assert_close(copied(x), eager(x))
 
 
+def test_what_only_a_compiled_loop_calls_was_called(recwarn):
+    model, x = model_and_data()
+    train_step(torch.compile(model, backend="eager"), model, x)
+    model.state_dict()
+    assert not [each for each in recwarn if "never called" in str(each.message)]
+
+
 @pytest.mark.parametrize("covariance", ["independent", "calibrated"])
 def test_a_model_that_was_never_called_compiles_after_its_first_call(covariance):
     model, x = model_and_data(covariance=covariance)
