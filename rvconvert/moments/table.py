@@ -101,7 +101,7 @@ class Grid(NamedTuple):
 def _cell(x: Tensor, cells: int) -> tuple[Tensor, Tensor]:
     """Which one of ``cells`` between -1 and 1, and where in it, from 0 to 1; NaN of NaN."""
     place = ((x + 1) * (cells / 2)).clamp(0, cells)
-    first = place.int().clamp(0, cells - 1)
+    first = place.long().clamp(0, cells - 1)
     return first, place - first
 
 
