@@ -178,13 +178,7 @@ class ScoredGraph(DecodedGraph):
 
     def is_part(self, node: fx.Node) -> bool:
         """A part, an activation of one, or parts joined."""
-        name = self.rule_name(node)
-        of_one = name not in _ERRORS and not self.is_loss(node) and len(self.values_in(node)) == 1
-        return (
-            name in _JOINING | WRITES
-            or self.is_kind(node, Shape)
-            or (of_one and (self.is_kind(node, Elementwise) or name == "softmax"))
-        )
+        return self.rule_name(node) in _JOINING | WRITES or self.is_kind(node, Shape) or self.is_activation(node)
 
     def rescaling(self, source: fx.Node) -> fx.Node | None:
         """The end of a normalisation written out, ``y / y.sum(1, keepdim=True)``: all that is made of ``source`` meets there."""
