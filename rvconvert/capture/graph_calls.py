@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from rvconvert.core.random_variable import RandomVariable, Settings, in_settings, propagate, random_variables
+from rvconvert.rules.kinds import under_law
 
 
 def call_by_rule(settings: Settings, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -68,17 +69,11 @@ def set_autocast(state: AutocastState) -> None:
 def rewritten(base: Any, written: Any) -> Any:
     """What ``base`` is once a detached alias of it was written: what was written, with its own gradient."""
     random = isinstance(base, RandomVariable) and isinstance(written, RandomVariable)
-    if random and not base.precedence and not _has_law(base):  # else one draw of that law, in both
+    of_a_draw = random and under_law(torch.sub, (written, base), {}) is not None  # that is not Gaussian: one draw, in both
+    if random and not base.precedence and not of_a_draw:
         mean, var = base.mean, base.var
         return base.with_moments(mean + (written.mean - mean).detach(), var + (written.var - var).detach())
     return base + (written - base).detach()
-
-
-def _has_law(x: RandomVariable) -> bool:
-    """A function of a draw that is not Gaussian."""
-    while x.origin is not None:
-        x = x.origin.parent
-    return x.density is not None
 
 
 def assign_mean(target: torch.Tensor, value: Any) -> None:
