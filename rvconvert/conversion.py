@@ -21,7 +21,7 @@ from rvconvert.calibration import renew
 from rvconvert.capture import intercept
 from rvconvert.capture.graph_calls import autocast_state, set_autocast
 from rvconvert.capture.module_state import put_back, tensors_written, unchanged
-from rvconvert.capture.python_state import Place, is_opaque, read_now, unused_arguments
+from rvconvert.capture.python_state import Closure, Place, is_opaque, read_now, unused_arguments
 from rvconvert.capture.recorder import own_copies, record
 from rvconvert.capture.replay import each_mode, replay_differs
 from rvconvert.core.random_variable import RandomVariable, random_variables
@@ -340,6 +340,8 @@ class Conversion:
 
     def owner(self, place: Place, model: nn.Module) -> str:
         """What stands before the name of a place in a message."""
+        if isinstance(place.owner, Closure):
+            return ""
         if isinstance(place.owner, str):
             return f"{place.owner}."
         module = _modules_of(model)[place.owner]

@@ -2,8 +2,11 @@
 
 import argparse
 import collections
+import cProfile
 import functools
+import operator
 import random
+import sys
 import types
 import warnings
 
@@ -22,6 +25,32 @@ WEIGHTS = {"beta": 0.0}
 SCHEDULE = np.zeros(3, dtype=np.float32)
 
 
+HELPED = {"beta": 0.0}
+settings = sys.modules["settings_of_a_script"] = types.ModuleType("settings_of_a_script")
+settings.beta = 0.0
+
+
+def weight_by_a_helper():
+    return HELPED["beta"] + settings.beta
+
+
+def closures():
+    """A function of a variable that it closes over, one that calls another such function, and what sets both."""
+    beta, held = 0.0, {"beta": 0.0}
+
+    def assigned(value):
+        nonlocal beta
+        beta = value
+
+    def inner():
+        return held["beta"]
+
+    return lambda: beta, lambda: 1 * inner(), assigned, held
+
+
+ENCLOSED, ENCLOSED_TWICE, enclose, ENCLOSED_HELD = closures()
+
+
 class CONFIGURATION:
     """As people write one."""
 
@@ -37,6 +66,9 @@ class Slotted:
         self.beta = 0.0
 
     def __call__(self):
+        return self.beta
+
+    def read(self):
         return self.beta
 
 
@@ -72,12 +104,15 @@ class Annealed(VAE):
         self.of_numpy, self.array, self.slotted = np.float32(0), np.zeros(2), Slotted()
         self.long, self.chosen = [0.0] * 100, {0.0}
         self.times = 0
+        self.encoder.shift = 0.0
+        self.bound, self.partial = Slotted().read, functools.partial(operator.getitem, {"beta": 0.0}, "beta")
 
     def forward(self, x):
         y = self.reconstruct(x)
         total = self.of_the_class + self.of_the_model + self.held["beta"] + self.config.schedule.beta + BETA
         total = total + ARGUMENTS.beta + WEIGHTS["beta"] + CONFIGURATION.beta + SCHEDULE[1]
         total = total + self.of_numpy + self.array[1] + self.slotted() + self.long[80] + sum(self.chosen)
+        total = total + weight_by_a_helper() + ENCLOSED() + ENCLOSED_TWICE() + self.bound() + self.partial() + self.encoder.shift
         for _ in range(self.times):
             total = total + 1
         if self.of_the_model > 100:
@@ -142,6 +177,10 @@ def of_a_set(model, value):
     model.chosen.add(value)
 
 
+def of_a_partial(model, value):
+    model.partial.args[0]["beta"] = value
+
+
 def times(model, value):
     model.times = int(value)
 
@@ -163,6 +202,13 @@ WAYS = {
     "slots": of_slots,
     "long list": of_a_long_list,
     "set": of_a_set,
+    "helper's global": lambda model, value: HELPED.update(beta=value),
+    "imported module": lambda model, value: setattr(settings, "beta", value),
+    "enclosed variable": lambda model, value: enclose(value),
+    "enclosed dict of a helper": lambda model, value: ENCLOSED_HELD.update(beta=value),
+    "bound method": lambda model, value: setattr(model.bound.__self__, "beta", value),
+    "partial": of_a_partial,
+    "torch layer": lambda model, value: setattr(model.encoder, "shift", value),
 }
 
 
@@ -178,6 +224,41 @@ def test_a_number_of_python_that_changes_between_calls_is_read_anew(way, mode):
             WAYS[way](model, value)
             assert float(model(x)) == pytest.approx(free + value, rel=1e-4)
     assert len(rvconvert.converted.conversion_of(model).programs) <= 4  # one for each value, found again
+
+
+@pytest.mark.parametrize("profiled", [False, True])
+def test_a_variable_of_a_function_that_forward_makes_costs_no_recording(profiled):
+    class Inner(VAE):
+        def forward(self, x):
+            scales = []
+
+            def scaled(h):
+                scales.append(len(scales) + 1)
+                return h * scales[-1]
+
+            return scaled(scaled(self.reconstruct(x)))
+
+    x, rv, seen = torch.rand(5, 6), rvconvert.convert(Inner()), []
+    profiler = lambda frame, event, argument: seen.append(frame.f_code.co_name)  # noqa: E731
+    sys.setprofile(profiler if profiled else None)
+    try:
+        for _ in range(3):
+            rv(x)
+        assert sys.getprofile() is (profiler if profiled else None)
+    finally:
+        sys.setprofile(None)
+    assert len(rvconvert.converted.conversion_of(rv).programs) == 1
+    assert ("scaled" in seen) == profiled
+
+
+def test_a_model_is_converted_under_cprofile():
+    profile, rv = cProfile.Profile(), rvconvert.convert(Annealed()).eval()
+    profile.enable()
+    try:
+        rv(torch.rand(5, 6))
+    finally:
+        profile.disable()
+    assert any("torch" in str(each.code) for each in profile.getstats())
 
 
 def test_a_branch_by_such_a_number_is_taken():

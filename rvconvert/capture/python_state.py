@@ -1,4 +1,4 @@
-"""What a recording takes from Python: plain attributes of the model's modules and plain globals, by name.
+"""What a recording takes from Python: plain attributes of the model's modules, globals and enclosing variables, by name.
 
 A recording holds them as constants, so it serves while they are as they were: an annealed ``self.beta``, a flag, a schedule's
 step. ``read_now`` gives them as they are, as part of the key that a recording is found by.
@@ -7,8 +7,11 @@ step. ``read_now`` gives them as they are, as part of the key that a recording i
 from __future__ import annotations
 
 import collections
+import contextlib
 import dis
 import functools
+import gc
+import itertools
 import random
 import sys
 import types
@@ -18,16 +21,18 @@ import numpy as np
 import torch
 from torch import nn
 
+from rvconvert.capture.surroundings import is_installed
 from rvconvert.core.tree import fields_of
 
 if TYPE_CHECKING:
-    from collections.abc import Hashable, Iterable, Sequence
+    from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 
 __all__ = [
     "GENERATORS",
+    "Closure",
     "Place",
-    "globals_of",
-    "globals_of_classes",
+    "ReadByName",
+    "following",
     "is_opaque",
     "is_watched",
     "random_state",
@@ -37,40 +42,55 @@ __all__ = [
 ]
 
 _PLAIN = (bool, int, float, complex, str, bytes, torch.dtype, torch.device, type(None))
-_NEVER = frozenset(vars(nn.Module())) | {"training", "T_destination", "dump_patches", "call_super_init"}
-_OPAQUE = (
-    torch.Tensor, nn.Module, type, types.ModuleType, types.FunctionType, types.BuiltinFunctionType, types.MethodType,
-)  # fmt: skip
+_NEVER = frozenset(vars(nn.Module())) | {
+    "training", "T_destination", "dump_patches", "call_super_init", "_compiled_call_impl",
+}  # fmt: skip
+_OPAQUE = (torch.Tensor, nn.Module, type, types.ModuleType, types.FunctionType, types.BuiltinFunctionType)
 _CONTAINERS = (list, tuple, dict, set, frozenset, collections.deque)
 _MOST = 256  # entries of a container, fields of an object that are looked at one by one
 _LARGEST = 1 << 14  # entries that are hashed, bytes of an array that are compared: of what is larger it is the object that counts
 GENERATORS = (np.random.Generator, np.random.RandomState, random.Random)
 
 
-class Place(NamedTuple):
-    """A name in Python: of the n-th of the model's modules, or of a module of Python's."""
+class Closure(NamedTuple):
+    """Where functions keep a variable that they close over; cells compare by what is in them, and have no hash."""
 
-    owner: int | str
+    cell: types.CellType
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Closure) and other.cell is self.cell
+
+    def __hash__(self) -> int:
+        return id(self.cell)
+
+
+class Place(NamedTuple):
+    """A name in Python: of the n-th of the model's modules, of a module of Python's, of a variable that functions close over."""
+
+    owner: int | str | Closure
     name: str
 
 
-def is_watched(module: nn.Module, name: str, value: Any) -> bool:
-    """True if an attribute that a method read is to be compared at later calls."""
-    if name in _NEVER or name.startswith("__") or type(module).__module__.startswith("torch."):
+def is_watched(module: nn.Module, name: str, value: Any, reader: types.FrameType) -> bool:
+    """True if an attribute that a method read is to be compared at later calls; torch reads its own layers at each."""
+    if name in _NEVER or name.startswith("__"):
         return False
-    return not is_opaque(value)
+    of_torch = type(module).__module__.startswith("torch.") and str(reader.f_globals.get("__name__")).startswith("torch.")
+    return not of_torch and not is_opaque(value)
 
 
 def is_opaque(value: Any) -> bool:
     """True for what a recording sees by itself, or what holds no values: tensors, modules, classes, functions."""
+    if isinstance(value, (types.MethodType, functools.partial)):
+        return all(is_opaque(each) for each in _carried(value))
     return isinstance(value, _OPAQUE) or (callable(value) and type(value).__module__.partition(".")[0] in ("torch", "functools"))
 
 
-@functools.lru_cache(maxsize=1024)
-def globals_read(code: types.CodeType) -> tuple[str, ...]:
-    """The names of globals that a function's own code reads."""
-    read = (each.argval for each in dis.get_instructions(code) if each.opname in ("LOAD_GLOBAL", "LOAD_NAME"))
-    return tuple(dict.fromkeys(name for name in read if not name.startswith("__")))
+def _carried(value: types.MethodType | functools.partial[Any]) -> tuple[Any, ...]:
+    """What a function that is bound to an object, or to some of its arguments, brings with it."""
+    if isinstance(value, types.MethodType):
+        return (value.__self__,)
+    return (value.func, *value.args, *value.keywords.values())
 
 
 def unused_arguments(function: Any) -> frozenset[str]:
@@ -85,24 +105,97 @@ def unused_arguments(function: Any) -> frozenset[str]:
     return frozenset(arguments) - {name for names in named for name in names if isinstance(name, str)} - {*code.co_cellvars}
 
 
-def globals_of(scope: dict[str, Any], code: types.CodeType) -> list[Place]:
-    """Values that a function reads among the globals of its module; of classes those that hold a configuration."""
+class ReadByName:
+    """What the model's own code reads by name while it runs, of every function as it is called, with the values of then."""
+
+    def __init__(self, is_own: Callable[[types.FrameType], bool], is_recorded: Callable[[], bool]) -> None:
+        self.is_own, self.is_recorded = is_own, is_recorded  # hooks and the insides of layers run at every call
+        self.values: dict[Place, Hashable] = {}
+        self.codes: set[types.CodeType] = set()
+        self.within: set[Any] = set()  # code of functions that are made in the run, of its own variables
+
+    def __call__(self, frame: types.FrameType, event: str, argument: Any) -> None:
+        if event != "call" or frame.f_code in self.codes or not self.is_recorded():
+            return
+        code = frame.f_code
+        self.codes.add(code)
+        self.within.update(each for each in code.co_consts if isinstance(each, types.CodeType))
+        if self.is_own(frame):
+            self.note(_globals_of(frame.f_globals, code))
+            if code not in self.within and set(code.co_freevars) - {"__class__"}:
+                self.note(_cells_of(code))
+
+    def note(self, places: Iterable[Place]) -> None:
+        """Places and what is there, if not noted before."""
+        for place in places:
+            if place not in self.values:
+                self.values[place] = read_now((place,), ())[0]
+
+    def draws(self) -> bool:
+        """A generator of random numbers is among what was read."""
+        return any(isinstance(_value(place, ()), GENERATORS) for place in self.values)
+
+    def changed(self) -> list[Place]:
+        """What is no longer as it was when it was read first."""
+        return [place for place, was in self.values.items() if read_now((place,), ())[0] != was]
+
+
+@contextlib.contextmanager
+def following(read: ReadByName) -> Iterator[None]:
+    """Within, in this thread: ``read`` is told of every function that is called, and so is a profiler that was at work."""
+    outer: Any = sys.getprofile()
+    pauses = hasattr(outer, "disable")  # cProfile, which is no function, before Python 3.12
+
+    def call(frame: types.FrameType, event: str, argument: Any) -> None:
+        read(frame, event, argument)
+        outer(frame, event, argument)
+
+    if pauses:
+        outer.disable()
+    sys.setprofile(read if pauses or outer is None else call)
+    try:
+        yield
+    finally:
+        sys.setprofile(None if pauses else outer)
+        if pauses:
+            outer.enable()
+
+
+def _globals_of(scope: dict[str, Any], code: types.CodeType) -> list[Place]:
+    """Values that a function reads among the globals of its module, and on modules of the person's that it has imported."""
     owner = scope.get("__name__")
     module = sys.modules.get(owner) if isinstance(owner, str) else None
     if module is None or vars(module) is not scope:
         return []
-    return [Place(str(owner), name) for name in globals_read(code) if name in scope and _holds_values(scope[name])]
+    found = []
+    for name, attribute in _globals_read(code):
+        value = scope.get(name)
+        if isinstance(value, types.ModuleType) and not is_installed(value.__name__.partition(".")[0]):
+            found.append(Place(value.__name__, attribute))
+        elif name in scope:
+            found.append(Place(str(owner), name))
+    return [place for place in found if _holds_values(_value(place, ()))]
 
 
-def globals_of_classes(root: nn.Module) -> tuple[Place, ...]:
-    """Values that the code of a model's own classes reads among globals."""
-    found: dict[Place, None] = {}
-    for kind in {each for module in root.modules() for each in type(module).__mro__}:
-        if not kind.__module__.startswith(("torch.", "builtins")):
-            for function in vars(kind).values():
-                if isinstance(function, types.FunctionType):
-                    found |= dict.fromkeys(globals_of(function.__globals__, function.__code__))
+@functools.lru_cache(maxsize=1024)
+def _globals_read(code: types.CodeType) -> tuple[tuple[str, str], ...]:
+    """The names of globals that a function's own code reads, each with the attribute that it takes of it."""
+    found: dict[tuple[str, str], None] = {}
+    for each, after in itertools.pairwise(dis.get_instructions(code)):  # a function ends by what is no name
+        if each.opname in ("LOAD_GLOBAL", "LOAD_NAME") and not each.argval.startswith("__"):
+            found[each.argval, after.argval if after.opname in ("LOAD_ATTR", "LOAD_METHOD") else ""] = None
     return tuple(found)
+
+
+def _cells_of(code: types.CodeType) -> list[Place]:
+    """The variables that functions of this code close over."""
+    functions = [each for each in gc.get_referrers(code) if isinstance(each, types.FunctionType)]
+    return [
+        Place(Closure(cell), name)
+        for function in functions
+        for name, cell in zip(code.co_freevars, function.__closure__ or (), strict=True)
+        if name != "__class__" and not is_opaque(_content(cell))
+    ]
 
 
 def _holds_values(value: Any) -> bool:
@@ -113,11 +206,21 @@ def _holds_values(value: Any) -> bool:
 
 def read_now(places: Iterable[Place], modules: Sequence[nn.Module]) -> tuple[Hashable, ...]:
     """The values of ``places``; of what is not plain, its type, its length, and what is plain in it."""
-    found: list[Hashable] = []
-    for owner, name in places:
-        holder = modules[owner] if isinstance(owner, int) else sys.modules.get(owner)
-        found.append(_snapshot(getattr(holder, name, None), 3))
-    return tuple(found)
+    return tuple([_snapshot(_value(place, modules), 3) for place in places])
+
+
+def _value(place: Place, modules: Sequence[nn.Module]) -> Any:
+    owner, name = place
+    if isinstance(owner, Closure):
+        return _content(owner.cell)
+    return getattr(modules[owner] if isinstance(owner, int) else sys.modules.get(owner), name, None)
+
+
+def _content(cell: types.CellType) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:  # it has none yet
+        return None
 
 
 def _snapshot(value: Any, depth: int) -> Hashable:
@@ -139,6 +242,8 @@ def _snapshot(value: Any, depth: int) -> Hashable:
         return (kind, tuple(_snapshot(v, depth - 1) for v in value))
     if not depth or (is_opaque(value) and not isinstance(value, type)):
         return (kind,)
+    if isinstance(value, (types.MethodType, functools.partial)):
+        return (kind, tuple(_snapshot(each, depth) for each in _carried(value)))
     fields = _fields(value)
     return (kind, tuple((k, _snapshot(v, depth - 1)) for k, v in fields.items())) if len(fields) <= _MOST else (kind, id(value))
 

@@ -29,11 +29,10 @@ from rvconvert.capture.module_state import Held, is_output, own_attributes
 from rvconvert.capture.python_state import (
     GENERATORS,
     Place,
-    globals_of,
-    globals_of_classes,
+    ReadByName,
+    following,
     is_watched,
     random_state,
-    read_now,
 )
 from rvconvert.capture.recording import Kept, Recording
 from rvconvert.capture.surroundings import is_log, is_surrounding, reads_its_own
@@ -82,6 +81,12 @@ def _is_internal(frame: types.FrameType) -> bool:
     return filename.startswith("<") or (filename.startswith(INTERNAL) and not filename.startswith(COMMAND_LINE))
 
 
+def _is_of_the_model(frame: types.FrameType) -> bool:
+    """True for code whose globals the model's values may depend on: not Python's own, nor NumPy's."""
+    package = str(frame.f_globals.get("__name__", "")).partition(".")[0]
+    return not _is_internal(frame) and package != "numpy" and package not in sys.stdlib_module_names
+
+
 def where(frame: types.FrameType | None) -> tuple[str, str]:
     """``file:line`` and the source line of a frame."""
     if frame is None:
@@ -107,7 +112,6 @@ class _Recorder(TorchFunctionMode, Handler):
         self.views: dict[int, tuple[torch.Tensor, Any]] = {}  # what a view was indexed from, and by what
         self.paths = {id(module): path for path, module in root.named_modules(remove_duplicate=True)}
         self.numbers = {id(module): number for number, module in enumerate(root.modules())}
-        self.codes: set[types.CodeType] = set()
         self.tensors = {id(t): path for path, t in [*root.named_parameters(), *root.named_buffers()]}
         self.parameters = {_storage(p) for p in root.parameters()} - {None}
         self.attributes = _plain_tensor_attributes(root)
@@ -212,16 +216,7 @@ class _Recorder(TorchFunctionMode, Handler):
             self.graph.call_function(set_autocast, (now,)).meta["mutates"] = True
             self.recording.sets_autocast = True
         node = self.graph.create_node(op, target, args, kwargs)
-        frame = user_frame()
-        node.meta["where"], node.meta["source"] = where(frame)
-        while frame is not None and frame.f_code is not record.__code__:
-            if frame.f_code not in self.codes and not _is_internal(frame):
-                found = globals_of(frame.f_globals, frame.f_code)
-                self.recording.places |= dict.fromkeys(found)
-                if any(isinstance(frame.f_globals[place.name], GENERATORS) for place in found):
-                    self.recording.once.append(f"Python draws random numbers of its own: {self.line()}")
-            self.codes.add(frame.f_code)
-            frame = frame.f_back
+        node.meta["where"], node.meta["source"] = where(user_frame())
         node.meta["module"] = self.stack[-1] if self.stack else ""
         return node
 
@@ -611,7 +606,8 @@ class _Recorder(TorchFunctionMode, Handler):
             return value
         if is_log(module, name):
             return functools.partial(self.says, self.paths[id(module)], name)
-        if is_watched(module, name, value) and not (reads_its_own(sys._getframe(2), value) and is_surrounding(module, value)):
+        reader = sys._getframe(2)
+        if is_watched(module, name, value, reader) and not (reads_its_own(reader, value) and is_surrounding(module, value)):
             self.recording.places[Place(number, name)] = None
             if isinstance(value, GENERATORS):
                 self.recording.once.append(f"Python draws random numbers of its own: {self.line()}")
@@ -763,15 +759,15 @@ def _recorded(
         values.append(leaf)
         recorder.track(leaf, node)
     args, kwargs = structure.build(iter(values))
-    drawn, read = random_state(), globals_of_classes(root)
-    values_read = read_now(read, ())
-    with intercepting(recorder), recorder:
+    drawn, read = random_state(), ReadByName(_is_of_the_model, lambda: recorder.leaf is None)
+    with intercepting(recorder), recorder, following(read):
         result = method(*args, **kwargs)
+    recording.places |= dict.fromkeys(read.values)
     if random_state() != drawn:
         recording.once.append("Python draws random numbers of its own, by random or numpy.random")
-    for place, was, now in zip(read, values_read, read_now(read, ()), strict=True):
-        if was != now:
-            recording.once.append(f"the method changes {place.owner}.{place.name}")
+    if read.draws():
+        recording.once.append("Python draws random numbers of its own, by a generator among its globals")
+    recording.once += [f"the method changes {place.name}" for place in read.changed()]
     containers = [isinstance(given, (dict, list)) and given is result for given in (*args, *kwargs.values())]
     recording.returned = containers.index(True) if any(containers) else None
     recording.builds = any(id(p) not in recorder.tensors for p in root.parameters())

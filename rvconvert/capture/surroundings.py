@@ -24,9 +24,9 @@ def _package(value: Any) -> str:
 
 
 def is_installed(package: str) -> bool:
-    """True for a package that was installed, not written beside the model."""
+    """True for a package that was installed, or came with Python; not for what is written beside the model."""
     path = str(getattr(sys.modules.get(package), "__file__", ""))
-    return "site-packages" in path or "dist-packages" in path
+    return package in sys.stdlib_module_names or "site-packages" in path or "dist-packages" in path
 
 
 def is_surrounding(module: nn.Module, value: Any) -> bool:
