@@ -21,7 +21,7 @@ from rvconvert.calibration import renew
 from rvconvert.capture import intercept
 from rvconvert.capture.graph_calls import autocast_state, set_autocast
 from rvconvert.capture.module_state import put_back, tensors_written, unchanged
-from rvconvert.capture.python_state import Closure, Place, is_opaque, read_now, unused_arguments
+from rvconvert.capture.python_state import Closure, Moving, Place, is_opaque, read_now, unused_arguments
 from rvconvert.capture.recorder import own_copies, record
 from rvconvert.capture.replay import each_mode, replay_differs
 from rvconvert.core.random_variable import RandomVariable, random_variables
@@ -79,6 +79,7 @@ class Examined:
     report: Any
     refusal: ConversionError | None = None
     again: bool = False
+    moving: frozenset[Place] = frozenset()  # attributes that the graph reads, whatever they are
 
 
 class Conversion:
@@ -93,6 +94,8 @@ class Conversion:
         self.once: set[Any] = set()  # kinds of call that are recorded each time
         self.places: dict[Any, tuple[Place, ...]] = {}  # what Python holds that a kind of call depends on
         self.recordings: Counter[Any] = Counter()  # of a kind of call
+        self.moving: dict[Any, frozenset[Place]] = {}  # attributes that change between such calls, and are read at each
+        self.still: set[Place] = set()  # those by which Python decides, which are part of what a call depends on
         self.constants = types.SimpleNamespace()
         self.latents: set[str] = set()  # places, "file:line", of the draws that became random variables
         self.checked: dict[tuple[str, str], list[str]] = {}  # graphs that replayed equal to eager
@@ -338,6 +341,24 @@ class Conversion:
                     "argument that is a tensor",
                 )
 
+    def moving_now(self, situation: Any, model: nn.Module) -> frozenset[Place]:
+        """Attributes that are other floats than they were at the last recording, or that have been so before."""
+        last = next((key[-1] for key in reversed(self.programs) if key[:-3] == situation), ())
+        changed = {
+            place
+            for place, was, now in zip(self.places.get(situation, ()), last, self.state(situation, model), strict=False)
+            if was != now and was[0] is now[0] is float and isinstance(place.owner, int)
+        }
+        return (self.moving.get(situation, frozenset()) | changed) - self.still
+
+    def let_move(self, situation: Any, moving: frozenset[Place]) -> None:
+        """Compare these no more: programs of before hold them as constants."""
+        if moving != self.moving.get(situation, frozenset()):
+            self.moving[situation] = moving
+            self.places[situation] = tuple(place for place in self.places[situation] if place not in moving)
+            for key in [key for key in self.programs if key[:-3] == situation]:
+                del self.programs[key]
+
     def owner(self, place: Place, model: nn.Module) -> str:
         """What stands before the name of a place in a message."""
         if isinstance(place.owner, Closure):
@@ -385,7 +406,9 @@ class Conversion:
             key = self.key(name, model, leaves, structure, batch=False)
             if key in self.once and to_run:
                 return self.recorded_once(name, model, args, kwargs)
-            examined = self.examine(name, model, args, kwargs)
+            situation = self.situation(name, model, structure)
+            moving = self.moving_now(situation, model)
+            examined = self.examine(name, model, args, kwargs, moving)
             if examined.refusal is not None and not self.samples_in_other_mode(examined, name, model, args, kwargs):
                 raise examined.refusal
             refuse_unsupported(examined.report)
@@ -396,6 +419,7 @@ class Conversion:
             program = self.program(name, examined)
             situation = self.situation(name, model, structure)
             self.watch(situation, model, examined.recording)
+            self.let_move(situation, examined.moving)
             kinds = _kinds(leaves, batch=program.fixed_batch)
             self.programs[(*situation, *kinds, self.state(situation, model))] = program
             if len(self.programs) > MOST_PROGRAMS:
@@ -470,23 +494,35 @@ class Conversion:
                         return True
         return False
 
-    def examine(self, name: str, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Examined:
-        """Record and check the method, the model left as it was; refuses nothing, but says what must be refused."""
+    def examine(
+        self,
+        name: str,
+        model: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        moving: frozenset[Place] = frozenset(),
+    ) -> Examined:
+        """Record and check the method, the model left as it was; refuses nothing, but says what must be refused.
+
+        The attributes ``moving`` are read by the graph, if it can: Python does not decide by them, nor compute with them.
+        """
         method = self.method(name, model)
         grad = torch.is_grad_enabled()
         registry = self.settings.registry
         again: list[str] = []
         if any(map(is_lazy, model.parameters())):
             self.build(name, model, args, kwargs)
+        moving = self.that_can_move(moving, model, method, args, kwargs)
+        read = Moving(moving)
         with unchanged(model), torch.enable_grad():
-            recording, _ = record(model, method, args, kwargs, registry, told=grad)
+            recording, _ = record(model, method, args, kwargs, registry, told=grad, moving=read)
         if recording.builds:
             self.build(name, model, args, kwargs)
         with unchanged(model), torch.enable_grad():
             if recording.builds:
-                recording, _ = record(model, method, args, kwargs, registry, told=grad)
+                recording, _ = record(model, method, args, kwargs, registry, told=grad, moving=read)
             if recording.once:  # as the next call would find the model
-                second, _ = record(model, method, args, kwargs, registry, told=grad)
+                second, _ = record(model, method, args, kwargs, registry, told=grad, moving=read)
                 again = second.once
                 settled = not second.constants and str(second.graph) == str(recording.graph)
                 recording.once = again or ([] if settled else recording.once)
@@ -494,7 +530,7 @@ class Conversion:
         recording.restore()
         if recording.asks_grad_mode:
             with unchanged(model, recording.written), torch.enable_grad():
-                other, _ = record(model, method, args, kwargs, registry, told=not grad)
+                other, _ = record(model, method, args, kwargs, registry, told=not grad, moving=read)
             if recording.constants or str(other.graph) != str(recording.graph):
                 again.append("Python decides by torch.is_grad_enabled()")
         vars(self.constants).update(recording.constants)
@@ -502,7 +538,9 @@ class Conversion:
         refusal = self.refusal(recording, roles, name, model)
         reported = [place for node, place, _ in recording.reads if node in roles.random]
         if refusal is None and reported:
-            again_by = [self.recorded_beside(recording, factor, model, method, args, kwargs) for factor in (1.0, 0.01, 100.0)]
+            again_by = [
+                self.recorded_beside(recording, factor, read, model, method, args, kwargs) for factor in (1.0, 0.01, 100.0)
+            ]
             if again_by[0] and not all(again_by):  # what was reported came back into the graph
                 refusal = read_refusal(f"{self.plain_class.__name__}.{name}", reported[0])
         if refusal is None:
@@ -513,16 +551,34 @@ class Conversion:
         report = report_graph(recording, roles, self.plain_class.__name__, name, self.settings)
         if refusal is not None:
             report = dataclasses.replace(report, refusal=str(refusal))
-        return Examined(recording, roles, report, refusal, bool(again))
+        return Examined(recording, roles, report, refusal, bool(again), moving)
+
+    def that_can_move(self, moving: frozenset[Place], model: nn.Module, method: Any, args: Any, kwargs: Any) -> frozenset[Place]:
+        """Those of ``moving`` that Python only hands on to the graph: with other numbers the graph is the same."""
+        while moving:
+            told, made = torch.is_grad_enabled(), []
+            for heard_as_another in (False, True):
+                with unchanged(model), torch.enable_grad():
+                    read = Moving(moving, heard_as_another)
+                    recording, _ = record(model, method, args, kwargs, self.settings.registry, told=told, moving=read)
+                recording.restore()
+                made.append(recording)
+            decided = moving & made[0].places.keys()
+            if not decided and made[0].equals(made[1]):
+                break
+            self.still |= decided or moving
+            moving -= decided or moving
+        return moving
 
     def recorded_beside(
-        self, recording: Recording, reported: float, model: nn.Module, method: Any, args: Any, kwargs: Any
+        self, recording: Recording, reported: float, moving: Moving, model: nn.Module, method: Any, args: Any, kwargs: Any
     ) -> bool:
         """The recording is the same where Python hears ``reported`` times the values that it asks for."""
         told = torch.is_grad_enabled()
         with unchanged(model, recording.written), torch.enable_grad():
             try:
-                other, _ = record(model, method, args, kwargs, self.settings.registry, told=told, reported=reported)
+                registry = self.settings.registry
+                other, _ = record(model, method, args, kwargs, registry, told=told, reported=reported, moving=moving)
             except Exception:  # noqa: BLE001 (the model's own code may fail in any way)
                 return False
         return other.equals(recording)

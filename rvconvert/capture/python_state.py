@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 __all__ = [
     "GENERATORS",
     "Closure",
+    "Moving",
     "Place",
     "ReadByName",
     "following",
@@ -69,6 +70,13 @@ class Place(NamedTuple):
 
     owner: int | str | Closure
     name: str
+
+
+class Moving(NamedTuple):
+    """Attributes, floats, that have changed between calls, as an annealed weight does; to be compared, a run hears others."""
+
+    places: frozenset[Place] = frozenset()
+    heard_as_another: bool = False
 
 
 def is_watched(module: nn.Module, name: str, value: Any, reader: types.FrameType) -> bool:

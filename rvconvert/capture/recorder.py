@@ -28,6 +28,7 @@ from rvconvert.capture.intercept import COMMAND_LINE, INTERNAL, Handler, interce
 from rvconvert.capture.module_state import Held, is_output, own_attributes
 from rvconvert.capture.python_state import (
     GENERATORS,
+    Moving,
     Place,
     ReadByName,
     following,
@@ -98,10 +99,13 @@ def where(frame: types.FrameType | None) -> tuple[str, str]:
 class _Recorder(TorchFunctionMode, Handler):
     """Writes every torch function that runs into the recording, with tensors and sizes as its edges."""
 
-    def __init__(self, root: nn.Module, recording: Recording, registry: Registry, told: bool | None, reported: float) -> None:
+    def __init__(
+        self, root: nn.Module, recording: Recording, registry: Registry, told: bool | None, reported: float, moving: Moving
+    ) -> None:
         super().__init__()
         self.told = told  # what a model that asks for the gradient mode hears; None: what is so
         self.reported = reported
+        self.moving = moving
         self.recording = recording
         self.graph = recording.graph
         self.registry = registry
@@ -608,10 +612,20 @@ class _Recorder(TorchFunctionMode, Handler):
             return functools.partial(self.says, self.paths[id(module)], name)
         reader = sys._getframe(2)
         if is_watched(module, name, value, reader) and not (reads_its_own(reader, value) and is_surrounding(module, value)):
-            self.recording.places[Place(number, name)] = None
+            place = Place(number, name)
+            if place in self.moving.places and type(value) is float:
+                return self.moving_number(place, self.paths[id(module)], value)
+            self.recording.places[place] = None
             if isinstance(value, GENERATORS):
                 self.recording.once.append(f"Python draws random numbers of its own: {self.line()}")
         return value
+
+    def moving_number(self, place: Place, path: str, value: float) -> TracedFloat:
+        """A number that other calls have another of: the graph reads it, unless Python decides by it."""
+        node = self.graph.get_attr(f"{path}.{place.name}" if path else place.name)
+        node.meta["number"] = True
+        heard = 1.37 * value + 0.11 if self.moving.heard_as_another else value
+        return TracedFloat(heard, node, lambda _: self.recording.places.setdefault(place))
 
     def says(self, path: str, name: str, *args: Any, **kwargs: Any) -> None:
         """A trainer's log is told once the graph has run, of what that gave."""
@@ -723,16 +737,17 @@ def record(
     *,
     told: bool | None = None,
     reported: float = 1.0,
+    moving: Moving = Moving(),  # noqa: B008 (it has no state)
 ) -> tuple[Recording, Any]:
     """Run ``method(*args, **kwargs)`` once and record it; returns the recording and the method's result.
 
     A ``RandomVariable`` among the arguments stands in as its mean and marks that input as random. What the method keeps
     on modules stays as the run left it: see ``unchanged``. A model that asks whether gradients are on hears ``told``;
-    one that asks for values, as a log does, hears ``reported`` times them.
+    one that asks for values, as a log does, hears ``reported`` times them. The graph reads the attributes ``moving`` anew.
     """
     recording = Recording(fx.Graph())
     with tracing(recording.graph):
-        return recording, _recorded(recording, root, method, args, kwargs, registry, told, reported)
+        return recording, _recorded(recording, root, method, args, kwargs, registry, told, reported, moving)
 
 
 def _recorded(
@@ -744,10 +759,11 @@ def _recorded(
     registry: Registry,
     told: bool | None,
     reported: float,
+    moving: Moving,
 ) -> Any:
     leaves, structure = flatten((args, kwargs))
     before = Held(root)
-    recorder = _Recorder(root, recording, registry, told, reported)
+    recorder = _Recorder(root, recording, registry, told, reported, moving)
     values = []
     for index, leaf in enumerate(own_copies(leaves)):
         node = recording.graph.placeholder(f"input_{index}")

@@ -78,7 +78,7 @@ class RecordedGraph:
                 self.raw.add(node)
             self.conditioned.add(node)
         elif node.op == "get_attr":
-            if not str(node.target).startswith("_rvconvert.") or "weight" in node.meta:
+            if "number" not in node.meta and (not str(node.target).startswith("_rvconvert.") or "weight" in node.meta):
                 self.weights.add(node)
         elif asks(node):
             return
