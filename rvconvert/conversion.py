@@ -21,7 +21,7 @@ from rvconvert.calibration import renew
 from rvconvert.capture import intercept
 from rvconvert.capture.graph_calls import autocast_state, set_autocast
 from rvconvert.capture.module_state import put_back, tensors_written, unchanged
-from rvconvert.capture.python_state import Closure, Moving, Place, is_opaque, read_now, unused_arguments
+from rvconvert.capture.python_state import ARGUMENT, Closure, Moving, Place, is_opaque, read_now, unused_arguments
 from rvconvert.capture.recorder import own_copies, record
 from rvconvert.capture.replay import each_mode, replay_differs
 from rvconvert.core.random_variable import RandomVariable, random_variables
@@ -63,6 +63,7 @@ class Program:
 
     run: Callable[..., tuple[Any, ...]]
     outputs: Structure
+    numbers: tuple[str, ...]  # arguments, floats, that follow the leaves
     returned: int | None
     kept: list[Kept]
     fixed_batch: bool
@@ -95,6 +96,8 @@ class Conversion:
         self.places: dict[Any, tuple[Place, ...]] = {}  # what Python holds that a kind of call depends on
         self.recordings: Counter[Any] = Counter()  # of a kind of call
         self.moving: dict[Any, frozenset[Place]] = {}  # attributes that change between such calls, and are read at each
+        self.moving_arguments: dict[str, frozenset[str]] = dict.fromkeys(options.methods, frozenset())  # arguments that do so
+        self.last_arguments: dict[str, dict[str, float]] = {}  # the floats among them at the last recording
         self.still: set[Place] = set()  # those by which Python decides, which are part of what a call depends on
         self.constants = types.SimpleNamespace()
         self.latents: set[str] = set()  # places, "file:line", of the draws that became random variables
@@ -173,7 +176,8 @@ class Conversion:
         self._penalty = None
         if not torch.compiler.is_compiling():
             self.count_call(model)
-        results = program.run(model, *leaves)
+        numbers = self.floats(name, args, kwargs) if program.numbers else {}
+        results = program.run(model, *leaves, *[numbers[each] for each in program.numbers])
         self.keep(program, model, results)
         if not program.penalised and model.training and torch.is_grad_enabled():
             self.warn_without_penalty(name, encodes=program.encodes)
@@ -312,7 +316,33 @@ class Conversion:
         hooked = tuple([i for i, m in enumerate(modules) if m._forward_hooks or m._forward_pre_hooks])
         first = next((p for m in modules for p in m._parameters.values() if p is not None), None)
         weights = None if first is None else (first.dtype, first.device)
-        return (name, structure.signature(), training, hooked, weights, autocast_state(), self.posterior_of(name, model))
+        return (
+            name,
+            self.signature_of(name, structure),
+            training,
+            hooked,
+            weights,
+            autocast_state(),
+            self.posterior_of(name, model),
+        )
+
+    def signature_of(self, name: str, structure: Structure) -> Any:
+        """Of a call's structure, whatever the numbers are that move."""
+        moving = self.moving_arguments[name]
+        if not moving:
+            return structure.signature()
+        args, kwargs = structure.parts
+        names = [*self.signature(name).parameters][1:]
+        given = (*itertools.zip_longest(names[: len(args.parts)], args.parts), *zip(kwargs.keys, kwargs.parts, strict=True))
+        moves = [argument in moving and part.kind == "constant" and type(part.template) is float for argument, part in given]
+        return tuple(
+            (argument, "moves" if moved else part.signature()) for (argument, part), moved in zip(given, moves, strict=True)
+        )
+
+    def floats(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, float]:
+        """The arguments of a normalized call that are floats, by name."""
+        given = (*zip([*self.signature(name).parameters][1:], args, strict=False), *kwargs.items())
+        return {argument: value for argument, value in given if type(value) is float}
 
     def posterior_of(self, name: str, model: nn.Module) -> Posterior | None:
         """In eval mode, what training has shown of the method's latents, by which a prior's draw is told."""
@@ -350,6 +380,13 @@ class Conversion:
             if was != now and was[0] is now[0] is float and isinstance(place.owner, int)
         }
         return (self.moving.get(situation, frozenset()) | changed) - self.still
+
+    def moving_of_call(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> set[Place]:
+        """Arguments that are other floats than at the last recording, or that have been so before."""
+        before, now = self.last_arguments.get(name, {}), self.floats(name, args, kwargs)
+        self.last_arguments[name] = now
+        changed = {argument for argument in now if before.get(argument, now[argument]) != now[argument]}
+        return {Place(ARGUMENT, argument) for argument in (changed | self.moving_arguments[name]) & now.keys()} - self.still
 
     def let_move(self, situation: Any, moving: frozenset[Place]) -> None:
         """Compare these no more: programs of before hold them as constants."""
@@ -407,7 +444,7 @@ class Conversion:
             if key in self.once and to_run:
                 return self.recorded_once(name, model, args, kwargs)
             situation = self.situation(name, model, structure)
-            moving = self.moving_now(situation, model)
+            moving = self.moving_now(situation, model) | self.moving_of_call(name, args, kwargs)
             examined = self.examine(name, model, args, kwargs, moving)
             if examined.refusal is not None and not self.samples_in_other_mode(examined, name, model, args, kwargs):
                 raise examined.refusal
@@ -417,9 +454,10 @@ class Conversion:
                     self.once.add(key)
                 return self.recorded_once(name, model, args, kwargs) if to_run else self.program(name, examined)
             program = self.program(name, examined)
+            self.moving_arguments[name] |= {place.name for place in examined.moving if place.owner == ARGUMENT}
             situation = self.situation(name, model, structure)
             self.watch(situation, model, examined.recording)
-            self.let_move(situation, examined.moving)
+            self.let_move(situation, frozenset(place for place in examined.moving if place.owner != ARGUMENT))
             kinds = _kinds(leaves, batch=program.fixed_batch)
             self.programs[(*situation, *kinds, self.state(situation, model))] = program
             if len(self.programs) > MOST_PROGRAMS:
@@ -448,6 +486,7 @@ class Conversion:
         made = Program(
             run,
             recording.outputs,
+            tuple(recording.numbers),
             recording.returned,
             recording.kept,
             bool(recording.fixed),
@@ -563,7 +602,7 @@ class Conversion:
                     recording, _ = record(model, method, args, kwargs, self.settings.registry, told=told, moving=read)
                 recording.restore()
                 made.append(recording)
-            decided = moving & made[0].places.keys()
+            decided = moving & made[0].decided
             if not decided and made[0].equals(made[1]):
                 break
             self.still |= decided or moving

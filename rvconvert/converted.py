@@ -81,6 +81,7 @@ class ConvertedModel:
         if not any(isinstance(each, nn.Parameter) for each in vars(conversion.constants).values()):  # else they are the other's
             copied.programs, copied.constants = OrderedDict(conversion.programs), conversion.constants
         copied.places, copied.moving, copied.still = dict(conversion.places), dict(conversion.moving), set(conversion.still)
+        copied.moving_arguments = dict(conversion.moving_arguments)
         copied.gains = Gains.from_tensors(conversion.gains.to_tensors())
         copied.once, copied.penalty_scale = set(conversion.once), conversion.penalty_scale
         copied.latents, copied.posteriors = set(conversion.latents), dict(conversion.posteriors)

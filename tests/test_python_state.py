@@ -2,8 +2,10 @@
 
 import argparse
 import collections
+import copy
 import cProfile
 import functools
+import math
 import operator
 import random
 import sys
@@ -268,6 +270,58 @@ def test_a_branch_by_such_a_number_is_taken():
         free = float(model(x))
         model.of_the_model = 200.0
         assert float(model(x)) == pytest.approx(free + 400)
+
+
+MOVED = {  # of a decoded sample, and two numbers that each call has others of: what the graph takes as they come
+    "weight": lambda y, k, j: y * (k + 2 * j),
+    "power": lambda y, k, j: (y * j).abs() ** k,
+    "slope": lambda y, k, j: j * F.leaky_relu(y, k),
+    "bounds": lambda y, k, j: y.clamp(-k, j),
+    "filled": lambda y, k, j: y * torch.full_like(y, k) + torch.tensor([j]),
+}
+DECIDED = {  # and by which Python decides, or which it takes the value of unseen
+    "branch": lambda y, k, j: y * (k if k > 0.5 else j),
+    "math": lambda y, k, j: y * math.exp(k) * math.sqrt(j),
+    "numpy": lambda y, k, j: y * float(np.multiply(k, j)),
+}
+
+
+class Moved(VAE):
+    def __init__(self, use):
+        super().__init__()
+        self.use, self.k, self.j = use, 0.5, 0.5
+
+    def forward(self, x, k=None, *, j=None):
+        y = self.reconstruct(x, self.j if j is None else j)
+        return self.use(y, self.k if k is None else k, self.j if j is None else j)
+
+
+@pytest.mark.parametrize("mode", ["independent", "sampled"])
+@pytest.mark.parametrize("by", ["attributes", "arguments"])
+@pytest.mark.parametrize("name", [*MOVED, *DECIDED])
+def test_floats_that_change_with_every_call_have_their_value_and_one_recording(name, by, mode):
+    torch.manual_seed(0)
+    model, x = Moved({**MOVED, **DECIDED}[name]), torch.rand(5, 6)
+    rv = rvconvert.convert(model, covariance=mode, output="distribution", seed=0)
+    for step in range(6):
+        k, j = 0.2 + 0.1 * step, 0.9 - 0.1 * step
+        given = {"k": k, "j": j} if by == "arguments" else {}
+        for each in (rv, model) if by == "attributes" else ():
+            each.k, each.j = k, j
+        found, right = rv(x, **given), rvconvert.convert(model, covariance=mode, output="distribution", seed=0)(x, **given)
+        torch.testing.assert_close(found.mean, right.mean)
+        torch.testing.assert_close(found.var, right.var)
+    assert len(rvconvert.converted.conversion_of(rv).programs) <= (2 if name in MOVED else 6)
+
+
+def test_a_copy_of_a_model_with_an_annealed_weight_reads_its_own():
+    rv, x = rvconvert.convert(Moved(MOVED["weight"])).eval(), torch.rand(5, 6)
+    with torch.no_grad():
+        for rv.k in (0.1, 0.2, 0.3):
+            rv(x)
+        other = copy.deepcopy(rv)
+        other.k = 1.5
+        torch.testing.assert_close(other(x) * 1.3, rv(x) * 2.5)
 
 
 def test_a_number_that_changes_with_every_call_is_named_once():

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 
 __all__ = [
+    "ARGUMENT",
     "GENERATORS",
     "Closure",
     "Moving",
@@ -50,6 +51,7 @@ _OPAQUE = (torch.Tensor, nn.Module, type, types.ModuleType, types.FunctionType, 
 _CONTAINERS = (list, tuple, dict, set, frozenset, collections.deque)
 _MOST = 256  # entries of a container, fields of an object that are looked at one by one
 _LARGEST = 1 << 14  # entries that are hashed, bytes of an array that are compared: of what is larger it is the object that counts
+ARGUMENT = -1  # the owner of an argument of the method
 GENERATORS = (np.random.Generator, np.random.RandomState, random.Random)
 
 
@@ -66,17 +68,24 @@ class Closure(NamedTuple):
 
 
 class Place(NamedTuple):
-    """A name in Python: of the n-th of the model's modules, of a module of Python's, of a variable that functions close over."""
+    """A name in Python: of the n-th of the model's modules, of the method (``ARGUMENT``), of a module of Python, of a closure."""
 
     owner: int | str | Closure
     name: str
 
 
 class Moving(NamedTuple):
-    """Attributes, floats, that have changed between calls, as an annealed weight does; to be compared, a run hears others."""
+    """Floats that have changed between calls, as an annealed weight does: attributes and arguments by name.
+
+    A run that is compared hears others.
+    """
 
     places: frozenset[Place] = frozenset()
     heard_as_another: bool = False
+
+    def heard(self, value: float) -> float:
+        """What the model is told a number is."""
+        return 1.37 * value + 0.11 if self.heard_as_another else value
 
 
 def is_watched(module: nn.Module, name: str, value: Any, reader: types.FrameType) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import itertools
 import linecache
 import operator
@@ -27,6 +28,7 @@ from rvconvert.capture.graph_calls import (
 from rvconvert.capture.intercept import COMMAND_LINE, INTERNAL, Handler, intercepting
 from rvconvert.capture.module_state import Held, is_output, own_attributes
 from rvconvert.capture.python_state import (
+    ARGUMENT,
     GENERATORS,
     Moving,
     Place,
@@ -614,18 +616,39 @@ class _Recorder(TorchFunctionMode, Handler):
         if is_watched(module, name, value, reader) and not (reads_its_own(reader, value) and is_surrounding(module, value)):
             place = Place(number, name)
             if place in self.moving.places and type(value) is float:
-                return self.moving_number(place, self.paths[id(module)], value)
+                path = self.paths[id(module)]
+                return self.moving_number(place, self.graph.get_attr(f"{path}.{name}" if path else name), value)
             self.recording.places[place] = None
             if isinstance(value, GENERATORS):
                 self.recording.once.append(f"Python draws random numbers of its own: {self.line()}")
         return value
 
-    def moving_number(self, place: Place, path: str, value: float) -> TracedFloat:
-        """A number that other calls have another of: the graph reads it, unless Python decides by it."""
-        node = self.graph.get_attr(f"{path}.{place.name}" if path else place.name)
+    def moving_number(self, place: Place, node: fx.Node, value: float) -> TracedFloat:
+        """A number that other calls have another of, read by ``node``; that Python decides by it is noted."""
         node.meta["number"] = True
-        heard = 1.37 * value + 0.11 if self.moving.heard_as_another else value
-        return TracedFloat(heard, node, lambda _: self.recording.places.setdefault(place))
+
+        def decided(_: str) -> None:
+            self.recording.decided.add(place)
+
+        return TracedFloat(self.moving.heard(value), node, decided)
+
+    def moving_arguments(
+        self, method: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The arguments of a call, with inputs of the graph for the numbers among them that move."""
+        names = {place.name for place in self.moving.places if place.owner == ARGUMENT}
+
+        def given(name: str, value: Any) -> Any:
+            if name not in names or type(value) is not float:
+                return value
+            node = self.graph.placeholder(f"number_{name}")
+            node.meta["where"] = node.meta["source"] = node.meta["module"] = ""
+            self.recording.numbers[name] = value
+            return self.moving_number(Place(ARGUMENT, name), node, value)
+
+        in_order = [*inspect.signature(method).parameters] if names else []
+        args = tuple(given(name, value) for name, value in itertools.zip_longest(in_order[: len(args)], args, fillvalue=""))
+        return args, {name: given(name, value) for name, value in kwargs.items()}
 
     def says(self, path: str, name: str, *args: Any, **kwargs: Any) -> None:
         """A trainer's log is told once the graph has run, of what that gave."""
@@ -774,7 +797,7 @@ def _recorded(
             leaf = leaf.mean.clone()
         values.append(leaf)
         recorder.track(leaf, node)
-    args, kwargs = structure.build(iter(values))
+    args, kwargs = recorder.moving_arguments(method, *structure.build(iter(values)))
     drawn, read = random_state(), ReadByName(_is_of_the_model, lambda: recorder.leaf is None)
     with intercepting(recorder), recorder, following(read):
         result = method(*args, **kwargs)

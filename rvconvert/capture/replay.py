@@ -61,7 +61,7 @@ def replay_differs(run: Run, recording: Recording, model: nn.Module, method: Any
         return flatten(method(*a, **k), lambda x: isinstance(x, torch.Tensor))[0]
 
     def replayed(*inputs: torch.Tensor) -> tuple[Any, ...]:
-        outputs = run(model, *inputs)
+        outputs = run(model, *inputs, *recording.numbers.values())
         return outputs[: len(outputs) - recording.kept_leaves]
 
     def compare(inputs: list[torch.Tensor]) -> str | None:

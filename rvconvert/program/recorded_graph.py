@@ -53,7 +53,8 @@ class RecordedGraph:
         self.nodes = list(recording.graph.nodes)
         self.given = set(recording.random_inputs)
         self.random: set[fx.Node] | frozenset[fx.Node] = recording.depends  # less of them once latents are known
-        self.inputs = [n for n in self.nodes if n.op == "placeholder" and n not in self.given]
+        self.placeholders = [n for n in self.nodes if n.op == "placeholder" and "number" not in n.meta]
+        self.inputs = [n for n in self.placeholders if n not in self.given]
         self.outputs = list(recording.output.all_input_nodes)
         given: tuple[object, ...] = recording.output.args[0]  # type: ignore[assignment]
         self.returned = set(given[: len(given) - recording.kept_leaves])
@@ -73,12 +74,14 @@ class RecordedGraph:
 
     def _describe(self, node: fx.Node) -> None:
         sources = node.all_input_nodes
+        if "number" in node.meta:
+            return
         if node.op == "placeholder":
             if node not in self.given:
                 self.raw.add(node)
             self.conditioned.add(node)
         elif node.op == "get_attr":
-            if "number" not in node.meta and (not str(node.target).startswith("_rvconvert.") or "weight" in node.meta):
+            if not str(node.target).startswith("_rvconvert.") or "weight" in node.meta:
                 self.weights.add(node)
         elif asks(node):
             return
@@ -262,8 +265,7 @@ class RecordedGraph:
     def inputs_placing(self, draws: Iterable[fx.Node]) -> int:
         """How many of the inputs reach the location and scale of draws."""
         placing = self.parameters_of(draws)
-        inputs = [n for n in self.nodes if n.op == "placeholder"]
-        return sum(not placing.isdisjoint(self.ahead_of(n)) for n in inputs)
+        return sum(not placing.isdisjoint(self.ahead_of(n)) for n in self.placeholders)
 
     def layers_placing(self, draw: fx.Node) -> frozenset[str]:
         """The names of the layers that give a draw its location and scale."""

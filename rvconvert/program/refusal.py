@@ -118,7 +118,7 @@ def _reached(plain_class: type[nn.Module], method: str) -> set[str]:
 
 def _noise_among(recording: Recording, method: Callable[..., Any]) -> str | None:
     """The argument that scales or is scaled by something made of another one, as noise that a caller draws is."""
-    placeholders = [n for n in recording.graph.nodes if n.op == "placeholder"]
+    placeholders = [n for n in recording.graph.nodes if n.op == "placeholder" and "number" not in n.meta]
     names = [*inspect.signature(method).parameters]
     for node, argument in zip(placeholders[1:], names[1:], strict=False):
         products = [u for u in node.users if (rule := u.meta.get("rule")) is not None and rule.name in ("mul", "addcmul")]
