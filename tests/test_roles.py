@@ -1953,7 +1953,22 @@ def hsic(z: Tensor, w: Tensor) -> Tensor:
     return torch.trace(kernel(z) @ centre @ kernel(w) @ centre) / 16
 
 
+def squared_distances(a: Tensor, b: Tensor) -> Tensor:
+    return a.square().sum(1, keepdim=True) + b.square().sum(1)[None] - 2 * a @ b.t()
+
+
+def mmd(z: Tensor, k: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    p = torch.randn_like(z)
+    return k(z, z).mean() + k(p, p).mean() - 2 * k(z, p).mean()
+
+
 ESTIMATES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "MMD, inverse multiquadric": lambda z, w: mmd(z, lambda a, b: 8 / (8 + squared_distances(a, b))),
+    "MMD, inverse multiquadric of cdist": lambda z, w: mmd(z, lambda a, b: 8 / (8 + torch.cdist(a, b) ** 2)),
+    "MMD, Gaussian": lambda z, w: mmd(z, lambda a, b: torch.exp(-squared_distances(a, b) / 4)),
+    "linear HSIC": lambda z, w: (z @ z.t() * (w @ w.t())).mean(),
+    "isometry": lambda z, w: F.mse_loss(torch.cdist(z, z), torch.cdist(w, w)),
+    "isometry of differences": lambda z, w: F.mse_loss((z[:, None] - z).square().sum(2), (w[:, None] - w).square().sum(2)),
     "exponential of a sum": lambda z, w: torch.exp(z.sum(1) / 4).mean(),
     "logsumexp of sums": lambda z, w: torch.logsumexp(z.sum(1) / 2, 0),
     "a score of two": lambda z, w: (z * w).sum(1).mean() / 8 - torch.exp((z * w).sum(1) / 8 - 1).mean(),
@@ -1982,6 +1997,21 @@ def test_a_term_of_latents_alone_has_the_value_and_gradient_of_the_model_s_own_e
     for plain, converted in zip(*found, strict=True):
         error = math.hypot(float(plain.std()), float(converted.std())) / math.sqrt(200)
         assert abs(float(plain.mean() - converted.mean())) < 4 * error
+
+
+@pytest.mark.parametrize("name", [*ESTIMATES, "relation to inputs"])
+def test_a_term_of_latents_alone_has_no_penalty(name: str) -> None:
+    """A decoder of one layer, whose L_c is known by hand; once it was on the latents' own distances."""
+
+    def result(y: Tensor, x: Tensor, z: Tensor, mu: Tensor, std: Tensor, m: VAE) -> Any:
+        inputs = F.mse_loss(torch.cdist(z, z), torch.cdist(x, x)) + ((z @ z.t()) * (x @ x.t())).mean()
+        return F.mse_loss(y, x), ESTIMATES[name](z, z.roll(1, 1)) if name in ESTIMATES else inputs
+
+    rv, x = rvconvert.convert(VAE(result, False)), torch.rand(16, 12)
+    rv(x)
+    mu, logvar = rv.encoder(x).chunk(2, -1)
+    expected = rvconvert.variance_penalty(rv.decoder(rvconvert.RandomVariable(mu, logvar.exp())))
+    torch.testing.assert_close(rv.last_penalty, expected.detach())
 
 
 def test_a_full_covariance_s_density_at_its_own_draw_is_bounded() -> None:

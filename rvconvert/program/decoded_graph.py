@@ -33,6 +33,7 @@ class DecodedGraph(RecordedGraph):
         self.samples = {n for n in self.recording.draws if n not in latents}
         self.nuisance = self.forward_of(self.samples)
         self.random = self.forward_of([*latents, *self.given], stop=self.samples_likelihood)
+        self.bare = self.forward_of([*latents, *self.given], stop=self.has_weights) & self.random
         decoded = self.closure(self.decodes)
         if not decoded:
             self.by_products = True

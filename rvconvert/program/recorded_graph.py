@@ -64,6 +64,7 @@ class RecordedGraph:
         self.weights: set[fx.Node] = set()  # made of parameters and buffers alone, perhaps picked by an input
         self.posterior: Posterior | None = None  # of the latents, where they have one
         self.nuisance: set[fx.Node] = set()  # made of draws that are no latent
+        self.bare: set[fx.Node] = set()  # latents, and what is made of them through no layer, once latents are known
         self.by_products = False  # products with what is given, or of two latents, and warps decode: where nothing else does
         for node in self.nodes:
             self._describe(node)
@@ -213,9 +214,26 @@ class RecordedGraph:
         given = [n for n in node.args if isinstance(n, fx.Node) and n in self.random]
         # Where nothing else decodes, the factors of the other side that are given do.
         if both and len(given) > 1:
-            return True
+            return self.by_products or not self.relates(node)
         warps = self.rule_name(node) == "grid_sample" and any(n in self.random for n in node.all_input_nodes[1:])
         return self.by_products and ((both and bool(given)) or warps or self._sums_products(node, sources))
+
+    def relates(self, node: fx.Node) -> bool:
+        """A product, distance or difference of the latents of a batch with each other or with draws of a prior: of a kernel.
+
+        One that leaves, or is as large as an input, reconstructs a graph's edges, unless inputs go through the same.
+        """
+        given = [n for n in node.args if isinstance(n, fx.Node)]
+        latent = [n for n in given if n in self.bare]
+        if len(given) < 2 or not latent or not all(n in self.bare or n in self.nuisance for n in given):
+            return False
+        if self.rule_name(node) in DIFFERENCES:
+            return all(size_of(node) > size_of(n) for n in latent)
+        products = self.is_kind(node, Bilinear) or self.rule_name(node) in DISTANCES
+        if not products or any(self.same(node, n) for n in self.outputs):
+            return False
+        alike = (n for n in self.nodes if self.rule_name(n) == self.rule_name(node) and n not in self.random)
+        return not self.fits_an_input(node) or any(not self.has_weights(n) for n in alike)
 
     def _sums_products(self, node: fx.Node, sources: list[fx.Node]) -> bool:
         """``(z[i] * z[j]).sum(1)``, the inner products of a graph's edges."""
@@ -364,7 +382,9 @@ def asks(node: fx.Node) -> bool:
 
 
 def asks_of(draw: fx.Node, source: fx.Node) -> bool:
-    """A draw asks ``source`` for its shape alone, as ``randn_like(source)`` and ``source.normal_()`` do."""
+    """A node is a draw and asks ``source`` for its shape alone, as ``randn_like(source)`` and ``source.normal_()`` do."""
+    if "draw" not in draw.meta:
+        return False
     name = str(getattr(draw.meta["draw"].func, "__name__", ""))
     return name.endswith(("_like", "_")) and bool(draw.args) and draw.args[0] is source
 

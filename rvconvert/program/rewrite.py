@@ -95,7 +95,7 @@ def to_random_variables(
         return collapsed[node]
 
     for value, user in roles.at_mean:
-        if "draw" in user.meta and asks_of(user, value):  # for its shape, whatever is made of the draw
+        if asks_of(user, value):  # for its shape, whatever is made of the draw
             with graph.inserting_before(operations[user]):
                 mean = graph.call_function(take_mean, (graph.get_attr("_rvconvert"), nodes[value]))
             operations[user].replace_input_with(nodes[value], mean)

@@ -142,7 +142,7 @@ class _Assignment(ScoredGraph):
             frozenset(at_mean),
             self.losses,
             frozenset(self.decoded),
-            frozenset() if paths else self.drawn({*chosen, *(source for source, _ in at_mean)}),
+            frozenset() if paths else self.drawn({*chosen, *(source for source, user in at_mean if not asks_of(user, source))}),
             self.unused(),
             indices,
             frozenset() if paths else self.picked(indices),
@@ -195,7 +195,7 @@ class _Assignment(ScoredGraph):
                 found |= {(n, node) for n in sources if n in self.decoded}
             elif node not in self.random and sources and node.op != "output" and self.samples_likelihood(node):
                 found |= {(n, node) for n in sources}
-                drawn_from += [n for n in sources if n in self.decoded and not ("draw" in node.meta and asks_of(node, n))]
+                drawn_from += [n for n in sources if n in self.decoded and not asks_of(node, n)]
         return found, list(dict.fromkeys(drawn_from))
 
     def beside(

@@ -309,9 +309,9 @@ class ScoredGraph(DecodedGraph):
         """What among scores leads to no layer and to none of ``ends``, is made of none, and has no moments to rely on.
 
         Densities of one latent under many components are one variable; as so many independent ones their logsumexp grows with
-        the posterior's variance, and a loss falls without bound. So does the density of a draw whose elements are correlated,
-        and a loss function that has no rule for a latent has no gradient for its variance. The model's own estimate, from a
-        draw, has no such error.
+        the posterior's variance, and a loss falls without bound. So does the density of a draw whose elements are correlated;
+        a loss function that has no rule for a latent has no gradient for its variance, and what relates the latents of a batch to
+        each other takes each of them many times. The model's own estimate, from a draw, has no such error.
         """
         scores = self.scoring - self.forward_of(ends)
         leads: set[fx.Node] = set()
@@ -319,8 +319,14 @@ class ScoredGraph(DecodedGraph):
             layer = self.has_weights(node) and self.decodes(node) and not all(map(self.is_density, self.random_in(node)))
             if node in ends or layer or any(user in leads for user in node.users):
                 leads.add(node)
+        related: set[fx.Node] = set()
+        for node in self.nodes:
+            if node in scores and (self.relates(node) or any(n in related for n in node.all_input_nodes)):
+                related.add(node)
         return frozenset(
-            n for n in scores - leads if self.is_exponential(n) or self.is_of_correlations(n) or self.is_loss_at_mean(n)
+            n
+            for n in scores - leads
+            if n in related or self.is_exponential(n) or self.is_of_correlations(n) or self.is_loss_at_mean(n)
         )
 
     def is_density(self, node: fx.Node) -> bool:
