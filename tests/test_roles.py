@@ -2277,3 +2277,95 @@ def test_a_panel_of_some_images_beside_the_reconstruction_shows_means(joined: Ca
     torch.manual_seed(1)
     given = rvconvert.convert(vae, covariance=covariance, output="distribution", attach=False)(x)[0]
     assert float(model.last_penalty) == pytest.approx(float(rvconvert.variance_penalty(given)), rel=1e-5)
+
+
+class OwnDensity(nn.Module):
+    """log q(z2 | z1) at the draw of it, of which the expectation is an entropy: that of z2's noise and E log scale(z1)."""
+
+    def __init__(self, scaled: bool, by_hand: bool) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.encoder, self.mean, self.width, self.decoder = (nn.Linear(n, m) for n, m in ((16, 4), (4, 3), (4, 3), (7, 16)))
+        self.log_scale = nn.Parameter(torch.zeros(4))
+        self.scaled, self.by_hand = scaled, by_hand
+
+    def forward(self, x: Tensor) -> Any:
+        z1 = Normal(self.encoder(x), self.log_scale.exp()).rsample()
+        mean = self.mean(z1)
+        std = F.softplus(self.width(z1)) + 0.2 if self.scaled else torch.full_like(mean, 0.5)
+        if self.by_hand:
+            z2 = mean + std * torch.randn_like(mean)
+            density = -0.5 * ((z2 - mean) / std) ** 2 - std.log() - 0.5 * math.log(2 * math.pi)
+        else:
+            q = Normal(mean, std)
+            z2 = q.rsample()
+            density = q.log_prob(z2)
+        return F.mse_loss(self.decoder(torch.cat([z1, z2], 1)), x), density.sum(1).mean()
+
+
+@pytest.mark.parametrize("mode", ["independent", "calibrated"])
+@pytest.mark.parametrize("by_hand", [False, True])
+@pytest.mark.parametrize("scaled", [False, True])
+def test_a_latent_s_density_at_its_own_draw_is_of_that_draw(scaled: bool, by_hand: bool, mode: str) -> None:
+    """Once its scale, random itself, was taken as independent of it: -5.7 for -3.8, and a slope by z1's width that is none."""
+    model, x = OwnDensity(scaled, by_hand), torch.rand(64, 16, generator=torch.Generator().manual_seed(0))
+    rv = rvconvert.convert(model, covariance=mode, penalty=0.0)
+    found = []
+    for each in (model, rv):
+        values, slopes = [], []
+        for seed in range(60):
+            torch.manual_seed(seed)
+            error, value = each(x)
+            values.append(float(value.detach()))
+            value = value + 0 * error
+            (slope,) = torch.autograd.grad(value, each.log_scale, allow_unused=True)  # type: ignore[arg-type]
+            slopes.append(torch.zeros(()) if slope is None else slope.sum())  # no scale of z1 is in a known noise
+        found.append((torch.tensor(values), torch.stack(slopes)))
+    margins = (0.05 if mode == "calibrated" else 1e-4, 1e-4)  # gains are measured on a few draws
+    for plain, converted, margin in zip(*found, margins, strict=True):
+        error = math.hypot(float(plain.std()), float(converted.std())) / math.sqrt(60)
+        assert abs(float(plain.mean() - converted.mean())) < 4 * error + margin
+
+
+@pytest.mark.parametrize("amplitude", [None, 0.0, 0.1])
+def test_a_decoder_s_output_that_is_refined_under_noise_is_a_reconstruction(amplitude: float | None) -> None:
+    """The noise is no latent, nor what it is added to a location (HP-VAE-GAN's random mode)."""
+
+    def result(y: Tensor, x: Tensor, z: Tensor, mu: Tensor, std: Tensor, m: VAE) -> Any:
+        v = torch.tanh(y)
+        noisy = v if amplitude is None else v + amplitude * torch.randn_like(v)
+        return torch.tanh(m.refine(noisy) + v), v
+
+    def model() -> VAE:
+        made = VAE(result, False)
+        made.refine = nn.Linear(12, 12)
+        return made
+
+    x, slopes = torch.rand(8, 12), []
+    for penalty in (0.0, 50.0):
+        rv = rvconvert.convert(model(), penalty=penalty)
+        F.mse_loss(rv(x)[1], x).backward()
+        slopes.append(rv.decoder.weight.grad)
+    alone = rvconvert.convert(model(), output="distribution", penalty=50.0)
+    rvconvert.variance_penalty(alone(x)[1], 50.0).backward()
+    torch.testing.assert_close(slopes[1] - slopes[0], alone.decoder.weight.grad)
+
+
+@pytest.mark.parametrize("tokens", [False, True])
+def test_the_logits_of_a_classifier_beside_those_of_a_text_have_no_penalty(tokens: bool) -> None:
+    class Text(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.embed = nn.Embedding(9, 9) if tokens else nn.Identity()
+            self.encoder, self.decoder, self.head = nn.Linear(9, 4), nn.Linear(13, 9), nn.Linear(4, 3)
+
+        def forward(self, x: Tensor) -> Any:
+            e = self.embed(x)
+            mu = self.encoder(e.mean(1))
+            z = mu + torch.randn_like(mu)
+            return self.decoder(torch.cat([e, z[:, None].expand(-1, x.shape[1], -1)], -1)), mu, self.head(z)
+
+    x = torch.randint(0, 9, (5, 7)) if tokens else torch.rand(5, 7, 9)
+    (row,) = [row for row in rvconvert.plan(Text(), example_inputs=x) if row.role == "reconstruction"]
+    assert row.module == "decoder"

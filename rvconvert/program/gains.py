@@ -10,7 +10,8 @@ from torch import fx
 
 from rvconvert.covariance.calibrated import calibrated, level_of
 from rvconvert.program.plan import node_row
-from rvconvert.rules.kinds import Collapse, Metadata, Shape
+from rvconvert.program.recorded_graph import LOCATIONS
+from rvconvert.rules.kinds import Collapse, Elementwise, Metadata, Shape
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -35,13 +36,28 @@ def gain_keys(recording: Recording, roles: Roles, method: str, settings: Setting
     """
     computing = [n for n in recording.graph.nodes if n in roles.random and n not in roles.unused and _computes(n, settings)]
     decoded = [n for n in computing if n in roles.decoded]
+    placing = _placing_noise(recording, roles) if decoded else set()
     count: Counter[str] = Counter()
     keys = {}
     for node in decoded or computing:
         place = f"{method}/{node.meta.get('module', '')}/{node_row(node, roles, settings).operation}"
-        keys[node] = f"{place}/{count[place]}"
+        if node not in placing:
+            keys[node] = f"{place}/{count[place]}"
         count[place] += 1
     return keys
+
+
+def _placing_noise(recording: Recording, roles: Roles) -> set[fx.Node]:
+    """Where a draw, which nothing else depends on yet, is scaled and added to its location, as of a latent behind a layer."""
+    noise, found = set(roles.latents), set()
+    for node in recording.graph.nodes:
+        own = [n for n in node.all_input_nodes if n in noise]
+        kind = getattr(node.meta.get("rule"), "kind", None)
+        if len(own) == 1 and node not in noise and (isinstance(kind, (Elementwise, Shape)) or "part" in node.meta):
+            found.add(node)
+            if getattr(node.meta.get("rule"), "name", "") not in LOCATIONS:
+                noise.add(node)
+    return found
 
 
 def _computes(node: fx.Node, settings: Settings) -> bool:

@@ -155,7 +155,7 @@ class _Walk:
         moves = graph.is_kind(node, Shape) or graph.rule_name(node) in WRITES
         fresh = _NONE.union(*(self.posterior.get(n, _NONE) for n in sources if n in self.drawn)) - self.settled
         if plain and reached and (self.beside or not moves):
-            added = _NONE if _gates(graph, node, self.noise) else plain
+            added = _NONE if _gates(graph, node, self.noise) or self.disturbs(node, others, plain) else plain
             fresh |= added
             placed, plain = placed | added, _NONE
         learned = [n for n in others if n in graph.learned]
@@ -167,6 +167,11 @@ class _Walk:
         if any(n in graph.raw for n in others):
             self.shifted |= plain
         return placed, plain
+
+    def disturbs(self, node: fx.Node, others: list[fx.Node], noise: Draws) -> bool:
+        """Noise of a constant scale on what a decoder gives, of an input's size: for a network that refines that."""
+        fits = all(n in self.values and self.graph.fits_an_input(n) for n in others)
+        return self.graph.rule_name(node) in LOCATIONS and fits and not noise & self.scaled
 
     def is_whole(self, node: fx.Node) -> bool:
         """A latent, or a multiple of one, that serves something else too."""

@@ -310,8 +310,8 @@ class RecordedGraph:
         return bool(sources) and size_of(node) < max(map(size_of, sources))
 
     def fits_an_input(self, node: fx.Node) -> bool:
-        """As many numbers as in an input that is a batch of vectors or more."""
-        return rank_of(node) >= 2 and any(rank_of(n) >= 2 and size_of(n) == size_of(node) for n in self.inputs)
+        """As many numbers as in an input that is a batch of vectors or more, or for each of its integers one for each kind."""
+        return rank_of(node) >= 2 and any(rank_of(n) >= 2 and _is_sized_like(node, n) for n in self.inputs)
 
     # --- what lies behind and between nodes -----------------------------------------------------------
 
@@ -387,6 +387,12 @@ def asks_of(draw: fx.Node, source: fx.Node) -> bool:
         return False
     name = str(getattr(draw.meta["draw"].func, "__name__", ""))
     return name.endswith(("_like", "_")) and bool(draw.args) and draw.args[0] is source
+
+
+def _is_sized_like(node: fx.Node, given: fx.Node) -> bool:
+    shape, integers = node.meta.get("shape", ()), str(given.meta.get("dtype")) in ("torch.int64", "torch.int32", "torch.uint8")
+    kinds = (shape[:dim] + shape[dim + 1 :] for dim in range(1, len(shape)))  # logits of tokens, or of the levels of pixels
+    return size_of(node) == size_of(given) or (integers and given.meta.get("shape") in kinds)
 
 
 def size_of(node: fx.Node) -> int:

@@ -311,7 +311,8 @@ class ScoredGraph(DecodedGraph):
         Densities of one latent under many components are one variable; as so many independent ones their logsumexp grows with
         the posterior's variance, and a loss falls without bound. So does the density of a draw whose elements are correlated;
         a loss function that has no rule for a latent has no gradient for its variance, and what relates the latents of a batch to
-        each other takes each of them many times. The model's own estimate, from a draw, has no such error.
+        each other takes each of them many times. A draw's own scale is no other variable than the draw. The model's own estimate,
+        from a draw, has no such error.
         """
         scores = self.scoring - self.forward_of(ends)
         leads: set[fx.Node] = set()
@@ -326,8 +327,33 @@ class ScoredGraph(DecodedGraph):
         return frozenset(
             n
             for n in scores - leads
-            if n in related or self.is_exponential(n) or self.is_of_correlations(n) or self.is_loss_at_mean(n)
+            if n in related
+            or self.is_exponential(n)
+            or self.is_of_correlations(n)
+            or self.is_loss_at_mean(n)
+            or self.is_over_own_scale(n)
         )
+
+    def is_over_own_scale(self, node: fx.Node) -> bool:
+        """What a draw is made of over the scale that it was drawn with, which is random itself: log q(z2 | z1) of z2 ~ q."""
+        operands = self.random_in(node)
+        if self.rule_name(node) not in PRODUCTS - {"addcmul", "lerp"} or len(operands) != 2:
+            return False
+        for whole, scale in (operands, reversed(operands)):
+            drawn = [n for n in self.latents if self.behind(n, whole) and not self.behind(n, scale)]
+            if drawn and not self.parameters_of(drawn).isdisjoint(self.elementwise_of(scale)):
+                return True
+        return False
+
+    def elementwise_of(self, node: fx.Node) -> set[fx.Node]:
+        """``node`` and the random values that it is an elementwise function of."""
+        found, todo = set(), [node]
+        while todo:
+            each = todo.pop()
+            if each not in found:
+                found.add(each)
+                todo += self.random_in(each) if self.is_kind(each, Elementwise, Shape) else []
+        return found
 
     def is_density(self, node: fx.Node) -> bool:
         """The exponential of sums, through no layer: what learned weights of a mixture multiply."""
