@@ -2369,3 +2369,26 @@ def test_the_logits_of_a_classifier_beside_those_of_a_text_have_no_penalty(token
     x = torch.randint(0, 9, (5, 7)) if tokens else torch.rand(5, 7, 9)
     (row,) = [row for row in rvconvert.plan(Text(), example_inputs=x) if row.role == "reconstruction"]
     assert row.module == "decoder"
+
+
+LIKELIHOODS_OF_A_SCALE: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "x / exp(y) + y": lambda x, y: x / y.exp() + y,
+    "x exp(-y) + y": lambda x, y: x * torch.exp(-y) + y,
+    "squared": lambda x, y: x.square() / y.exp() + y,
+    "of softplus": lambda x, y: x / F.softplus(y) + F.softplus(y).log(),
+}
+
+
+@pytest.mark.parametrize("name", LIKELIHOODS_OF_A_SCALE)
+def test_the_terms_of_a_likelihood_take_one_value(name: str) -> None:
+    """As an exponential law's do, of a log power: once they took two, and the loss was below its own minimum."""
+
+    def result(y: Tensor, x: Tensor, z: Tensor, mu: Tensor, std: Tensor, m: VAE) -> Any:
+        return LIKELIHOODS_OF_A_SCALE[name](x, y).mean()
+
+    rv, x = rvconvert.convert(VAE(result, False), penalty=50.0), torch.rand(16, 12) + 0.2
+    found = rv(x)
+    mu, logvar = rv.encoder(x).chunk(2, -1)
+    y = rv.decoder(rvconvert.RandomVariable(mu, logvar.exp()))
+    torch.testing.assert_close(found, LIKELIHOODS_OF_A_SCALE[name](x, y.mean).mean())
+    torch.testing.assert_close(rv.last_penalty, rvconvert.variance_penalty(y, 50.0).detach())

@@ -287,7 +287,16 @@ class ScoredGraph(DecodedGraph):
         way = self.between(source, value)
         errors = any(self.rule_name(n) in _ERRORS and not self.is_compared_logarithm(n) for n in way)
         apart = errors or any(self.is_loss(n) or self.is_one_of_several(n) for n in way)
+        # Terms of one likelihood take one value: x / exp(y) + y.
+        others = {n for n in source.users if n in self.scoring and n not in way}
+        apart = apart or (self.is_function(source, value) and any(self.is_scored(n) for n in others))
         return (source, user) if value is source or apart else (value, end)
+
+    def is_function(self, source: fx.Node, value: fx.Node) -> bool:
+        """``value`` is a function of each element of ``source``, and no multiple of it."""
+        way = [n for n in self.between(source, value) if not self.is_kind(n, Shape)]
+        functions = all(self.is_kind(n, Elementwise) and len(self.values_in(n)) == 1 for n in way)
+        return functions and any(self.rule_name(n) not in RESCALINGS for n in way)
 
     def is_one_of_several(self, node: fx.Node) -> bool:
         """Some of the elements of a value of which others are used too, as a mean beside a log-variance."""
