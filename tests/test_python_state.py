@@ -487,6 +487,7 @@ def _noted(model):
 STATES = {
     "assigned": lambda model: setattr(model, "state", 2 * model.state),
     "in place": lambda model: model.state.mul_(2),
+    "by data": lambda model: setattr(model.state, "data", 2 * model.state.data),
     "in a dict": lambda model: model.held.update(state=2 * model.held["state"]),
     "in a dict in place": lambda model: model.held["state"].mul_(2),
     "by a list's length": _noted,

@@ -326,6 +326,12 @@ class _Recorder(TorchFunctionMode, Handler):
         """Run a function and write it down, if its result or its effect is a tensor's."""
         plain_args, plain_kwargs = _plain(args), _plain(kwargs)
         if name == "__set__":  # x.data = y: torch gives no name to it that a graph could call
+            target, value = plain_args
+            own = (id(target) in self.tensors or id(target) in self.attributes) and not isinstance(target, nn.Parameter)
+            if own and (target.shape, target.dtype) == (value.shape, value.dtype):
+                with self, torch.no_grad():
+                    target.copy_(value)
+                return None
             self.recording.once.append(f"the data of a tensor is set: {self.line()}")
             result = func(*plain_args, **plain_kwargs)
             if isinstance(plain_args[0], nn.Parameter) and id(plain_args[0]) in self.tensors:
