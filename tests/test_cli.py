@@ -282,7 +282,7 @@ def test_wrong_usage_is_exit_2(command: str, message: str, folder: Path, capsys)
 
 def test_a_recipe_may_be_trusted(folder: Path, capsys, monkeypatch) -> None:
     assert run(capsys, CONVERT)[0] == 0
-    command = [sys.executable, "-m", "rvconvert.cli", "verify", "rv.pt", "--example-shape", "4,6", "--samples", "10"]
+    command = [sys.executable, "-m", "rvconvert", "verify", "rv.pt", "--example-shape", "4,6", "--samples", "10"]
     environment = os.environ | {"PYTHONPATH": str(Path(rvconvert.__file__).parent.parent)}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 1 and "--model net.py:VAE" in done.stderr
@@ -335,7 +335,7 @@ def test_images_are_read_in_every_form(tmp_path: Path) -> None:
 
 def test_a_closed_pipe_is_no_traceback() -> None:
     environment = os.environ | {"PYTHONPATH": str(Path(rvconvert.__file__).parent.parent)}
-    command = f"{shlex.quote(sys.executable)} -m rvconvert.cli rules | head -n 2"
+    command = f"{shlex.quote(sys.executable)} -m rvconvert rules | head -n 2"
     done = subprocess.run(command, shell=True, capture_output=True, text=True, env=environment, check=False)
     assert "Traceback" not in done.stderr and "BrokenPipe" not in done.stderr
 

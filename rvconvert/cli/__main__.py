@@ -1,7 +1,0 @@
-"""``python -m rvconvert.cli``: what the ``rvconvert`` command runs."""
-
-import sys
-
-from rvconvert.cli.main import main
-
-sys.exit(main())
