@@ -567,13 +567,22 @@ class Conversion:
                 recording.once = again or ([] if settled else recording.once)
                 second.restore()
         recording.restore()
+        if recording.drawn:
+            with unchanged(model, recording.written), torch.enable_grad():
+                torch.manual_seed(1)  # another state of what the method does not seed
+                recording.keep_repeated(record(model, method, args, kwargs, registry, told=grad, moving=read)[0])
         if recording.asks_grad_mode:
             with unchanged(model, recording.written), torch.enable_grad():
                 other, _ = record(model, method, args, kwargs, registry, told=not grad, moving=read)
             if recording.constants or str(other.graph) != str(recording.graph):
                 again.append("Python decides by torch.is_grad_enabled()")
-        vars(self.constants).update(recording.constants)
         roles = self.roles(recording, name, model)
+        repeated = recording.drawn.keys() - set(roles.latents)
+        if repeated:
+            for node in repeated:
+                recording.freeze(node)
+            roles = self.roles(recording, name, model)
+        vars(self.constants).update(recording.constants)
         refusal = self.refusal(recording, roles, name, model)
         reported = [place for node, place, _ in recording.reads if node in roles.random]
         if refusal is None and reported:

@@ -674,3 +674,53 @@ def test_a_number_that_the_code_never_mentions_makes_no_recording(name, recordin
     assert len(model._rvconvert.programs) == recordings
     for index, loss in enumerate(losses):
         assert loss == pytest.approx(losses[0] * (1 if recordings == 1 else index + 1))
+
+
+def of_a_new_generator(model, x):
+    return torch.rand(x.shape, generator=torch.Generator().manual_seed(42))
+
+
+def of_a_seeded_generator(model, x):
+    return torch.rand(x.shape, generator=model.generator.manual_seed(42))
+
+
+def of_the_forked_state(model, x):
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(9)
+        return torch.rand_like(x)
+
+
+def of_a_generator_that_goes_on(model, x):
+    return torch.rand(x.shape, generator=model.generator)
+
+
+@pytest.mark.parametrize("mode", ["independent", "sampled"])
+@pytest.mark.parametrize("draw", [of_a_new_generator, of_a_seeded_generator, of_the_forked_state, of_a_generator_that_goes_on])
+def test_a_mask_that_forward_seeds_is_the_plain_model_s(draw, mode):
+    class Masked(VAE):
+        def __init__(self):
+            super().__init__()
+            self.generator = torch.Generator()
+
+        def forward(self, x):
+            mask = (draw(self, x) > 0.5).float()
+            return self.reconstruct(x * mask), mask
+
+    model, x = Masked(), torch.rand(16, 6)
+    rv = rvconvert.convert(model, covariance=mode)
+    masks = [rv(x)[1] for _ in range(3)]
+    if draw is of_a_generator_that_goes_on:
+        assert not any(torch.equal(a, b) for a, b in ((masks[0], masks[1]), (masks[1], masks[2]), (masks[0], masks[2])))
+    else:
+        assert all(torch.equal(mask, model(x)[1]) for mask in masks)
+    assert rv(x[:5])[1].shape == (5, 6)
+
+
+def test_a_latent_under_a_seed_is_a_latent():
+    class Seeded(VAE):
+        def forward(self, x):
+            torch.manual_seed(0)
+            return self.reconstruct(x)
+
+    y = rvconvert.convert(Seeded(), output="distribution")(torch.rand(5, 6))
+    assert bool((y.var > 0).all())

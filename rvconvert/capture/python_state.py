@@ -51,6 +51,7 @@ _OPAQUE = (torch.Tensor, nn.Module, type, types.ModuleType, types.FunctionType, 
 _CONTAINERS = (list, tuple, dict, set, frozenset, collections.deque)
 _MOST = 256  # entries of a container, fields of an object that are looked at one by one
 _LARGEST = 1 << 14  # entries that are hashed, bytes of an array that are compared: of what is larger it is the object that counts
+_SEEDS = frozenset("manual_seed fork_rng set_rng_state set_state seed_everything".split())
 ARGUMENT = -1  # the owner of an argument of the method
 GENERATORS = (np.random.Generator, np.random.RandomState, random.Random)
 
@@ -129,6 +130,7 @@ class ReadByName:
         self.is_own, self.is_recorded = is_own, is_recorded  # hooks and the insides of layers run at every call
         self.values: dict[Place, Hashable] = {}
         self.codes: set[types.CodeType] = set()
+        self.seeds = False  # some of it names what sets the state of torch's generators
         self.within: set[Any] = set()  # code of functions that are made in the run, of its own variables
 
     def __call__(self, frame: types.FrameType, event: str, argument: Any) -> None:
@@ -138,6 +140,7 @@ class ReadByName:
         self.codes.add(code)
         self.within.update(each for each in code.co_consts if isinstance(each, types.CodeType))
         if self.is_own(frame):
+            self.seeds = self.seeds or not _SEEDS.isdisjoint(code.co_names)
             self.note(_globals_of(frame.f_globals, code))
             if code not in self.within and set(code.co_freevars) - {"__class__"}:
                 self.note(_cells_of(code))

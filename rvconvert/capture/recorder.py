@@ -123,6 +123,7 @@ class _Recorder(TorchFunctionMode, Handler):
         self.attributes = _plain_tensor_attributes(root)
         self.stack: list[str] = []
         self.leaf: list[Any] | None = None
+        self.python = ReadByName(_is_of_the_model, lambda: self.leaf is None)
         self.said: list[tuple[Kept, list[Any]]] = []
         self.autocast = autocast_state()
 
@@ -394,6 +395,8 @@ class _Recorder(TorchFunctionMode, Handler):
             node.meta["draw"] = draw
             self.recording.draws.append(node)
             self.recording.depends.add(node)
+            if isinstance(result, torch.Tensor) and (self.python.seeds or plain_kwargs.get("generator") is not None):
+                self.recording.drawn[node] = result.detach().clone()
         if not held or node in self.recording.depends:
             self.finish(node, result, mutated)
         if func is torch.Tensor.__getitem__ and not mutated and _storage(result) == _storage(plain_args[0]):
@@ -804,7 +807,7 @@ def _recorded(
         values.append(leaf)
         recorder.track(leaf, node)
     args, kwargs = recorder.moving_arguments(method, *structure.build(iter(values)))
-    drawn, read = random_state(), ReadByName(_is_of_the_model, lambda: recorder.leaf is None)
+    drawn, read = random_state(), recorder.python
     with intercepting(recorder), recorder, following(read):
         result = method(*args, **kwargs)
     recording.places |= dict.fromkeys(read.values)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from itertools import count
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,6 +16,8 @@ if TYPE_CHECKING:
     from rvconvert.capture.python_state import Place
 
 __all__ = ["Kept", "Recording", "equal"]
+
+_COUNT = count()
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,7 @@ class Recording:
         attributes: tensors that the method read off modules, by path.
         random_inputs: the placeholders given as random variables.
         draws: the nodes that draw.
+        drawn: what draws gave that have a generator of their own, or whose code sets the state of one.
         depends: the nodes that depend on a draw or a random input.
         reads: (node, place, decides) where Python reads the value of a tensor, to decide by it or for a report.
         stale: (writer, place) where memory is used that was written in place through another tensor.
@@ -70,6 +74,7 @@ class Recording:
     attributes: dict[str, torch.Tensor] = field(default_factory=dict)
     random_inputs: list[fx.Node] = field(default_factory=list)
     draws: list[fx.Node] = field(default_factory=list)
+    drawn: dict[fx.Node, torch.Tensor] = field(default_factory=dict)
     depends: set[fx.Node] = field(default_factory=set)
     reads: list[tuple[fx.Node | None, str, bool]] = field(default_factory=list)
     stale: list[tuple[fx.Node, str]] = field(default_factory=list)
@@ -90,6 +95,22 @@ class Recording:
         mine, others = self.constants, other.constants
         alike = str(self.graph) == str(other.graph) and mine.keys() == others.keys()
         return alike and all(equal(each, others[name]) for name, each in mine.items())
+
+    def keep_repeated(self, other: Recording) -> None:
+        """Of what was ``drawn``, keep what another run has drawn again: of a generator that the method seeds at each call."""
+        pairs = zip(self.drawn.items(), other.drawn.values(), strict=False)
+        self.drawn = {node: value for (node, value), again in pairs if equal(value, again)}
+
+    def freeze(self, node: fx.Node) -> None:
+        """Let a draw that every call repeats be a constant."""
+        name = f"drawn_{next(_COUNT)}"
+        self.constants[name] = self.drawn[node]
+        self.fixed.append(f"it draws the same numbers at every call: {node.meta['where']}")
+        with self.graph.inserting_before(node):
+            node.replace_all_uses_with(self.graph.get_attr(f"_rvconvert.constants.{name}"))
+        self.draws.remove(node)
+        self.depends.discard(node)
+        self.graph.erase_node(node)
 
     @property
     def output(self) -> fx.Node:
