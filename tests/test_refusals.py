@@ -299,3 +299,26 @@ def test_a_mask_of_the_part_that_does_not_vary_picks(covariance):
     for a, b in zip(*found, strict=True):
         torch.testing.assert_close(a.mean, b.mean)
         torch.testing.assert_close(a.var, b.var)
+
+
+TRANSFORMS = {
+    "a loss of each example": lambda m, z, x: torch.vmap(lambda a, b: (a - b).square().mean())(m.decoder(z), x).mean(),
+    "a decoder": lambda m, z, x: torch.vmap(m.decoder)(z),
+    "a Jacobian": lambda m, z, x: (m.decoder(z), torch.vmap(torch.func.jacrev(m.decoder))(z.detach())),
+}
+
+
+@pytest.mark.parametrize("mode", ["independent", "sampled"])
+@pytest.mark.parametrize("name", TRANSFORMS)
+def test_a_transform_of_torch_func_inside_is_refused_with_its_line(name, mode):
+    class Transforming(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.encoder, self.decoder = nn.Linear(6, 4), nn.Linear(2, 6)
+
+        def forward(self, x):
+            mu, logvar = self.encoder(x).chunk(2, 1)
+            return TRANSFORMS[name](self, mu + torch.randn_like(mu) * (0.5 * logvar).exp(), x)
+
+    with pytest.raises(TracingError, match=r"(?s)torch\.vmap and.*test_refusals\.py:\d+:.*Write it for the whole batch"):
+        rvconvert.convert(Transforming(), covariance=mode)(torch.rand(5, 6))

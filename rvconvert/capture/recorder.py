@@ -8,6 +8,7 @@ import itertools
 import linecache
 import operator
 import sys
+import traceback
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -66,6 +67,10 @@ _TENSOR_PROPERTIES = {
 }
 _LIKE_ANOTHER = frozenset("expand_as view_as reshape_as type_as to".split())  # of which the second argument is asked for no value
 _CONSTANT = itertools.count()
+_TRANSFORM = (
+    "torch.vmap and the transforms of torch.func cannot be recorded inside the method: {}. Write it for the whole batch, "
+    "((y - x) ** 2).mean(1), or let the training loop do it with what the method returns"
+)
 
 
 def user_frame() -> types.FrameType | None:
@@ -169,12 +174,24 @@ class _Recorder(TorchFunctionMode, Handler):
             node.meta["requires_grad"] = tensor.requires_grad
             self.recording.attributes[path] = tensor
         else:
-            key = _storage_key(tensor)
+            key = _storage_key(self.unwrapped(tensor))
             shared = self.storages.get(key) if key is not None else None
             node = shared if shared is not None else self.constant(tensor)
         self.nodes[id(tensor)] = node
         self.alive.append(tensor)
         return node
+
+    def unwrapped(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A tensor, out of what torch.vmap or a transform of torch.func has wrapped it into, if that is not random."""
+        if not torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+            return tensor
+        while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+            tensor = torch._C._functorch.get_unwrapped(tensor)
+        if self.nodes.get(id(tensor)) in self.recording.depends:
+            raise TracingError(_TRANSFORM.format(self.line()))
+        if id(tensor) in self.nodes:
+            self.recording.once.append(f"a transform of torch.func is at work: {self.line()}")
+        return tensor
 
     def constant(self, value: Any) -> fx.Node:
         """A node for a value that no code in the graph makes."""
@@ -809,7 +826,16 @@ def _recorded(
     args, kwargs = recorder.moving_arguments(method, *structure.build(iter(values)))
     drawn, read = random_state(), recorder.python
     with intercepting(recorder), recorder, following(read):
-        result = method(*args, **kwargs)
+        try:
+            result = method(*args, **kwargs)
+        except RuntimeError as error:
+            steps = traceback.extract_tb(error.__traceback__)
+            if not any("_functorch" in step.filename for step in steps):
+                raise
+            own = [step for step in steps if not step.filename.startswith(INTERNAL)]
+            raise TracingError(
+                _TRANSFORM.format(f"{short_place(f'{own[-1].filename}:{own[-1].lineno}')}: {own[-1].line}")
+            ) from error
     recording.places |= dict.fromkeys(read.values)
     if random_state() != drawn:
         recording.once.append("Python draws random numbers of its own, by random or numpy.random")
