@@ -5,6 +5,7 @@ import collections
 import copy
 import cProfile
 import functools
+import logging
 import math
 import operator
 import random
@@ -724,3 +725,21 @@ def test_a_latent_under_a_seed_is_a_latent():
 
     y = rvconvert.convert(Seeded(), output="distribution")(torch.rand(5, 6))
     assert bool((y.var > 0).all())
+
+
+LOGGER = logging.getLogger("a script's")
+
+
+def test_a_logger_that_remembers_its_levels_makes_no_recording():
+    """The first call of one leaves a cache on it; once torch.export then found no recording that it could use."""
+
+    class Logging(VAE):
+        def forward(self, x):
+            LOGGER.debug("a batch of %d", len(x))
+            return self.reconstruct(x)
+
+    rv, x = rvconvert.convert(Logging()), torch.rand(5, 6)
+    for level in (logging.WARNING, logging.INFO, logging.ERROR):
+        LOGGER.setLevel(level)
+        rv(x)
+    assert len(rvconvert.converted.conversion_of(rv).programs) == 1

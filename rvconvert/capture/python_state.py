@@ -12,6 +12,7 @@ import dis
 import functools
 import gc
 import itertools
+import logging
 import random
 import sys
 import types
@@ -47,7 +48,9 @@ _PLAIN = (bool, int, float, complex, str, bytes, torch.dtype, torch.device, type
 _NEVER = frozenset(vars(nn.Module())) | {
     "training", "T_destination", "dump_patches", "call_super_init", "_compiled_call_impl",
 }  # fmt: skip
-_OPAQUE = (torch.Tensor, nn.Module, type, types.ModuleType, types.FunctionType, types.BuiltinFunctionType)
+_OPAQUE = (
+    torch.Tensor, nn.Module, type, types.ModuleType, types.FunctionType, types.BuiltinFunctionType, logging.Logger,
+)  # fmt: skip
 _CONTAINERS = (list, tuple, dict, set, frozenset, collections.deque)
 _MOST = 256  # entries of a container, fields of an object that are looked at one by one
 _LARGEST = 1 << 14  # entries that are hashed, bytes of an array that are compared: of what is larger it is the object that counts
