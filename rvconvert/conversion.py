@@ -21,7 +21,7 @@ from rvconvert.calibration import renew
 from rvconvert.capture import intercept
 from rvconvert.capture.graph_calls import autocast_state, set_autocast
 from rvconvert.capture.module_state import put_back, tensors_written, unchanged
-from rvconvert.capture.python_state import ARGUMENT, Closure, Moving, Place, is_opaque, read_now, unused_arguments
+from rvconvert.capture.python_state import ARGUMENT, NUMBERS, Closure, Moving, Place, is_opaque, read_now, unused_arguments
 from rvconvert.capture.recorder import own_copies, record
 from rvconvert.capture.replay import each_mode, replay_differs
 from rvconvert.core.random_variable import RandomVariable, random_variables
@@ -51,9 +51,10 @@ _SAID: set[str] = set()  # once a process
 _PATIENCE = 50  # calls in training; gradients may be accumulated over some
 _OFTEN = (
     "{} was recorded for {} kinds of call, which took several steps' time each: lengths of its inputs, or plain numbers among "
-    "its arguments, differ. Give a number that changes with every call, an annealed weight or a step, as a tensor, "
-    "torch.tensor(step); pad lengths to some sizes"
+    "its arguments by which Python decides, differ. Give a number that changes with every call, min(1, step / 1000), worked out, "
+    "or as a tensor, torch.tensor(step); pad lengths to some sizes"
 )
+_MOST_NUMBERS = 16  # kinds of call that differ in what is no tensor, before that is said
 MOST_PROGRAMS = 64  # kept for each model; the one used longest ago goes
 
 
@@ -97,7 +98,7 @@ class Conversion:
         self.recordings: Counter[Any] = Counter()  # of a kind of call
         self.moving: dict[Any, frozenset[Place]] = {}  # attributes that change between such calls, and are read at each
         self.moving_arguments: dict[str, frozenset[str]] = dict.fromkeys(options.methods, frozenset())  # arguments that do so
-        self.last_arguments: dict[str, dict[str, float]] = {}  # the floats among them at the last recording
+        self.last_arguments: dict[str, dict[str, float]] = {}  # the numbers among them at the last recording
         self.still: set[Place] = set()  # those by which Python decides, which are part of what a call depends on
         self.constants = types.SimpleNamespace()
         self.latents: set[str] = set()  # places, "file:line", of the draws that became random variables
@@ -176,7 +177,7 @@ class Conversion:
         self._penalty = None
         if not torch.compiler.is_compiling():
             self.count_call(model)
-        numbers = self.floats(name, args, kwargs) if program.numbers else {}
+        numbers = self.numbers(name, args, kwargs) if program.numbers else {}
         results = program.run(model, *leaves, *[numbers[each] for each in program.numbers])
         self.keep(program, model, results)
         if not program.penalised and model.training and torch.is_grad_enabled():
@@ -334,15 +335,15 @@ class Conversion:
         args, kwargs = structure.parts
         names = [*self.signature(name).parameters][1:]
         given = (*itertools.zip_longest(names[: len(args.parts)], args.parts), *zip(kwargs.keys, kwargs.parts, strict=True))
-        moves = [argument in moving and part.kind == "constant" and type(part.template) is float for argument, part in given]
+        moves = [argument in moving and part.kind == "constant" and type(part.template) in NUMBERS for argument, part in given]
         return tuple(
             (argument, "moves" if moved else part.signature()) for (argument, part), moved in zip(given, moves, strict=True)
         )
 
-    def floats(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, float]:
-        """The arguments of a normalized call that are floats, by name."""
+    def numbers(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, float]:
+        """The arguments of a normalized call that are numbers, by name."""
         given = (*zip([*self.signature(name).parameters][1:], args, strict=False), *kwargs.items())
-        return {argument: value for argument, value in given if type(value) is float}
+        return {argument: value for argument, value in given if type(value) in NUMBERS}
 
     def posterior_of(self, name: str, model: nn.Module) -> Posterior | None:
         """In eval mode, what training has shown of the method's latents, by which a prior's draw is told."""
@@ -372,18 +373,18 @@ class Conversion:
                 )
 
     def moving_now(self, situation: Any, model: nn.Module) -> frozenset[Place]:
-        """Attributes that are other floats than they were at the last recording, or that have been so before."""
+        """Attributes that are other numbers than they were at the last recording, or that have been so before."""
         last = next((key[-1] for key in reversed(self.programs) if key[:-3] == situation), ())
         changed = {
             place
             for place, was, now in zip(self.places.get(situation, ()), last, self.state(situation, model), strict=False)
-            if was != now and was[0] is now[0] is float and isinstance(place.owner, int)
+            if was != now and was[0] in NUMBERS and now[0] in NUMBERS and isinstance(place.owner, int)
         }
         return (self.moving.get(situation, frozenset()) | changed) - self.still
 
     def moving_of_call(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> set[Place]:
-        """Arguments that are other floats than at the last recording, or that have been so before."""
-        before, now = self.last_arguments.get(name, {}), self.floats(name, args, kwargs)
+        """Arguments that are other numbers than at the last recording, or that have been so before."""
+        before, now = self.last_arguments.get(name, {}), self.numbers(name, args, kwargs)
         self.last_arguments[name] = now
         changed = {argument for argument in now if before.get(argument, now[argument]) != now[argument]}
         return {Place(ARGUMENT, argument) for argument in (changed | self.moving_arguments[name]) & now.keys()} - self.still
@@ -460,10 +461,11 @@ class Conversion:
             self.let_move(situation, frozenset(place for place in examined.moving if place.owner != ARGUMENT))
             kinds = _kinds(leaves, batch=program.fixed_batch)
             self.programs[(*situation, *kinds, self.state(situation, model))] = program
+            by_numbers = len({key[1] for key in self.programs if key[0] == name}) > _MOST_NUMBERS
+            if (by_numbers or len(self.programs) > MOST_PROGRAMS) and "attributes" not in self.warned:
+                self.warn("programs", _OFTEN.format(f"{self.plain_class.__name__}.{name}", len(self.programs) - 1))
             if len(self.programs) > MOST_PROGRAMS:
                 self.programs.popitem(last=False)
-                if "attributes" not in self.warned:
-                    self.warn("programs", _OFTEN.format(f"{self.plain_class.__name__}.{name}", MOST_PROGRAMS))
             return program
 
     def program(self, name: str, examined: Examined) -> Program:
@@ -555,10 +557,15 @@ class Conversion:
         read = Moving(moving)
         with unchanged(model), torch.enable_grad():
             recording, _ = record(model, method, args, kwargs, registry, told=grad, moving=read)
+        counted = recording.counted - moving - self.still
+        if counted:  # self.steps += 1
+            recording.restore()
+            moving = self.that_can_move(moving | counted, model, method, args, kwargs)
+            read = Moving(moving)
         if recording.builds:
             self.build(name, model, args, kwargs)
         with unchanged(model), torch.enable_grad():
-            if recording.builds:
+            if recording.builds or counted:
                 recording, _ = record(model, method, args, kwargs, registry, told=grad, moving=read)
             if recording.once:  # as the next call would find the model
                 second, _ = record(model, method, args, kwargs, registry, told=grad, moving=read)
@@ -591,7 +598,7 @@ class Conversion:
             ]
             if again_by[0] and not all(again_by):  # what was reported came back into the graph
                 refusal = read_refusal(f"{self.plain_class.__name__}.{name}", reported[0])
-        if refusal is None:
+        if refusal is None or isinstance(refusal, NoReparameterizationError):  # which may be served as it is: see ``prepare``
             again += [f"Python decides by the value of a tensor: {place}" for _, place, _ in recording.reads]
             if not recording.once and not again:
                 again += self.check(recording, name, model, method, args, kwargs)
@@ -606,13 +613,13 @@ class Conversion:
         while moving:
             told, made = torch.is_grad_enabled(), []
             for heard_as_another in (False, True):
-                with unchanged(model), torch.enable_grad():
+                with unchanged(model), torch.enable_grad(), contextlib.suppress(Exception):  # of the model's own code
                     read = Moving(moving, heard_as_another)
                     recording, _ = record(model, method, args, kwargs, self.settings.registry, told=told, moving=read)
-                recording.restore()
-                made.append(recording)
-            decided = moving & made[0].decided
-            if not decided and made[0].equals(made[1]):
+                    recording.restore()
+                    made.append(recording)
+            decided = moving & made[0].decided if made else frozenset()
+            if not decided and len(made) == 2 and made[0].equals(made[1]):
                 break
             self.still |= decided or moving
             moving -= decided or moving

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from rvconvert.capture.python_state import is_opaque, random_state, restore_random_state
+from rvconvert.capture.python_state import NUMBERS, is_opaque, random_state, restore_random_state
 from rvconvert.capture.recording import Kept, equal
 from rvconvert.capture.surroundings import is_surrounding, silent_logs
 from rvconvert.capture.traced_number import TracedFloat, TracedInt, is_traced_now, untraced
@@ -207,6 +207,14 @@ class Held:
         self.held = {m: dict(vars(m)) for m in root.modules() if not isinstance(m, torch.jit.ScriptModule)}
         self.buffers = {m: dict(m._buffers) for m in self.held}
         self.mutables = _mutables(self.held)
+
+    def counted(self) -> Iterator[tuple[nn.Module, str]]:
+        """Attributes of modules that are another plain number than before."""
+        for module, held in self.held.items():
+            for name, now in vars(module).items():
+                before = held.get(name, getattr(type(module), name, None))
+                if type(before) in NUMBERS and type(now) in NUMBERS and now != before:
+                    yield module, name
 
     def changes(self, recording: Recording, paths: dict[int, str]) -> list[Any]:
         """Note in the recording what was set on each module, whose ``paths`` go by id; returns the tensors in it.

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 __all__ = [
     "ARGUMENT",
     "GENERATORS",
+    "NUMBERS",
     "Closure",
     "Moving",
     "Place",
@@ -55,6 +56,7 @@ _CONTAINERS = (list, tuple, dict, set, frozenset, collections.deque)
 _MOST = 256  # entries of a container, fields of an object that are looked at one by one
 _LARGEST = 1 << 14  # entries that are hashed, bytes of an array that are compared: of what is larger it is the object that counts
 _SEEDS = frozenset("manual_seed fork_rng set_rng_state set_state seed_everything".split())
+NUMBERS = (int, float)
 ARGUMENT = -1  # the owner of an argument of the method
 GENERATORS = (np.random.Generator, np.random.RandomState, random.Random)
 
@@ -79,7 +81,7 @@ class Place(NamedTuple):
 
 
 class Moving(NamedTuple):
-    """Floats that have changed between calls, as an annealed weight does: attributes and arguments by name.
+    """Numbers that change between calls, as an annealed weight or a counter does: attributes and arguments by name.
 
     A run that is compared hears others.
     """
@@ -87,9 +89,11 @@ class Moving(NamedTuple):
     places: frozenset[Place] = frozenset()
     heard_as_another: bool = False
 
-    def heard(self, value: float) -> float:
+    def heard(self, value: Any) -> Any:
         """What the model is told a number is."""
-        return 1.37 * value + 0.11 if self.heard_as_another else value
+        if not self.heard_as_another:
+            return value
+        return value + 7 if isinstance(value, int) else 1.37 * value + 0.11
 
 
 def is_watched(module: nn.Module, name: str, value: Any, reader: types.FrameType) -> bool:

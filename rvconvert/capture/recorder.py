@@ -31,6 +31,7 @@ from rvconvert.capture.module_state import Held, is_output, own_attributes
 from rvconvert.capture.python_state import (
     ARGUMENT,
     GENERATORS,
+    NUMBERS,
     Moving,
     Place,
     ReadByName,
@@ -641,7 +642,7 @@ class _Recorder(TorchFunctionMode, Handler):
         reader = sys._getframe(2)
         if is_watched(module, name, value, reader) and not (reads_its_own(reader, value) and is_surrounding(module, value)):
             place = Place(number, name)
-            if place in self.moving.places and type(value) is float:
+            if place in self.moving.places and type(value) in NUMBERS:
                 path = self.paths[id(module)]
                 return self.moving_number(place, self.graph.get_attr(f"{path}.{name}" if path else name), value)
             self.recording.places[place] = None
@@ -649,14 +650,15 @@ class _Recorder(TorchFunctionMode, Handler):
                 self.recording.once.append(f"Python draws random numbers of its own: {self.line()}")
         return value
 
-    def moving_number(self, place: Place, node: fx.Node, value: float) -> TracedFloat:
+    def moving_number(self, place: Place, node: fx.Node, value: Any) -> TracedInt | TracedFloat:
         """A number that other calls have another of, read by ``node``; that Python decides by it is noted."""
         node.meta["number"] = True
 
         def decided(_: str) -> None:
             self.recording.decided.add(place)
 
-        return TracedFloat(self.moving.heard(value), node, decided)
+        heard = self.moving.heard(value)
+        return TracedInt(heard, node, decided) if type(value) is int else TracedFloat(heard, node, decided)
 
     def moving_arguments(
         self, method: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -665,7 +667,7 @@ class _Recorder(TorchFunctionMode, Handler):
         names = {place.name for place in self.moving.places if place.owner == ARGUMENT}
 
         def given(name: str, value: Any) -> Any:
-            if name not in names or type(value) is not float:
+            if name not in names or type(value) not in NUMBERS:
                 return value
             node = self.graph.placeholder(f"number_{name}")
             node.meta["where"] = node.meta["source"] = node.meta["module"] = ""
@@ -847,6 +849,7 @@ def _recorded(
     recording.builds = any(id(p) not in recorder.tensors for p in root.parameters())
     leaves, recording.outputs = flatten(result, is_output)
     leaves += before.changes(recording, recorder.paths)
+    recording.counted = {Place(recorder.numbers[id(module)], name) for module, name in before.counted()}
     for kept, found in recorder.said:
         recording.kept.append(kept)
         leaves += found

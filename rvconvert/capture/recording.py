@@ -61,7 +61,8 @@ class Recording:
         asks_grad_mode: the method asks whether gradients are on.
         sets_autocast: the method turns autocast on or off.
         places: plain attributes and globals that the method read, whose values are constants of the graph.
-        numbers: arguments, floats, that follow the tensors as inputs of the graph, with their values in this call.
+        counted: attributes, numbers, that the method changes.
+        numbers: arguments, numbers themselves, that follow the tensors as inputs of the graph, with their values in this call.
         decided: of the numbers that the graph reads anew at each call, those by which Python has decided.
         builds: the method made parameters, which the model had not before.
     """
@@ -86,6 +87,7 @@ class Recording:
     asks_grad_mode: bool = False
     sets_autocast: bool = False
     places: dict[Place, None] = field(default_factory=dict)
+    counted: set[Place] = field(default_factory=set)
     numbers: dict[str, float] = field(default_factory=dict)
     decided: set[Place] = field(default_factory=set)
     builds: bool = False
