@@ -21,7 +21,7 @@ from rvconvert.calibration import renew
 from rvconvert.capture import intercept
 from rvconvert.capture.graph_calls import autocast_state, set_autocast
 from rvconvert.capture.module_state import put_back, tensors_written, unchanged
-from rvconvert.capture.python_state import ARGUMENT, NUMBERS, Closure, Moving, Place, is_opaque, read_now, unused_arguments
+from rvconvert.capture.python_state import ARGUMENT, NUMBERS, OTHERS, Moving, Place, Scope, is_opaque, read_now, unused_arguments
 from rvconvert.capture.recorder import own_copies, record
 from rvconvert.capture.replay import each_mode, replay_differs
 from rvconvert.core.random_variable import RandomVariable, random_variables
@@ -399,10 +399,8 @@ class Conversion:
 
     def owner(self, place: Place, model: nn.Module) -> str:
         """What stands before the name of a place in a message."""
-        if isinstance(place.owner, Closure):
-            return ""
-        if isinstance(place.owner, str):
-            return f"{place.owner}."
+        if isinstance(place.owner, Scope):
+            return f"{place.owner.of.get('__name__')}." if isinstance(place.owner.of, dict) else ""
         module = _modules_of(model)[place.owner]
         return next((f"model.{path}." if path else "model." for path, each in model.named_modules() if each is module), "")
 
@@ -612,14 +610,14 @@ class Conversion:
         """Those of ``moving`` that Python only hands on to the graph: with other numbers the graph is the same."""
         while moving:
             told, made = torch.is_grad_enabled(), []
-            for heard_as_another in (False, True):
+            for other in OTHERS:
                 with unchanged(model), torch.enable_grad(), contextlib.suppress(Exception):  # of the model's own code
-                    read = Moving(moving, heard_as_another)
+                    read = Moving(moving, other)
                     recording, _ = record(model, method, args, kwargs, self.settings.registry, told=told, moving=read)
                     recording.restore()
                     made.append(recording)
             decided = moving & made[0].decided if made else frozenset()
-            if not decided and len(made) == 2 and made[0].equals(made[1]):
+            if not decided and len(made) == len(OTHERS) and all(map(made[0].equals, made[1:])):
                 break
             self.still |= decided or moving
             moving -= decided or moving

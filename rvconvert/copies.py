@@ -33,7 +33,7 @@ def _detached(model: nn.Module, memo: dict[int, Any]) -> dict[int, Any]:
         if isinstance(module, torch.jit.ScriptModule):
             continue
         for name, value in vars(module).items():
-            if name not in ("_parameters", "_modules"):
+            if name not in ("_parameters", "_modules", "_rvconvert"):
                 for tensor in flatten(value)[0]:
                     if isinstance(tensor, torch.Tensor) and not tensor.is_leaf:
                         memo[id(tensor)] = tensor.detach().clone()

@@ -9,6 +9,7 @@ import logging
 import math
 import operator
 import random
+import statistics
 import sys
 import types
 import warnings
@@ -29,8 +30,14 @@ SCHEDULE = np.zeros(3, dtype=np.float32)
 
 
 HELPED = {"beta": 0.0}
+NESTED = {"model": {"loss": {"kl": {"beta": 0.0}}}}
+TENSOR = torch.zeros(())
 settings = sys.modules["settings_of_a_script"] = types.ModuleType("settings_of_a_script")
 settings.beta = 0.0
+
+
+def no_more(x):
+    return x
 
 
 def weight_by_a_helper():
@@ -108,6 +115,9 @@ class Annealed(VAE):
         self.long, self.chosen = [0.0] * 100, {0.0}
         self.times = 0
         self.encoder.shift = 0.0
+        of = types.SimpleNamespace
+        self.nested = of(model=of(loss={"kl": of(beta=0.0)}))
+        self.function, self.tensors = no_more, (torch.zeros(()), {"beta": torch.zeros(())})
         self.bound, self.partial = Slotted().read, functools.partial(operator.getitem, {"beta": 0.0}, "beta")
 
     def forward(self, x):
@@ -115,7 +125,9 @@ class Annealed(VAE):
         total = self.of_the_class + self.of_the_model + self.held["beta"] + self.config.schedule.beta + BETA
         total = total + ARGUMENTS.beta + WEIGHTS["beta"] + CONFIGURATION.beta + SCHEDULE[1]
         total = total + self.of_numpy + self.array[1] + self.slotted() + self.long[80] + sum(self.chosen)
-        total = total + weight_by_a_helper() + ENCLOSED() + ENCLOSED_TWICE() + self.bound() + self.partial() + self.encoder.shift
+        total = total + self.nested.model.loss["kl"].beta + NESTED["model"]["loss"]["kl"]["beta"] + Part.beta
+        total = total + weight_by_a_helper() + TENSOR + self.function(0.0) + self.tensors[0] + self.tensors[1]["beta"]
+        total = total + ENCLOSED() + ENCLOSED_TWICE() + self.bound() + self.partial() + self.encoder.shift
         for _ in range(self.times):
             total = total + 1
         if self.of_the_model > 100:
@@ -124,7 +136,7 @@ class Annealed(VAE):
 
 
 class Part(nn.Module):
-    shift = 0.0
+    shift = beta = 0.0
 
     def forward(self, x):
         return x + self.shift
@@ -180,6 +192,11 @@ def of_a_set(model, value):
     model.chosen.add(value)
 
 
+def of_global_tensor(model, value):
+    global TENSOR
+    TENSOR = torch.tensor(value)
+
+
 def of_a_partial(model, value):
     model.partial.args[0]["beta"] = value
 
@@ -211,6 +228,13 @@ WAYS = {
     "enclosed dict of a helper": lambda model, value: ENCLOSED_HELD.update(beta=value),
     "bound method": lambda model, value: setattr(model.bound.__self__, "beta", value),
     "partial": of_a_partial,
+    "nested": lambda model, value: setattr(model.nested.model.loss["kl"], "beta", value),
+    "nested dicts": lambda model, value: NESTED["model"]["loss"]["kl"].update(beta=value),
+    "class of the model's": lambda model, value: setattr(Part, "beta", value),
+    "global tensor": of_global_tensor,
+    "function": lambda model, value: setattr(model, "function", lambda x: x + value),
+    "tuple of tensors": lambda model, value: setattr(model, "tensors", (torch.tensor(value), model.tensors[1])),
+    "tensor in a dict": lambda model, value: model.tensors[1].update(beta=torch.tensor(value)),
     "torch layer": lambda model, value: setattr(model.encoder, "shift", value),
 }
 
@@ -226,7 +250,8 @@ def test_a_number_of_python_that_changes_between_calls_is_read_anew(way, mode):
         for value in (3.0, 7.0, 3.0, 0.0):
             WAYS[way](model, value)
             assert float(model(x)) == pytest.approx(free + value, rel=1e-4)
-    assert len(rvconvert.converted.conversion_of(model).programs) <= 4  # one for each value, found again
+    others = way in ("function", "global tensor")  # each time another object
+    assert len(rvconvert.converted.conversion_of(model).programs) <= (6 if others else 4)  # one for each value, found again
 
 
 @pytest.mark.parametrize("profiled", [False, True])
@@ -279,11 +304,15 @@ MOVED = {  # of a decoded sample, and two numbers that each call has others of: 
     "slope": lambda y, k, j: j * F.leaky_relu(y, k),
     "bounds": lambda y, k, j: y.clamp(-k, j),
     "filled": lambda y, k, j: y * torch.full_like(y, k) + torch.tensor([j]),
+    "root": lambda y, k, j: y * k**0.5 * (1 - k) ** 0.5,
 }
 DECIDED = {  # and by which Python decides, or which it takes the value of unseen
     "branch": lambda y, k, j: y * (k if k > 0.5 else j),
     "math": lambda y, k, j: y * math.exp(k) * math.sqrt(j),
     "numpy": lambda y, k, j: y * float(np.multiply(k, j)),
+    "floor": lambda y, k, j: y * 0.5 ** math.floor(10 * k) * (1 + round(10 * j)),
+    "saturated": lambda y, k, j: y * min(1.0, math.exp(2 - 5 * k)) * math.tanh(40 * j),
+    "Python's own": lambda y, k, j: y * statistics.mean([k, j]),
 }
 
 

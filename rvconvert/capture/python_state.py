@@ -32,10 +32,11 @@ __all__ = [
     "ARGUMENT",
     "GENERATORS",
     "NUMBERS",
-    "Closure",
+    "OTHERS",
     "Moving",
     "Place",
     "ReadByName",
+    "Scope",
     "following",
     "is_opaque",
     "is_watched",
@@ -49,10 +50,12 @@ _PLAIN = (bool, int, float, complex, str, bytes, torch.dtype, torch.device, type
 _NEVER = frozenset(vars(nn.Module())) | {
     "training", "T_destination", "dump_patches", "call_super_init", "_compiled_call_impl",
 }  # fmt: skip
+_FUNCTIONS = (types.FunctionType, types.BuiltinFunctionType)
 _OPAQUE = (
-    torch.Tensor, nn.Module, type, types.ModuleType, types.FunctionType, types.BuiltinFunctionType, logging.Logger,
+    torch.Tensor, nn.Module, type, types.ModuleType, *_FUNCTIONS, logging.Logger,
 )  # fmt: skip
 _CONTAINERS = (list, tuple, dict, set, frozenset, collections.deque)
+_DEPTH, _MOST_IN_ALL = 6, 2048  # how far down containers and objects are looked into, and at how many of their contents
 _MOST = 256  # entries of a container, fields of an object that are looked at one by one
 _LARGEST = 1 << 14  # entries that are hashed, bytes of an array that are compared: of what is larger it is the object that counts
 _SEEDS = frozenset("manual_seed fork_rng set_rng_state set_state seed_everything".split())
@@ -61,39 +64,46 @@ ARGUMENT = -1  # the owner of an argument of the method
 GENERATORS = (np.random.Generator, np.random.RandomState, random.Random)
 
 
-class Closure(NamedTuple):
-    """Where functions keep a variable that they close over; cells compare by what is in them, and have no hash."""
+class Scope(NamedTuple):
+    """Where Python keeps variables: the globals of a module, by name, or a cell, of a variable that functions close over."""
 
-    cell: types.CellType
+    of: dict[str, Any] | types.CellType
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Closure) and other.cell is self.cell
+        return isinstance(other, Scope) and other.of is self.of
 
     def __hash__(self) -> int:
-        return id(self.cell)
+        return id(self.of)
 
 
 class Place(NamedTuple):
-    """A name in Python: of the n-th of the model's modules, of the method (``ARGUMENT``), of a module of Python, of a closure."""
+    """A name in Python: of the n-th of the model's modules, of the method (``ARGUMENT``), of a scope."""
 
-    owner: int | str | Closure
+    owner: int | Scope
     name: str
 
 
 class Moving(NamedTuple):
     """Numbers that change between calls, as an annealed weight or a counter does: attributes and arguments by name.
 
-    A run that is compared hears others.
+    Runs that are compared hear others: what C computes of a number, ``math.exp``, says nothing to a recording.
     """
 
     places: frozenset[Place] = frozenset()
-    heard_as_another: bool = False
+    other: int = 0  # which of the other numbers is heard; 0: none
 
     def heard(self, value: Any) -> Any:
         """What the model is told a number is."""
-        if not self.heard_as_another:
+        if not self.other:
             return value
-        return value + 7 if isinstance(value, int) else 1.37 * value + 0.11
+        return _OTHER_NUMBERS[isinstance(value, int)][self.other - 1](value)
+
+
+_OTHER_NUMBERS: tuple[tuple[Callable[[Any], Any], ...], ...] = (
+    (lambda x: 1.37 * x + 0.11, lambda x: 0.3 * x + 0.0123, lambda x: -x - 0.73, lambda x: x + 51.7),
+    (lambda n: n + 7, lambda n: n // 3 + 1, lambda n: -n - 3, lambda n: n + 1000),
+)
+OTHERS = range(len(_OTHER_NUMBERS[0]) + 1)
 
 
 def is_watched(module: nn.Module, name: str, value: Any, reader: types.FrameType) -> bool:
@@ -101,7 +111,7 @@ def is_watched(module: nn.Module, name: str, value: Any, reader: types.FrameType
     if name in _NEVER or name.startswith("__"):
         return False
     of_torch = type(module).__module__.startswith("torch.") and str(reader.f_globals.get("__name__")).startswith("torch.")
-    return not of_torch and not is_opaque(value)
+    return not of_torch and (not is_opaque(value) or (isinstance(value, _FUNCTIONS) and name in vars(module)))
 
 
 def is_opaque(value: Any) -> bool:
@@ -190,17 +200,13 @@ def following(read: ReadByName) -> Iterator[None]:
 
 def _globals_of(scope: dict[str, Any], code: types.CodeType) -> list[Place]:
     """Values that a function reads among the globals of its module, and on modules of the person's that it has imported."""
-    owner = scope.get("__name__")
-    module = sys.modules.get(owner) if isinstance(owner, str) else None
-    if module is None or vars(module) is not scope:
-        return []
     found = []
     for name, attribute in _globals_read(code):
         value = scope.get(name)
         if isinstance(value, types.ModuleType) and not is_installed(value.__name__.partition(".")[0]):
-            found.append(Place(value.__name__, attribute))
+            found.append(Place(Scope(vars(value)), attribute))
         elif name in scope:
-            found.append(Place(str(owner), name))
+            found.append(Place(Scope(scope), name))
     return [place for place in found if _holds_values(_value(place, ()))]
 
 
@@ -218,29 +224,29 @@ def _cells_of(code: types.CodeType) -> list[Place]:
     """The variables that functions of this code close over."""
     functions = [each for each in gc.get_referrers(code) if isinstance(each, types.FunctionType)]
     return [
-        Place(Closure(cell), name)
+        Place(Scope(cell), name)
         for function in functions
         for name, cell in zip(code.co_freevars, function.__closure__ or (), strict=True)
-        if name != "__class__" and not is_opaque(_content(cell))
+        if name != "__class__" and _holds_values(_content(cell))
     ]
 
 
 def _holds_values(value: Any) -> bool:
     if isinstance(value, type):
-        return not issubclass(value, nn.Module) and not value.__module__.startswith("torch") and bool(_fields(value))
-    return isinstance(value, _CONTAINERS) or not is_opaque(value)
+        return not value.__module__.startswith("torch") and bool(_fields(value))
+    return isinstance(value, (*_CONTAINERS, torch.Tensor)) or not is_opaque(value)
 
 
 def read_now(places: Iterable[Place], modules: Sequence[nn.Module]) -> tuple[Hashable, ...]:
     """The values of ``places``; of what is not plain, its type, its length, and what is plain in it."""
-    return tuple([_snapshot(_value(place, modules), 3) for place in places])
+    return tuple([_Snapshot(isinstance(place.owner, Scope)).of(_value(place, modules)) for place in places])
 
 
 def _value(place: Place, modules: Sequence[nn.Module]) -> Any:
     owner, name = place
-    if isinstance(owner, Closure):
-        return _content(owner.cell)
-    return getattr(modules[owner] if isinstance(owner, int) else sys.modules.get(owner), name, None)
+    if isinstance(owner, Scope):
+        return owner.of.get(name) if isinstance(owner.of, dict) else _content(owner.of)
+    return getattr(modules[owner], name, None)
 
 
 def _content(cell: types.CellType) -> Any:
@@ -250,29 +256,44 @@ def _content(cell: types.CellType) -> Any:
         return None
 
 
-def _snapshot(value: Any, depth: int) -> Hashable:
-    kind = type(value)
-    if isinstance(value, _PLAIN):
-        return (kind, value if value == value else "nan")  # a NaN is equal to nothing, and is the same NaN
-    if isinstance(value, np.generic):
-        return (kind, _snapshot(value.item(), 0)) if isinstance(value.item(), _PLAIN) else (kind, str(value))
-    if isinstance(value, np.ndarray):
-        known = value.nbytes <= _LARGEST and not value.dtype.hasobject
-        return (kind, value.shape, value.dtype.str, value.tobytes() if known else id(value))
-    if isinstance(value, _CONTAINERS):
-        if isinstance(value, (set, frozenset)) or len(value) > _MOST:
-            return (kind, len(value), _fingerprint(value))
-        if not depth:
-            return (kind, len(value))
-        if isinstance(value, dict):
-            return (kind, tuple((_snapshot(k, 0), _snapshot(v, depth - 1)) for k, v in value.items()))
-        return (kind, tuple(_snapshot(v, depth - 1) for v in value))
-    if not depth or (is_opaque(value) and not isinstance(value, type)):
-        return (kind,)
-    if isinstance(value, (types.MethodType, functools.partial)):
-        return (kind, tuple(_snapshot(each, depth) for each in _carried(value)))
-    fields = _fields(value)
-    return (kind, tuple((k, _snapshot(v, depth - 1)) for k, v in fields.items())) if len(fields) <= _MOST else (kind, id(value))
+class _Snapshot:
+    """What is plain in a value, to be compared; of tensors in a scope, which ones they are: a graph reads those of modules."""
+
+    def __init__(self, in_scope: bool) -> None:
+        self.in_scope, self.left = in_scope, _MOST_IN_ALL
+
+    def of(self, value: Any, depth: int = _DEPTH) -> Hashable:
+        """Hashable; equal for equal contents, as far down as is looked."""
+        kind = type(value)
+        if isinstance(value, _PLAIN):
+            return (kind, value if value == value else "nan")  # a NaN is equal to nothing, and is the same NaN
+        self.left -= 1
+        if isinstance(value, _FUNCTIONS):
+            return (kind, value)
+        if isinstance(value, torch.Tensor):
+            return (kind, id(value) if self.in_scope else 0)
+        if isinstance(value, np.generic):
+            return (kind, self.of(value.item())) if isinstance(value.item(), _PLAIN) else (kind, str(value))
+        if isinstance(value, np.ndarray):
+            known = value.nbytes <= _LARGEST and not value.dtype.hasobject
+            return (kind, value.shape, value.dtype.str, value.tobytes() if known else id(value))
+        within = depth > 0 and self.left > 0
+        if isinstance(value, _CONTAINERS):
+            if isinstance(value, (set, frozenset)) or len(value) > _MOST:
+                return (kind, len(value), _fingerprint(value))
+            if not within:
+                return (kind, len(value))
+            if isinstance(value, dict):
+                return (kind, tuple([(self.of(k, 0), self.of(v, depth - 1)) for k, v in value.items()]))
+            return (kind, tuple([self.of(v, depth - 1) for v in value]))
+        if not within or (is_opaque(value) and not isinstance(value, type)):
+            return (kind,)
+        if isinstance(value, (types.MethodType, functools.partial)):
+            return (kind, tuple([self.of(each, depth) for each in _carried(value)]))
+        fields = _fields(value)
+        if len(fields) > _MOST:
+            return (kind, id(value))
+        return (kind, tuple([(k, self.of(v, depth - 1)) for k, v in fields.items()]))
 
 
 def _fingerprint(value: Any) -> Hashable:

@@ -9,7 +9,7 @@ import linecache
 import operator
 import sys
 import traceback
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -68,6 +68,7 @@ _TENSOR_PROPERTIES = {
 }
 _LIKE_ANOTHER = frozenset("expand_as view_as reshape_as type_as to".split())  # of which the second argument is asked for no value
 _CONSTANT = itertools.count()
+_DEEP, _MANY = 4, 256  # how far into containers, and into how many entries of each, tensors are looked for
 _TRANSFORM = (
     "torch.vmap and the transforms of torch.func cannot be recorded inside the method: {}. Write it for the whole batch, "
     "((y - x) ** 2).mean(1), or let the training loop do it with what the method returns"
@@ -169,11 +170,21 @@ class _Recorder(TorchFunctionMode, Handler):
         known = self.nodes.get(id(tensor))
         if known is not None:
             return known
-        path = self.tensors.get(id(tensor)) or self.attributes.get(id(tensor))
+        path, held = self.tensors.get(id(tensor)), self.attributes.get(id(tensor))
         if path is not None:
             node = self.graph.get_attr(path)
             node.meta["requires_grad"] = tensor.requires_grad
             self.recording.attributes[path] = tensor
+        elif held is not None:
+            node = self.graph.get_attr(held.path)
+            for key in held.keys:
+                node = self.graph.call_function(operator.getitem, (node, key))
+                node.meta.update(where="", source="", module="", part=True)
+            node.meta["requires_grad"] = tensor.requires_grad
+            if held.keys:
+                self.recording.entries[node] = tensor
+            else:
+                self.recording.attributes[held.path] = tensor
         else:
             key = _storage_key(self.unwrapped(tensor))
             shared = self.storages.get(key) if key is not None else None
@@ -761,13 +772,28 @@ def _storage_key(tensor: torch.Tensor) -> Any:
         return (storage, tensor.storage_offset(), tuple(tensor.shape), tensor.stride(), tensor.dtype)
 
 
-def _plain_tensor_attributes(root: nn.Module) -> dict[int, str]:
-    """Tensors kept as plain attributes of modules, or of objects that modules keep, by id."""
-    found: dict[int, str] = {}
+class _HeldTensor(NamedTuple):
+    """Where a model keeps a tensor: an attribute's path, and the keys by which a container there holds the tensor."""
+
+    path: str
+    keys: tuple[Any, ...] = ()
+
+
+def _plain_tensor_attributes(root: nn.Module) -> dict[int, _HeldTensor]:
+    """Tensors kept as plain attributes of modules, or of objects that modules keep, or in lists and dicts there, by id."""
+    found: dict[int, _HeldTensor] = {}
+
+    def within(value: Any, path: str, keys: tuple[Any, ...]) -> None:
+        if isinstance(value, torch.Tensor):
+            found.setdefault(id(value), _HeldTensor(path, keys))
+        elif len(keys) < _DEEP and isinstance(value, (list, tuple, dict)) and len(value) <= _MANY:
+            for key, each in value.items() if isinstance(value, dict) else enumerate(value):
+                if isinstance(key, (int, str)):
+                    within(each, path, (*keys, key))
 
     def visit(value: Any, path: str, depth: int) -> None:
-        if isinstance(value, torch.Tensor):
-            found.setdefault(id(value), path)
+        if isinstance(value, (torch.Tensor, list, tuple, dict)):
+            within(value, path, ())
         elif depth and hasattr(value, "__dict__") and not isinstance(value, (nn.Module, type)) and not callable(value):
             for name, each in vars(value).items():
                 if name.isidentifier():

@@ -47,6 +47,7 @@ class Recording:
         kept: what the method keeps on modules; the tensors in it follow the outputs.
         constants: values that no code in the graph makes, by the name it looks them up with on the conversion.
         attributes: tensors that the method read off modules, by path.
+        entries: nodes that read tensors out of containers that modules keep, with these.
         random_inputs: the placeholders given as random variables.
         draws: the nodes that draw.
         drawn: what draws gave that have a generator of their own, or whose code sets the state of one.
@@ -73,6 +74,7 @@ class Recording:
     kept: list[Kept] = field(default_factory=list)
     constants: dict[str, Any] = field(default_factory=dict)
     attributes: dict[str, torch.Tensor] = field(default_factory=dict)
+    entries: dict[fx.Node, torch.Tensor] = field(default_factory=dict)
     random_inputs: list[fx.Node] = field(default_factory=list)
     draws: list[fx.Node] = field(default_factory=list)
     drawn: dict[fx.Node, torch.Tensor] = field(default_factory=dict)
@@ -127,6 +129,10 @@ class Recording:
                 name = f"attribute_{node.name}"
                 self.constants[name] = self.attributes[node.target]
                 node.target = f"_rvconvert.constants.{name}"
+        for node, tensor in self.entries.items():
+            self.constants[f"attribute_{node.name}"] = tensor
+            with self.graph.inserting_before(node):
+                node.replace_all_uses_with(self.graph.get_attr(f"_rvconvert.constants.attribute_{node.name}"))
 
     @property
     def written(self) -> list[torch.Tensor]:

@@ -6,6 +6,7 @@ Once the recording is done they are plain numbers: what a model keeps by size, i
 from __future__ import annotations
 
 import contextlib
+import math
 import operator
 from typing import TYPE_CHECKING, Any
 
@@ -50,7 +51,9 @@ class _Traced:
 class TracedInt(_Traced, int):
     """A size, or an int made of sizes."""
 
-    def __new__(cls, value: int, node: fx.Node, fixed: Callable[[str], None]) -> TracedInt:
+    def __new__(cls, value: Any, node: fx.Node | None = None, fixed: Callable[[str], None] = ignored) -> Any:
+        if node is None:  # type(x)(...), of Python's own functions
+            return int(value)
         made = super().__new__(cls, value)
         made.node = node
         made.fixed = fixed
@@ -66,7 +69,9 @@ class TracedInt(_Traced, int):
 class TracedFloat(_Traced, float):
     """A float made of sizes, or read from a tensor that only reports it."""
 
-    def __new__(cls, value: float, node: fx.Node, fixed: Callable[[str], None]) -> TracedFloat:
+    def __new__(cls, value: Any, node: fx.Node | None = None, fixed: Callable[[str], None] = ignored) -> Any:
+        if node is None:  # type(x)(...), of Python's own functions
+            return float(value)
         made = super().__new__(cls, value)
         made.node = node
         made.fixed = fixed
@@ -93,6 +98,8 @@ def _traced(value: Any, node: fx.Node, fixed: Callable[[str], None]) -> Any:
         return TracedInt(value, node, fixed)
     if type(value) is float:
         return TracedFloat(value, node, fixed)
+    if type(value) is complex:  # a root of a number that is heard as a negative one
+        return TracedFloat(math.nan, node, fixed)
     return value
 
 
@@ -133,6 +140,18 @@ for _cls, _base in ((TracedInt, int), (TracedFloat, float)):
         setattr(_cls, f"__{_name}__", _arithmetic(getattr(operator, _name), reflected=False))
     for _name in ("__bool__", "__eq__", "__ne__", "__lt__", "__le__", "__gt__", "__ge__", "__hash__", "__int__", "__float__"):
         setattr(_cls, _name, _fixing(_name, _base))
+    for _name in (
+        "__round__",
+        "__floor__",
+        "__ceil__",
+        "__trunc__",
+        "__divmod__",
+        "__rdivmod__",
+        "is_integer",
+        "as_integer_ratio",
+    ):
+        if hasattr(_base, _name):
+            setattr(_cls, _name, _fixing(_name, _base))
 setattr(TracedInt, "__index__", _fixing("__index__", int))  # noqa: B010 - set beside its twins above
 
 
