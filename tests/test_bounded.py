@@ -1,7 +1,10 @@
 """A composition of bounded functions stays bounded, however wide its input is."""
 
+import math
+
 import pytest
 import torch
+import torch.nn.functional as F
 
 from rvconvert import RandomVariable
 
@@ -75,3 +78,29 @@ def test_what_is_not_defined_is_chosen_where_that_is_likelier(nothing):
     assert not bool(y.mean[2:].isfinite().any())
     (found,) = torch.autograd.grad((y.mean[:2] + y.var[:2]).sum(), mean)
     assert bool(found.isfinite().all())
+
+
+RANGES = {
+    "sigmoid": (torch.sigmoid, 0.0, 1.0),
+    "tanh": (torch.tanh, -1.0, 1.0),
+    "erf": (torch.erf, -1.0, 1.0),
+    "softplus": (F.softplus, 0.0, math.inf),
+    "logsigmoid": (F.logsigmoid, -math.inf, 0.0),
+    "hardsigmoid": (F.hardsigmoid, 0.0, 1.0),
+    "softsign": (F.softsign, -1.0, 1.0),
+    "relu6": (F.relu6, 0.0, 6.0),
+    "written out": (lambda x: 1 / (1 + torch.exp(-x)), 0.0, 1.0),
+}
+
+
+@pytest.mark.parametrize("name", RANGES)
+def test_a_mean_stays_in_the_range_of_the_function(name):
+    """By rounding it once left [0, 1], which F.binary_cross_entropy refuses after some hundred steps of training."""
+    function, low, high = RANGES[name]
+    means, deviations = torch.cat((torch.linspace(-60, 60, 2401), torch.tensor([-1e3, 1e3]))), 10 ** torch.linspace(-4, 1.5, 30)
+    m, s = (x.reshape(-1) for x in torch.meshgrid(means, deviations, indexing="ij"))
+    y = function(RandomVariable(m, s.square()))
+    assert float(y.mean.min()) >= low and float(y.mean.max()) <= high and float(y.var.min()) >= 0
+    if name == "sigmoid":
+        seen = m.abs() < 50
+        assert bool((y.mean >= torch.sigmoid(m))[(m < 0) & seen].all())  # a logarithm may follow

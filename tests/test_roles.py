@@ -1965,6 +1965,9 @@ def mmd(z: Tensor, k: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
 ESTIMATES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "MMD, inverse multiquadric": lambda z, w: mmd(z, lambda a, b: 8 / (8 + squared_distances(a, b))),
     "MMD, inverse multiquadric of cdist": lambda z, w: mmd(z, lambda a, b: 8 / (8 + torch.cdist(a, b) ** 2)),
+    "MMD of expanded values": lambda z, w: mmd(
+        z, lambda a, b: 8 / (8 + (a[:, None].expand(-1, 16, -1) - b[None].expand(16, -1, -1)).square().sum(2))
+    ),
     "MMD, Gaussian": lambda z, w: mmd(z, lambda a, b: torch.exp(-squared_distances(a, b) / 4)),
     "linear HSIC": lambda z, w: (z @ z.t() * (w @ w.t())).mean(),
     "isometry": lambda z, w: F.mse_loss(torch.cdist(z, z), torch.cdist(w, w)),
@@ -2392,3 +2395,97 @@ def test_the_terms_of_a_likelihood_take_one_value(name: str) -> None:
     y = rv.decoder(rvconvert.RandomVariable(mu, logvar.exp()))
     torch.testing.assert_close(found, LIKELIHOODS_OF_A_SCALE[name](x, y.mean).mean())
     torch.testing.assert_close(rv.last_penalty, rvconvert.variance_penalty(y, 50.0).detach())
+
+
+LEVELS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "cross_entropy": F.cross_entropy,
+    "flattened": lambda y, x: F.cross_entropy(y.permute(0, 2, 3, 1).reshape(-1, 16), x.reshape(-1)),
+    "gathered": lambda y, x: -F.log_softmax(y, 1).gather(1, x.unsqueeze(1)).mean(),
+}
+
+
+@pytest.mark.parametrize("name", LEVELS)
+def test_a_classifier_beside_logits_of_pixel_levels_has_no_penalty(name: str) -> None:
+    class Pixels(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.encoder, self.decoder, self.head = nn.Linear(16, 6), nn.Linear(3, 256), nn.Linear(3, 5)
+
+        def forward(self, x: Tensor, label: Tensor) -> Tensor:
+            mu, logvar = self.encoder(x.flatten(1) / 15.0).chunk(2, 1)
+            z = mu + torch.randn_like(mu) * (0.5 * logvar).exp()
+            return LEVELS[name](self.decoder(z).view(-1, 16, 4, 4), x) + F.cross_entropy(self.head(z), label)
+
+    rv, x = rvconvert.convert(Pixels()), torch.randint(0, 16, (4, 4, 4))
+    rv(x, torch.randint(0, 5, (4,)))
+    mu, logvar = rv.encoder(x.flatten(1) / 15.0).chunk(2, 1)
+    expected = rvconvert.variance_penalty(rv.decoder(rvconvert.RandomVariable(mu, logvar.exp())))
+    torch.testing.assert_close(rv.last_penalty, expected.detach())
+
+
+@pytest.mark.parametrize("shift", [0, 1])
+@pytest.mark.parametrize("hidden", [False, True])
+def test_what_is_no_logits_of_the_tokens_beside_them_has_no_penalty(hidden: bool, shift: int) -> None:
+    """Hidden states of a decoder, or a classifier of each text; of as many kinds as are embedded are logits."""
+
+    class Text(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.embed, self.encoder, self.state = nn.Embedding(11, 5), nn.Linear(5, 6), nn.Linear(8, 8)
+            self.decoder, self.head = nn.Linear(8, 11), nn.Linear(3, 2)
+
+        def forward(self, x: Tensor) -> Any:
+            e = self.embed(x[:, : x.shape[1] - shift])
+            mu, logvar = self.encoder(e.mean(1)).chunk(2, 1)
+            z = mu + torch.randn_like(mu) * (0.5 * logvar).exp()
+            h = torch.tanh(self.state(torch.cat([e, z[:, None].expand(-1, e.shape[1], -1)], -1)))
+            return self.decoder(h), h if hidden else self.head(z)
+
+    (row,) = [r for r in rvconvert.plan(Text(), example_inputs=torch.randint(0, 11, (4, 7))) if r.role == "reconstruction"]
+    assert row.module == "decoder"
+
+
+@pytest.mark.parametrize("upsampled", [2, 16])
+def test_a_latent_of_frames_beside_integers_of_frames_is_no_logits(upsampled: int) -> None:
+    """As a voice's pitch and its flags beside what a flow makes of the latent: no more kinds than are embedded."""
+
+    class Voice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.pitch, self.encoder, self.flow = nn.Embedding(9, 4), nn.Conv1d(3, 8, 1), nn.Conv1d(4, 4, 1)
+            self.decoder = nn.ConvTranspose1d(4, 1, upsampled, upsampled)
+
+        def forward(self, x: Tensor, pitch: Tensor) -> Any:
+            mu, logvar = (self.encoder(x) + torch.cat(2 * [self.pitch(pitch).transpose(1, 2)], 1)).chunk(2, 1)
+            z = mu + torch.randn_like(mu) * (0.5 * logvar).exp()
+            flowed = torch.flip(torch.cat([z[:, :2], z[:, 2:] + self.flow(z)[:, 2:]], 1), [1])
+            return self.decoder(z), flowed, mu
+
+    given = torch.rand(2, 3, 12), torch.randint(0, 9, (2, 12))
+    (row,) = [r for r in rvconvert.plan(Voice(), example_inputs=given) if r.role == "reconstruction"]
+    assert row.module == "decoder"
+
+
+def test_edges_beside_features_that_another_decoder_gives_have_their_penalty() -> None:
+    class Graph(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.encoder, self.features = nn.Linear(5, 8), nn.Linear(4, 5)
+
+        def forward(self, x: Tensor, edges: Tensor) -> Tensor:
+            adjacency = torch.zeros(len(x), len(x)).index_put((edges[0], edges[1]), torch.ones(edges.shape[1]))
+            mu, logvar = (adjacency @ self.encoder(x)).chunk(2, 1)
+            z = mu + torch.randn_like(mu) * (0.5 * logvar).exp()
+            return F.binary_cross_entropy_with_logits(z @ z.t(), adjacency) + F.mse_loss(self.features(z), x)
+
+    rv, x, edges = rvconvert.convert(Graph()), torch.rand(6, 5), torch.randint(0, 6, (2, 9))
+    rv(x, edges)
+    adjacency = torch.zeros(6, 6).index_put((edges[0], edges[1]), torch.ones(9))
+    mu, logvar = (adjacency @ rv.encoder(x)).chunk(2, 1)
+    z = rvconvert.RandomVariable(mu, logvar.exp())
+    expected = rvconvert.variance_penalty(z @ z.t()) + rvconvert.variance_penalty(rv.features(z))
+    torch.testing.assert_close(rv.last_penalty, expected.detach())

@@ -589,6 +589,7 @@ class _Recorder(TorchFunctionMode, Handler):
         node.meta["functions"] = functions
         node.meta["module_type"] = type(module)
         node.meta["learned"] = any(True for _ in module.parameters())
+        node.meta["rows"] = getattr(module, "num_embeddings", 0)
         self.finish(node, result, mutated)
         for tensor in mutated:  # a plain in-place module: the same object stands for its result
             self.track(tensor, node)

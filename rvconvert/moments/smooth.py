@@ -28,10 +28,13 @@ def _gelu_tanh(x: Tensor) -> Tensor:
     return x * torch.sigmoid(_GELU_RATE * x * (1 + _GELU_CUBIC * x * x))
 
 
-_TANH, _SIGMOID = Smooth(torch.tanh, 1.0, rises=True), Smooth(torch.sigmoid, 2.0, rises=True)
-_ERF = Smooth(torch.erf, 0.6, rises=True)
+_TANH, _SIGMOID = Smooth(torch.tanh, 1.0, rises=True, bound="range"), Smooth(torch.sigmoid, 2.0, rises=True, bound="middle")
+_ERF = Smooth(torch.erf, 0.6, rises=True, bound="range")
 _SILU, _MISH = Smooth(F.silu, 2.0), Smooth(F.mish, 2.0)
-_SOFTPLUS, _LOGSIGMOID = Smooth(F.softplus, 3.0, rises=True), Smooth(F.logsigmoid, 3.0, rises=True)
+_SOFTPLUS, _LOGSIGMOID = (
+    Smooth(F.softplus, 3.0, rises=True, bound="above"),
+    Smooth(F.logsigmoid, 3.0, rises=True, bound="below"),
+)
 _GELU, _GELU_TANH = Smooth(_gelu, 0.75), Smooth(_gelu_tanh, 0.75)
 
 

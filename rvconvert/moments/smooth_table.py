@@ -80,11 +80,13 @@ class Smooth(Curve):
         function: as of ``Curve``.
         width: the scale on which it bends: 1 for tanh, 2 for the sigmoid.
         rises: its slope is above 0 everywhere, which makes its table cheaper.
+        bound: where the mean lies, which rounding leaves: ``"range"`` in [-1, 1]; ``"middle"`` between f(m) and 1/2, as of a
+            symmetric function that rises; ``"above"`` or ``"below"`` f(m), as of a convex or a concave one (Jensen).
     """
 
-    def __init__(self, function: Function, width: float, rises: bool = False) -> None:
+    def __init__(self, function: Function, width: float, rises: bool = False, bound: str = "") -> None:
         super().__init__(function)
-        self.width, self.rises = width, rises
+        self.width, self.rises, self.bound = width, rises, bound
 
     @functools.cached_property
     def slopes(self) -> tuple[float, float]:
@@ -131,7 +133,7 @@ class Smooth(Curve):
 
     def moments(self, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
         """By a table of this call's own, in float32 on the processor: to be held against something."""
-        return _kernel(mean[None, None], var[None, None], self.fill()[0], self.function, self.width, self.level)
+        return _kernel(mean[None, None], var[None, None], self.fill()[0], self.function, self.width, self.level, self.bound)
 
 
 # ---- reading -----------------------------------------------------------------------------------------------------
@@ -148,7 +150,7 @@ def _place(mean: Tensor, var: Tensor, width: float) -> tuple[Tensor, Tensor, Ten
 
 
 def _kernel(
-    mean: Tensor, var: Tensor, table: Tensor, function: Function, width: float, level: float | None
+    mean: Tensor, var: Tensor, table: Tensor, function: Function, width: float, level: float | None, bound: str
 ) -> tuple[Tensor, Tensor]:
     ratio, at, x, y = _place(mean, var, width)
     read = _OF_RISING.bilinear if table.shape[1] == 2 else _GRID.third_order
@@ -160,6 +162,7 @@ def _kernel(
     else:
         out = torch.addcmul(function(at), change, share, value=1 / width**2)
         out = out.add_(mean - at, alpha=level) if level else out
+    out = _bounded(out, mean, function, bound)
     if not gain:  # of a function that rises
         return out, spread * (share if level == 0 else var)
     gain2 = gain[0].mul_(gain[0])
@@ -167,7 +170,23 @@ def _kernel(
     return out, gain2.addcmul_(share, rest, value=1 / width**2) * var
 
 
-def _partials(mean: Tensor, var: Tensor, table: Tensor, function: Function, width: float, level: float | None) -> Partials:
+def _bounded(out: Tensor, mean: Tensor, function: Function, bound: str) -> Tensor:
+    """A mean of which rounding is no more than a probability or a rate can be: a logarithm may follow."""
+    if bound == "range":
+        return out.clamp_(-1, 1)
+    if bound == "above":
+        return torch.maximum(out, function(mean))
+    if bound == "below":
+        return torch.minimum(out, function(mean))
+    if bound == "middle":
+        end = function(mean)
+        return torch.minimum(torch.maximum(out, end.clamp(max=0.5)), end.clamp(min=0.5))
+    return out
+
+
+def _partials(
+    mean: Tensor, var: Tensor, table: Tensor, function: Function, width: float, level: float | None, bound: str
+) -> Partials:
     ratio, _, x, y = _place(mean, var, width)
     gain, curvature, by_mean, by_var = _OF_PARTIALS.bilinear(table, x, y)
     return Partials(gain, curvature.mul_(ratio), by_mean.mul_(ratio).mul_(var), by_var)
@@ -180,12 +199,12 @@ def table_moments(curve: Smooth, mean: Tensor, var: Tensor) -> tuple[Tensor, Ten
     """Mean and variance of a curve of X ~ N(mean, var): by its table; in float64, which a table does not serve, by quadrature."""
     if mean.dtype == torch.float64:
         return quadrature(curve.function, mean, var)
-    return tabulated(curve, _KERNELS, mean, var, curve.function, curve.width, _level(curve.number))
+    return tabulated(curve, _KERNELS, mean, var, curve.function, curve.width, _level(curve.number), curve.bound)
 
 
 def table_partials(curve: Smooth, mean: Tensor, var: Tensor) -> Partials:
     """Partial derivatives of ``table_moments``, in float32."""
-    return tabulated_partials(curve, _KERNELS, mean, var, curve.function, curve.width, _level(curve.number))
+    return tabulated_partials(curve, _KERNELS, mean, var, curve.function, curve.width, _level(curve.number), curve.bound)
 
 
 @torch.compiler.assume_constant_result

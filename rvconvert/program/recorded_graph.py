@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -228,12 +229,40 @@ class RecordedGraph:
         if len(given) < 2 or not latent or not all(n in self.bare or n in self.nuisance for n in given):
             return False
         if self.rule_name(node) in DIFFERENCES:
-            return all(size_of(node) > size_of(n) for n in latent)
+            return all(size_of(node) > size_of(self._unexpanded(n)) for n in latent)
         products = self.is_kind(node, Bilinear) or self.rule_name(node) in DISTANCES
         if not products or any(self.same(node, n) for n in self.outputs):
             return False
         alike = (n for n in self.nodes if self.rule_name(n) == self.rule_name(node) and n not in self.random)
-        return not self.fits_an_input(node) or any(not self.has_weights(n) for n in alike)
+        if any(self._is_of_itself(n) for n in alike):
+            return True
+        return not self.fits_an_input(node) and not self._is_held_against_edges(node)
+
+    def _unexpanded(self, node: fx.Node) -> fx.Node:
+        """What a view, perhaps of the same elements many times, is of."""
+        while self.is_kind(node, Shape) and self.values_in(node) and size_of(self.values_in(node)[0]) <= size_of(node):
+            (node,) = self.values_in(node)[:1]
+        return node
+
+    def _is_of_itself(self, node: fx.Node) -> bool:
+        """A product or distance of a value with itself, or a view of it."""
+        given = {self._unexpanded(n) for n in node.args if isinstance(n, fx.Node)}
+        return len(given) == 1 and len([n for n in node.args if isinstance(n, fx.Node)]) > 1
+
+    def _is_held_against_edges(self, node: fx.Node) -> bool:
+        """A loss function holds it, or an elementwise function of it, against what was made of an input: a graph's edges."""
+        todo, seen = [node], set()
+        while todo:
+            each = todo.pop()
+            if each in seen:
+                continue
+            seen.add(each)
+            for user in each.users:
+                if self.is_loss(user) and any(n in self.raw and size_of(n) == size_of(node) for n in user.all_input_nodes):
+                    return True
+                if self.is_kind(user, Elementwise, Shape) and size_of(user) == size_of(node):
+                    todo.append(user)
+        return False
 
     def _sums_products(self, node: fx.Node, sources: list[fx.Node]) -> bool:
         """``(z[i] * z[j]).sum(1)``, the inner products of a graph's edges."""
@@ -311,7 +340,39 @@ class RecordedGraph:
 
     def fits_an_input(self, node: fx.Node) -> bool:
         """As many numbers as in an input that is a batch of vectors or more, or for each of its integers one for each kind."""
-        return rank_of(node) >= 2 and any(rank_of(n) >= 2 and _is_sized_like(node, n) for n in self.inputs)
+        if rank_of(node) < 2:
+            return False
+        shape = node.meta.get("shape", ())
+        if any(rank_of(n) >= 2 and size_of(n) == size_of(node) for n in self.inputs):
+            return True
+        kinds = ((shape[:dim] + shape[dim + 1 :], shape[dim]) for dim in range(1, len(shape)))  # logits of tokens, of levels
+        return any((given, count) in self.kinds or (given, None) in self.kinds for given, count in kinds)
+
+    @functools.cached_property
+    def kinds(self) -> set[tuple[tuple[int, ...], int | None]]:
+        """(shape, kinds) of inputs of integers and of parts of them: as many as are embedded or one-hot; of an image any."""
+        found: set[tuple[tuple[int, ...], int | None]] = set()
+        for given in self.inputs:
+            if rank_of(given) < 2 or str(given.meta.get("dtype")) not in ("torch.int64", "torch.int32", "torch.uint8"):
+                continue
+            parts = [n for n in self.nodes if n is given or (n in self.raw and self.same(given, n) and self.is_kind(n, Shape))]
+            counts: set[int | None] = set()
+            for user in (user for n in parts for user in n.users):
+                if user.meta.get("rows") or "embedding" in str(user.target):
+                    counts.add(self._rows(user))
+                elif self.rule_name(user) == "one_hot":
+                    counts.add(user.meta["shape"][-1])
+            if not counts and rank_of(given) > 2:
+                counts = {None}
+            found |= {(n.meta["shape"], count) for n in parts for count in counts}
+        return found
+
+    def _rows(self, embedding: fx.Node) -> int:
+        """How many rows the table of an embedding has."""
+        if embedding.op == "call_module":
+            return int(embedding.meta.get("rows", 0))
+        tables = [n for n in embedding.all_input_nodes if n in self.weights and "shape" in n.meta]
+        return int(tables[0].meta["shape"][0]) if tables else 0
 
     # --- what lies behind and between nodes -----------------------------------------------------------
 
@@ -387,12 +448,6 @@ def asks_of(draw: fx.Node, source: fx.Node) -> bool:
         return False
     name = str(getattr(draw.meta["draw"].func, "__name__", ""))
     return name.endswith(("_like", "_")) and bool(draw.args) and draw.args[0] is source
-
-
-def _is_sized_like(node: fx.Node, given: fx.Node) -> bool:
-    shape, integers = node.meta.get("shape", ()), str(given.meta.get("dtype")) in ("torch.int64", "torch.int32", "torch.uint8")
-    kinds = (shape[:dim] + shape[dim + 1 :] for dim in range(1, len(shape)))  # logits of tokens, or of the levels of pixels
-    return size_of(node) == size_of(given) or (integers and given.meta.get("shape") in kinds)
 
 
 def size_of(node: fx.Node) -> int:

@@ -244,7 +244,8 @@ class ScoredGraph(DecodedGraph):
             seen.add(node)
             others = [n for n in node.all_input_nodes if n not in self.random]
             # Not so what an encoder reads beside an input, or as the difference from it: the state before it, a canvas.
-            compared = any(n in self.raw for n in others) and not self.is_kind(node, Shape) and self.is_scored(node)
+            picks = not self.is_kind(node, Shape) or self.rule_name(node) == "gather"  # the log-probability of what is there
+            compared = any(n in self.raw for n in others) and picks and self.is_scored(node)
             compared = compared or (self.is_loss(node) and any(n in self.conditioned for n in others))
             if compared and not self.is_width(source, node):
                 return node

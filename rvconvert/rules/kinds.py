@@ -692,6 +692,9 @@ class Elementwise:
                 shape = torch.broadcast_shapes(parent.shape, *_shapes(args, kwargs))
                 moments = (parent.mean.expand(shape), parent.var.expand(shape))
                 mean, var = composed_moments(key, _of_floats(function), *moments, kinks, wide=chain is not None)
+                low, high = self.interval(args, kwargs)
+                if math.isfinite(low) or math.isfinite(high):
+                    mean = mean.clamp(low, high)  # which rounding may leave by some millionths
         line = self.line(args, kwargs) if direct and self.line is not None else None
         lies = self.interval(args, kwargs)
         origin = Origin(parent.snapshot(), function, kinks, whole_line, line, affine=affine, key=key, interval=lies)
