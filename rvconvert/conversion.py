@@ -499,13 +499,11 @@ class Conversion:
     def recorded_once(self, name: str, model: nn.Module, args: Any, kwargs: Any) -> Program:
         """Record a call that is then run and forgotten: what Python does beside the graph stays done."""
         written = tensors_written(model)
-        devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
-        with torch.random.fork_rng(devices=devices):  # the run draws again what the recording drew
-            recording, _ = record(model, self.method(name, model), args, kwargs, self.settings.registry)
+        recording, _ = record(model, self.method(name, model), args, kwargs, self.settings.registry, keeps_draws=True)
         put_back(written)  # the run writes it again
         recording.settle()
         recording.once = ["as asked"]
-        roles = self.roles(recording, name, model)
+        roles = self.without_repeats(recording, self.roles(recording, name, model), name, model)  # Python may have seen them
         recording.hold_attributes(model)
         vars(self.constants).update(recording.constants)
         refusal = self.refusal(recording, roles, name, model)
@@ -581,12 +579,7 @@ class Conversion:
                 other, _ = record(model, method, args, kwargs, registry, told=not grad, moving=read)
             if recording.constants or str(other.graph) != str(recording.graph):
                 again.append("Python decides by torch.is_grad_enabled()")
-        roles = self.roles(recording, name, model)
-        repeated = recording.drawn.keys() - set(roles.latents)
-        if repeated:
-            for node in repeated:
-                recording.freeze(node)
-            roles = self.roles(recording, name, model)
+        roles = self.without_repeats(recording, self.roles(recording, name, model), name, model)
         vars(self.constants).update(recording.constants)
         refusal = self.refusal(recording, roles, name, model)
         reported = [place for node, place, _ in recording.reads if node in roles.random]
@@ -645,6 +638,13 @@ class Conversion:
             layers, inputs = known.layers | roles.posterior.layers, max(known.inputs, roles.posterior.inputs)
             self.posteriors[name] = Posterior(layers, inputs)
         return roles
+
+    def without_repeats(self, recording: Recording, roles: Roles, name: str, model: nn.Module) -> Roles:
+        """Let draws that are ``drawn`` already, and are no latents, be what they were; the roles then."""
+        repeated = recording.drawn.keys() - set(roles.latents)
+        for node in repeated:
+            recording.freeze(node)
+        return self.roles(recording, name, model) if repeated else roles
 
     def refusal(self, recording: Recording, roles: Roles, name: str, model: nn.Module) -> ConversionError | None:
         """Why the method cannot be converted, whatever rules there are."""

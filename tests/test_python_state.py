@@ -841,3 +841,34 @@ def test_numbers_that_the_method_counts_by_are_the_plain_model_s(use):
             )
     assert bool(rvconvert.converted.conversion_of(rv).once) is not COUNTING[use]
     assert rvconvert.plan(plain, example_inputs=x).lifetime == ("kept" if COUNTING[use] else "once")
+
+
+SEEN = {  # a draw of a number behind the posterior's, and what Python does by it
+    "list": lambda y, u: y[:, : 1 + int(u.tolist()[0] * 5)],
+    "item": lambda y, u: y.roll(torch.multinomial(u, 1).item(), 1)[:, : torch.randint(1, 6, ()).item()],
+    "branch": lambda y, u: -y if u[0] < 0.5 else y,
+}
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("name", SEEN)
+def test_a_draw_that_python_decides_by_is_the_one_that_is_returned(name, mode):
+    class Seen(VAE):
+        def forward(self, x):
+            y = self.reconstruct(x)
+            u = torch.rand(6)
+            return SEEN[name](y, u), u
+
+    rv, x = rvconvert.convert(Seen(), covariance=mode, seed=0), torch.rand(5, 6)
+    drawn, kept = set(), None
+    for seed in range(12):
+        torch.manual_seed(seed)
+        y, u = rv(x)
+        drawn.add(float(u[0]))
+        if name == "list":
+            assert y.shape == (5, 1 + int(u.tolist()[0] * 5))
+        elif name == "branch" and mode in ("independent", "lowrank"):
+            signed = (y if u[0] >= 0.5 else -y).detach()
+            kept = signed if kept is None else kept
+            torch.testing.assert_close(signed, kept)
+    assert len(drawn) == 12

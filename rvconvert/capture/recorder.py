@@ -130,6 +130,7 @@ class _Recorder(TorchFunctionMode, Handler):
         self.attributes = _plain_tensor_attributes(root)
         self.stack: list[str] = []
         self.leaf: list[Any] | None = None
+        self.keeps_draws = False
         self.python = ReadByName(_is_of_the_model, lambda: self.leaf is None)
         self.said: list[tuple[Kept, list[Any]]] = []
         self.autocast = autocast_state()
@@ -291,7 +292,8 @@ class _Recorder(TorchFunctionMode, Handler):
                 return value
             if not isinstance(value, (int, float)):
                 return value
-            return TracedFloat(float(value), node, lambda name: self.note_read(node, name))
+            traced = TracedInt if isinstance(value, int) else TracedFloat
+            return traced(value, node, lambda name: self.note_read(node, name))
         return self.call(func, name, rule, args, kwargs)
 
     def property(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -424,7 +426,8 @@ class _Recorder(TorchFunctionMode, Handler):
             node.meta["draw"] = draw
             self.recording.draws.append(node)
             self.recording.depends.add(node)
-            if isinstance(result, torch.Tensor) and (self.python.seeds or plain_kwargs.get("generator") is not None):
+            seeded = self.python.seeds or plain_kwargs.get("generator") is not None
+            if isinstance(result, torch.Tensor) and (seeded or self.keeps_draws):
                 self.recording.drawn[node] = result.detach().clone()
         if not held or node in self.recording.depends:
             self.finish(node, result, mutated)
@@ -816,16 +819,18 @@ def record(
     told: bool | None = None,
     reported: float = 1.0,
     moving: Moving = Moving(),  # noqa: B008 (it has no state)
+    keeps_draws: bool = False,
 ) -> tuple[Recording, Any]:
     """Run ``method(*args, **kwargs)`` once and record it; returns the recording and the method's result.
 
     A ``RandomVariable`` among the arguments stands in as its mean and marks that input as random. What the method keeps
     on modules stays as the run left it: see ``unchanged``. A model that asks whether gradients are on hears ``told``;
     one that asks for values, as a log does, hears ``reported`` times them. The graph reads the attributes ``moving`` anew.
+    With ``keeps_draws`` the recording holds what was drawn.
     """
     recording = Recording(fx.Graph())
     with tracing(recording.graph):
-        return recording, _recorded(recording, root, method, args, kwargs, registry, told, reported, moving)
+        return recording, _recorded(recording, root, method, args, kwargs, registry, told, reported, moving, keeps_draws)
 
 
 def _recorded(
@@ -838,10 +843,12 @@ def _recorded(
     told: bool | None,
     reported: float,
     moving: Moving,
+    keeps_draws: bool,
 ) -> Any:
     leaves, structure = flatten((args, kwargs))
     before = Held(root)
     recorder = _Recorder(root, recording, registry, told, reported, moving)
+    recorder.keeps_draws = keeps_draws
     values = []
     for index, leaf in enumerate(own_copies(leaves)):
         node = recording.graph.placeholder(f"input_{index}")
