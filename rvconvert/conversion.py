@@ -503,7 +503,9 @@ class Conversion:
         put_back(written)  # the run writes it again
         recording.settle()
         recording.once = ["as asked"]
-        roles = self.without_repeats(recording, self.roles(recording, name, model), name, model)  # Python may have seen them
+        roles = self.roles(recording, name, model)
+        for node in recording.drawn.keys() - set(roles.latents):
+            recording.freeze(node)  # Python may have seen it
         recording.hold_attributes(model)
         vars(self.constants).update(recording.constants)
         refusal = self.refusal(recording, roles, name, model)
@@ -579,7 +581,12 @@ class Conversion:
                 other, _ = record(model, method, args, kwargs, registry, told=not grad, moving=read)
             if recording.constants or str(other.graph) != str(recording.graph):
                 again.append("Python decides by torch.is_grad_enabled()")
-        roles = self.without_repeats(recording, self.roles(recording, name, model), name, model)
+        roles = self.roles(recording, name, model)
+        repeated = recording.drawn.keys() - set(roles.latents)
+        for node in repeated:
+            recording.freeze(node)
+            recording.forget(node)
+        roles = self.roles(recording, name, model) if repeated else roles
         vars(self.constants).update(recording.constants)
         refusal = self.refusal(recording, roles, name, model)
         reported = [place for node, place, _ in recording.reads if node in roles.random]
@@ -638,13 +645,6 @@ class Conversion:
             layers, inputs = known.layers | roles.posterior.layers, max(known.inputs, roles.posterior.inputs)
             self.posteriors[name] = Posterior(layers, inputs)
         return roles
-
-    def without_repeats(self, recording: Recording, roles: Roles, name: str, model: nn.Module) -> Roles:
-        """Let draws that are ``drawn`` already, and are no latents, be what they were; the roles then."""
-        repeated = recording.drawn.keys() - set(roles.latents)
-        for node in repeated:
-            recording.freeze(node)
-        return self.roles(recording, name, model) if repeated else roles
 
     def refusal(self, recording: Recording, roles: Roles, name: str, model: nn.Module) -> ConversionError | None:
         """Why the method cannot be converted, whatever rules there are."""

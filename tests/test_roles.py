@@ -2489,3 +2489,40 @@ def test_edges_beside_features_that_another_decoder_gives_have_their_penalty() -
     z = rvconvert.RandomVariable(mu, logvar.exp())
     expected = rvconvert.variance_penalty(z @ z.t()) + rvconvert.variance_penalty(rv.features(z))
     torch.testing.assert_close(rv.last_penalty, expected.detach())
+
+
+COMPOSED: dict[str, Callable[[Tensor, Tensor], Any]] = {
+    "a mask": lambda y, s: (torch.sigmoid(s) * y + (1 - torch.sigmoid(s)), torch.sigmoid(s)),
+    "a scale": lambda y, s: (y * F.softplus(s), F.softplus(s)),
+    "a trend": lambda y, s: (y + s, s),
+}
+
+
+@pytest.mark.parametrize("beside", [False, True])
+@pytest.mark.parametrize("name", COMPOSED)
+def test_a_part_that_leaves_beside_what_it_is_a_part_of_has_no_penalty(name: str, beside: bool) -> None:
+    """Once L_c was on the part alone, an opacity or a scale, and what is composed of it had none."""
+
+    def result(y: Tensor, x: Tensor, z: Tensor, mu: Tensor, std: Tensor, m: VAE) -> Any:
+        whole, part = COMPOSED[name](y, m.head(m.decoder(z)))
+        return (whole, part) if beside else whole
+
+    rv, x = rvconvert.convert(VAE(result, False)), torch.rand(8, 12)
+    rv(x)
+    mu, logvar = rv.encoder(x).chunk(2, -1)
+    y = rv.decoder(rvconvert.RandomVariable(mu, logvar.exp()))
+    expected = rvconvert.variance_penalty(COMPOSED[name](y, rv.head(y))[0])
+    torch.testing.assert_close(rv.last_penalty, expected.detach(), rtol=0.02, atol=0)
+
+
+def test_the_mean_of_a_count_s_law_beside_its_likelihood_is_the_reconstruction() -> None:
+    def result(y: Tensor, x: Tensor, z: Tensor, mu: Tensor, std: Tensor, m: VAE) -> Any:
+        law = torch.distributions.NegativeBinomial(F.softplus(y.flip(1)) + 0.1, logits=y)
+        return (-law.log_prob(x.round()).mean(), law.mean) if m.training else law.mean
+
+    rv, x = rvconvert.convert(VAE(result, False)), torch.rand(8, 12)
+    rv(x)
+    found = float(rv.last_penalty)
+    with torch.no_grad():
+        rv.eval()(x)
+    assert found == pytest.approx(float(rv.last_penalty))

@@ -106,12 +106,15 @@ class Recording:
         self.drawn = {node: value for (node, value), again in pairs if equal(value, again)}
 
     def freeze(self, node: fx.Node) -> None:
-        """Let a draw that every call repeats be a constant."""
+        """Let what a draw has given be what its users take."""
         name = f"drawn_{next(_COUNT)}"
         self.constants[name] = self.drawn[node]
         self.fixed.append(f"it draws the same numbers at every call: {node.meta['where']}")
         with self.graph.inserting_before(node):
             node.replace_all_uses_with(self.graph.get_attr(f"_rvconvert.constants.{name}"))
+
+    def forget(self, node: fx.Node) -> None:
+        """A draw that nothing takes is none, and takes nothing of the random state."""
         self.draws.remove(node)
         self.depends.discard(node)
         self.graph.erase_node(node)

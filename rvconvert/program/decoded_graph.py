@@ -79,6 +79,11 @@ class DecodedGraph(RecordedGraph):
         operands = [n for node in self.between(source, value) for n in node.all_input_nodes if n in self.random]
         return any(n is not source and not self.behind(source, n) for n in operands)
 
+    def joins_decoded(self, source: fx.Node, value: fx.Node) -> bool:
+        """Something else that a decoder gives takes part in ``value``, made of ``source``: a product or a sum of several."""
+        operands = [n for node in self.between(source, value) for n in node.all_input_nodes if n in self.decoded]
+        return any(n is not source and not self.behind(source, n) for n in operands)
+
     def are_one(self, first: fx.Node, second: fx.Node) -> bool:
         """One is the other, or both are a value, but for views and functions of each element: logits and probabilities."""
         origins = self.origin(first), self.origin(second)

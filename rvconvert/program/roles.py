@@ -240,7 +240,9 @@ class _Assignment(ScoredGraph):
                     continue
                 if self.is_step(first, second):
                     continue
-                if self.same(first, second):
+                if self.same(first, second) and self.joins_decoded(first, second):
+                    dropped.add(first)  # a part of it: a mask, a scale, a trend
+                elif self.same(first, second):
                     dropped.add(first if size_of(first) == size_of(second) and second not in dropped else second)
                 elif (second in fits) != (first in fits):
                     dropped.add(first if second in fits else second)
@@ -325,7 +327,7 @@ class _Assignment(ScoredGraph):
 
     def is_copy(self, first: fx.Node, second: fx.Node, *, shown: bool) -> bool:
         """``second`` is ``first`` without its gradient; of what is ``shown``, in another unit or range too, as 255 y is."""
-        if not self.same(first, second):
+        if not self.same(first, second) or self.joins_decoded(first, second):
             return False
         moved = all(self.is_kind(n, Shape) or self.rule_name(n) in RESCALINGS for n in self.between(first, second))
         return self.stops_gradient(first, second) or (shown and moved and size_of(first) == size_of(second))
