@@ -1953,6 +1953,9 @@ def hsic(z: Tensor, w: Tensor) -> Tensor:
     return torch.trace(kernel(z) @ centre @ kernel(w) @ centre) / 16
 
 
+PRECISION = torch.eye(4) * 2 + 0.5
+
+
 def squared_distances(a: Tensor, b: Tensor) -> Tensor:
     return a.square().sum(1, keepdim=True) + b.square().sum(1)[None] - 2 * a @ b.t()
 
@@ -1969,6 +1972,10 @@ ESTIMATES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
         z, lambda a, b: 8 / (8 + (a[:, None].expand(-1, 16, -1) - b[None].expand(16, -1, -1)).square().sum(2))
     ),
     "MMD, Gaussian": lambda z, w: mmd(z, lambda a, b: torch.exp(-squared_distances(a, b) / 4)),
+    "quadratic form": lambda z, w: ((z @ PRECISION) * z).sum(1).mean(),
+    "quadratic form, solved": lambda z, w: (z.t() * torch.linalg.solve(PRECISION, z.t())).sum() / 16,
+    "quadratic form, einsum": lambda z, w: torch.einsum("bi,ij,bj->b", z, PRECISION, z).mean(),
+    "quadratic form, bilinear": lambda z, w: F.bilinear(z, z, PRECISION[None]).mean(),
     "linear HSIC": lambda z, w: (z @ z.t() * (w @ w.t())).mean(),
     "isometry": lambda z, w: F.mse_loss(torch.cdist(z, z), torch.cdist(w, w)),
     "isometry of differences": lambda z, w: F.mse_loss((z[:, None] - z).square().sum(2), (w[:, None] - w).square().sum(2)),

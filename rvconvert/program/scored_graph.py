@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import combinations
+
 from torch import fx
 
 from rvconvert.program.decoded_graph import DecodedGraph
@@ -320,9 +322,9 @@ class ScoredGraph(DecodedGraph):
 
         Densities of one latent under many components are one variable; as so many independent ones their logsumexp grows with
         the posterior's variance, and a loss falls without bound. So does the density of a draw whose elements are correlated;
-        a loss function that has no rule for a latent has no gradient for its variance, and what relates the latents of a batch to
-        each other takes each of them many times. A draw's own scale is no other variable than the draw. The model's own estimate,
-        from a draw, has no such error.
+        a loss function that has no rule for a latent has no gradient for its variance, what relates the latents of a batch to
+        each other takes each of them many times, as a quadratic form of one does, and a draw's own scale is no other
+        variable than it. The model's own estimate, from a draw, has no such error.
         """
         scores = self.scoring - self.forward_of(ends)
         leads: set[fx.Node] = set()
@@ -342,6 +344,7 @@ class ScoredGraph(DecodedGraph):
             or self.is_of_correlations(n)
             or self.is_loss_at_mean(n)
             or self.is_over_own_scale(n)
+            or self.is_quadratic(n)
         )
 
     def is_over_own_scale(self, node: fx.Node) -> bool:
@@ -353,6 +356,25 @@ class ScoredGraph(DecodedGraph):
             drawn = [n for n in self.latents if self.behind(n, whole) and not self.behind(n, scale)]
             if drawn and not self.parameters_of(drawn).isdisjoint(self.elementwise_of(scale)):
                 return True
+        return False
+
+    def is_quadratic(self, node: fx.Node) -> bool:
+        """A product of a draw and of what a matrix or a layer makes of it, as a Mahalanobis distance is: ``z * (P @ z)``."""
+        name = self.rule_name(node)
+        if name not in PRODUCTS - {"addcmul", "lerp"} and name not in ("einsum", "bilinear"):
+            return False
+        given: list[fx.Node] = []
+        fx.node.map_arg((node.args, node.kwargs), lambda n: given.append(n) if n in self.random else None)
+        drawn = set(self.latents)
+        for first, second in combinations(given, 2):
+            if first is second:
+                if name in PRODUCTS:  # a square
+                    continue
+                return True
+            for a, b in ((first, second), (second, first)):
+                own = self.elementwise_of(a) & drawn
+                if any(self.behind(n, b) and n not in self.elementwise_of(b) for n in own):
+                    return True
         return False
 
     def elementwise_of(self, node: fx.Node) -> set[fx.Node]:
