@@ -359,7 +359,7 @@ def test_a_number_that_changes_with_every_call_is_named_once():
     model = rvconvert.convert(Annealed())
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        for step in range(120):
+        for step in range(60):
             model.of_the_model = step / 60
             model(x)
     (said,) = [str(each.message) for each in caught]
