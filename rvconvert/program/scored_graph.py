@@ -21,6 +21,7 @@ _SUMMING = frozenset("softmax log_softmax logsumexp logaddexp".split())
 _OF_CORRELATIONS = frozenset("cov corrcoef sort msort".split())
 _SUBTRACTING = DIFFERENCES | frozenset("mse_loss l1_loss smooth_l1_loss huber_loss".split())
 _MASKING = WRITES | {"masked_fill", "where"}
+_OF_TWO = PRODUCTS - {"addcmul", "lerp"}
 _JOINING = frozenset("cat stack hstack vstack dstack column_stack".split())
 _EVEN = frozenset("pow square abs norm vector_norm huber_loss".split())
 
@@ -231,7 +232,7 @@ class ScoredGraph(DecodedGraph):
         """``source`` times a factor of fewer numbers, such as one for each example: a library's size, a temperature."""
         factors = [n for n in node.all_input_nodes if n is not source]
         name = self.rule_name(node)
-        if name not in PRODUCTS - {"addcmul", "lerp"} or len(factors) != 1 or (name[:3] != "mul" and node.args[0] is not source):
+        if name not in _OF_TWO or len(factors) != 1 or (name[:3] != "mul" and node.args[0] is not source):
             return False
         weights = factors[0] in self.decoded  # of a mixture of what a decoder gives
         return not weights and size_of(factors[0]) < size_of(source) == size_of(node) and not self.behind(source, factors[0])
@@ -350,7 +351,7 @@ class ScoredGraph(DecodedGraph):
     def is_over_own_scale(self, node: fx.Node) -> bool:
         """What a draw is made of over the scale that it was drawn with, which is random itself: log q(z2 | z1) of z2 ~ q."""
         operands = self.random_in(node)
-        if self.rule_name(node) not in PRODUCTS - {"addcmul", "lerp"} or len(operands) != 2:
+        if self.rule_name(node) not in _OF_TWO or len(operands) != 2:
             return False
         for whole, scale in (operands, reversed(operands)):
             drawn = [n for n in self.latents if self.behind(n, whole) and not self.behind(n, scale)]
@@ -361,7 +362,7 @@ class ScoredGraph(DecodedGraph):
     def is_quadratic(self, node: fx.Node) -> bool:
         """A product of a draw and of what a matrix or a layer makes of it, as a Mahalanobis distance is: ``z * (P @ z)``."""
         name = self.rule_name(node)
-        if name not in PRODUCTS - {"addcmul", "lerp"} and name not in ("einsum", "bilinear"):
+        if name not in _OF_TWO and name not in ("einsum", "bilinear"):
             return False
         given: list[fx.Node] = []
         fx.node.map_arg((node.args, node.kwargs), lambda n: given.append(n) if n in self.random else None)

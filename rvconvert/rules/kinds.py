@@ -663,6 +663,7 @@ class Elementwise:
         with full_precision(like):
             if ancestor is None:
                 return like.with_moments(*(self.independent or first_order)(func, args, kwargs))
+            lies = self.interval(args, kwargs)
             parent, functions, kinks, whole_line, keys = ancestor
             whole_line = whole_line and self.whole_line(args, kwargs)
             direct = len(random_variables(args, kwargs)) == 1
@@ -692,11 +693,10 @@ class Elementwise:
                 shape = torch.broadcast_shapes(parent.shape, *_shapes(args, kwargs))
                 moments = (parent.mean.expand(shape), parent.var.expand(shape))
                 mean, var = composed_moments(key, _of_floats(function), *moments, kinks, wide=chain is not None)
-                low, high = self.interval(args, kwargs)
+                low, high = lies
                 if math.isfinite(low) or math.isfinite(high):
                     mean = mean.clamp(low, high)  # which rounding may leave by some millionths
         line = self.line(args, kwargs) if direct and self.line is not None else None
-        lies = self.interval(args, kwargs)
         origin = Origin(parent.snapshot(), function, kinks, whole_line, line, affine=affine, key=key, interval=lies)
         return like.with_moments(mean, var).derived(origin=origin)
 
