@@ -147,20 +147,43 @@ class ReadByName:
         self.is_own, self.is_recorded = is_own, is_recorded  # hooks and the insides of layers run at every call
         self.values: dict[Place, Hashable] = {}
         self.codes: set[types.CodeType] = set()
+        self.enclosed: dict[types.CodeType, dict[str, tuple[Any, Hashable]]] = {}  # of functions with variables of another's
         self.seeds = False  # some of it names what sets the state of torch's generators
         self.within: set[Any] = set()  # code of functions that are made in the run, of its own variables
 
     def __call__(self, frame: types.FrameType, event: str, argument: Any) -> None:
-        if event != "call" or frame.f_code in self.codes or not self.is_recorded():
-            return
         code = frame.f_code
+        if event != "call" or (code in self.codes and self.enclosed.get(code, True)) or not self.is_recorded():
+            return
+        if code in self.codes:  # others of its functions held nothing so far that may change
+            self.enclosed[code] = _held(frame)
+            return
         self.codes.add(code)
         self.within.update(each for each in code.co_consts if isinstance(each, types.CodeType))
         if self.is_own(frame):
             self.seeds = self.seeds or not _SEEDS.isdisjoint(code.co_names)
             self.note(_globals_of(frame.f_globals, code))
             if code not in self.within and set(code.co_freevars) - {"__class__"}:
-                self.note(_cells_of(code))
+                self.enclosed[code] = _held(frame)
+
+    def find_enclosed(self) -> None:
+        """Note the variables that functions of the codes seen close over, of all in one walk through what Python has."""
+        codes = [code for code, held in self.enclosed.items() if held]
+        functions = [each for each in (gc.get_referrers(*codes) if codes else ()) if isinstance(each, types.FunctionType)]
+        for code in codes:
+            names = {each.argval for each in dis.get_instructions(code) if each.opname == "STORE_DEREF"}
+            for function in functions:
+                if function.__code__ is code:
+                    self._note_cells(function, names)
+
+    def _note_cells(self, function: types.FunctionType, written: set[str]) -> None:
+        held = self.enclosed[function.__code__]
+        for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
+            place, now = Place(Scope(cell), name), _content(cell)
+            found, was = held.get(name, (None, None))
+            if place in self.values or not (name in held or _holds_values(now)) or name == "__class__":
+                continue
+            self.values[place] = was if name in held and (now is found or name in written) else read_now((place,), ())[0]
 
     def note(self, places: Iterable[Place]) -> None:
         """Places and what is there, if not noted before."""
@@ -196,6 +219,7 @@ def following(read: ReadByName) -> Iterator[None]:
         sys.setprofile(None if pauses else outer)
         if pauses:
             outer.enable()
+        read.find_enclosed()
 
 
 def _globals_of(scope: dict[str, Any], code: types.CodeType) -> list[Place]:
@@ -220,15 +244,10 @@ def _globals_read(code: types.CodeType) -> tuple[tuple[str, str], ...]:
     return tuple(found)
 
 
-def _cells_of(code: types.CodeType) -> list[Place]:
-    """The variables that functions of this code close over."""
-    functions = [each for each in gc.get_referrers(code) if isinstance(each, types.FunctionType)]
-    return [
-        Place(Scope(cell), name)
-        for function in functions
-        for name, cell in zip(code.co_freevars, function.__closure__ or (), strict=True)
-        if name != "__class__" and _holds_values(_content(cell))
-    ]
+def _held(frame: types.FrameType) -> dict[str, tuple[Any, Hashable]]:
+    """What a function that is called finds in the variables that it closes over, of what may change: the object, and as it is."""
+    values = {name: frame.f_locals[name] for name in frame.f_code.co_freevars if name in frame.f_locals and name != "__class__"}
+    return {name: (value, _Snapshot(in_scope=True).of(value)) for name, value in values.items() if _holds_values(value)}
 
 
 def _holds_values(value: Any) -> bool:
