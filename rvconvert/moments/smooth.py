@@ -28,7 +28,7 @@ def _gelu_tanh(x: Tensor) -> Tensor:
     return x * torch.sigmoid(_GELU_RATE * x * (1 + _GELU_CUBIC * x * x))
 
 
-_TANH, _SIGMOID = Smooth(torch.tanh, 1.0, rises=True, bound="range"), Smooth(torch.sigmoid, 2.0, rises=True, bound="middle")
+_TANH, _SIGMOID = Smooth(torch.tanh, 1.0, rises=True, bound="range"), Smooth(torch.sigmoid, 2.0, rises=True, bound="probability")
 _ERF = Smooth(torch.erf, 0.6, rises=True, bound="range")
 _SILU, _MISH = Smooth(F.silu, 2.0), Smooth(F.mish, 2.0)
 _SOFTPLUS, _LOGSIGMOID = (

@@ -80,8 +80,8 @@ class Smooth(Curve):
         function: as of ``Curve``.
         width: the scale on which it bends: 1 for tanh, 2 for the sigmoid.
         rises: its slope is above 0 everywhere, which makes its table cheaper.
-        bound: where the mean lies, which rounding leaves: ``"range"`` in [-1, 1]; ``"middle"`` between f(m) and 1/2, as of a
-            symmetric function that rises; ``"above"`` or ``"below"`` f(m), as of a convex or a concave one (Jensen).
+        bound: where the mean lies, which rounding leaves: ``"range"`` in [-1, 1]; ``"probability"`` in [f(m)/2, 1];
+            ``"above"`` or ``"below"`` f(m), as of a convex or a concave one (Jensen).
     """
 
     def __init__(self, function: Function, width: float, rises: bool = False, bound: str = "") -> None:
@@ -178,9 +178,8 @@ def _bounded(out: Tensor, mean: Tensor, function: Function, bound: str) -> Tenso
         return torch.maximum(out, function(mean))
     if bound == "below":
         return torch.minimum(out, function(mean))
-    if bound == "middle":
-        end = function(mean)
-        return torch.minimum(torch.maximum(out, end.clamp(max=0.5)), end.clamp(min=0.5))
+    if bound == "probability":  # X is no less than m in half of the cases
+        return torch.maximum(out, function(mean).mul_(0.5)).clamp_(max=1)
     return out
 
 
