@@ -230,6 +230,31 @@ def test_of_other_methods_those_that_draw_are_named_the_one_that_goes_on_first()
     assert rv.last_penalty > 0
 
 
+class _OfStrings(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embedding, self.encoder, self.decoder = nn.EmbeddingBag(26, 6), nn.Linear(6, 6), nn.Linear(3, 26)
+
+    def rsample(self, h):
+        mu, logvar = self.encoder(h).chunk(2, 1)
+        return mu + torch.randn_like(mu) * (logvar / 2).exp()
+
+    def forward(self, words):
+        h = torch.cat([self.embedding(torch.tensor([[ord(letter) - ord("a") for letter in word]])) for word in words])
+        return self.decoder(self.rsample(h))
+
+
+def test_a_method_that_the_refused_one_calls_is_not_offered():
+    """It would be converted by itself, and give a latent's mean to a decoder without L_c."""
+    with pytest.raises(rvconvert.ConversionError) as refused:
+        rvconvert.convert(_OfStrings())(["chair", "lamp"])
+    assert "methods=" not in str(refused.value)
+    latent = re.search(r"latent=\('([^']+)',\)", str(refused.value))
+    rv = rvconvert.convert(_OfStrings(), latent=(latent[1],))
+    rv(["chair", "lamp"])
+    assert rv.last_penalty > 0
+
+
 def test_a_compiled_model_is_told_to_be_converted_first():
     with pytest.raises(rvconvert.ConversionError, match=r"torch\.compile\(rvconvert\.convert\(model\)\)"):
         rvconvert.convert(torch.compile(_LossThatDraws(), backend="eager"))

@@ -81,7 +81,8 @@ def _nothing_to_convert(
         reason += ", and a scripted module in it has no Python to look into: use the nn.Module that it was made of"
     own = {} if plain_class.__module__.startswith("torch.") else vars(plain_class)
     functions = [m for m, held in own.items() if inspect.isfunction(held)]  # no static ones, which have no layers
-    others = [m for m in functions if m[0] != "_" and m != name]
+    parts = _reached(plain_class, name) if inspect.isfunction(inspect.unwrap(getattr(plain_class, name))) else set()
+    others = [m for m in functions if m[0] != "_" and m != name and m not in parts]
     reached = {m: _reached(plain_class, m) for m in others}
     # Those that draw, and of these the ones that go on from there: a loss, not the reparameterization.
     others = sorted((m for m in others if _DRAWING & reached[m]), key=lambda m: -len(reached[m] & set(functions))) or others
