@@ -34,6 +34,10 @@ NESTED = {"model": {"loss": {"kl": {"beta": 0.0}}}}
 TENSOR = torch.zeros(())
 settings = sys.modules["settings_of_a_script"] = types.ModuleType("settings_of_a_script")
 settings.beta = 0.0
+package = types.ModuleType("package_of_a_script")
+package.settings = types.ModuleType("package_of_a_script.settings")
+package.settings.beta = 0.0
+LONG_SCHEDULE = np.zeros(3000)
 
 
 def no_more(x):
@@ -42,6 +46,13 @@ def no_more(x):
 
 def weight_by_a_helper():
     return HELPED["beta"] + settings.beta
+
+
+def weight_of_its_own():
+    return weight_of_its_own.beta
+
+
+weight_of_its_own.beta = 0.0
 
 
 def closures():
@@ -127,6 +138,7 @@ class Annealed(VAE):
         total = total + self.of_numpy + self.array[1] + self.slotted() + self.long[80] + sum(self.chosen)
         total = total + self.nested.model.loss["kl"].beta + NESTED["model"]["loss"]["kl"]["beta"] + Part.beta
         total = total + weight_by_a_helper() + TENSOR + self.function(0.0) + self.tensors[0] + self.tensors[1]["beta"]
+        total = total + package.settings.beta + weight_of_its_own() + float(LONG_SCHEDULE[7])
         total = total + ENCLOSED() + ENCLOSED_TWICE() + self.bound() + self.partial() + self.encoder.shift
         for _ in range(self.times):
             total = total + 1
@@ -197,6 +209,18 @@ def of_global_tensor(model, value):
     TENSOR = torch.tensor(value)
 
 
+def of_a_module_of_a_package(model, value):
+    package.settings.beta = value
+
+
+def of_a_function(model, value):
+    weight_of_its_own.beta = value
+
+
+def of_a_long_array(model, value):
+    LONG_SCHEDULE[7] = value
+
+
 def of_a_partial(model, value):
     model.partial.args[0]["beta"] = value
 
@@ -232,6 +256,9 @@ WAYS = {
     "nested dicts": lambda model, value: NESTED["model"]["loss"]["kl"].update(beta=value),
     "class of the model's": lambda model, value: setattr(Part, "beta", value),
     "global tensor": of_global_tensor,
+    "module of a package": of_a_module_of_a_package,
+    "attribute of a function": of_a_function,
+    "long array": of_a_long_array,
     "function": lambda model, value: setattr(model, "function", lambda x: x + value),
     "tuple of tensors": lambda model, value: setattr(model, "tensors", (torch.tensor(value), model.tensors[1])),
     "tensor in a dict": lambda model, value: model.tensors[1].update(beta=torch.tensor(value)),

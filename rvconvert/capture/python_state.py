@@ -11,7 +11,6 @@ import contextlib
 import dis
 import functools
 import gc
-import itertools
 import logging
 import random
 import sys
@@ -57,7 +56,7 @@ _OPAQUE = (
 _CONTAINERS = (list, tuple, dict, set, frozenset, collections.deque)
 _DEPTH, _MOST_IN_ALL = 6, 2048  # how far down containers and objects are looked into, and at how many of their contents
 _MOST = 256  # entries of a container, fields of an object that are looked at one by one
-_LARGEST = 1 << 14  # entries that are hashed, bytes of an array that are compared: of what is larger it is the object that counts
+_LARGEST = 1 << 18  # entries that are hashed, bytes of an array that are compared: of what is larger it is the object that counts
 _SEEDS = frozenset("manual_seed fork_rng set_rng_state set_state seed_everything".split())
 NUMBERS = (int, float)
 ARGUMENT = -1  # the owner of an argument of the method
@@ -225,23 +224,34 @@ def following(read: ReadByName) -> Iterator[None]:
 def _globals_of(scope: dict[str, Any], code: types.CodeType) -> list[Place]:
     """Values that a function reads among the globals of its module, and on modules of the person's that it has imported."""
     found = []
-    for name, attribute in _globals_read(code):
-        value = scope.get(name)
-        if isinstance(value, types.ModuleType) and not is_installed(value.__name__.partition(".")[0]):
-            found.append(Place(Scope(vars(value)), attribute))
-        elif name in scope:
-            found.append(Place(Scope(scope), name))
+    for names in _globals_read(code):
+        within = scope
+        for name in names:  # package.module.name, function.name
+            value = within.get(name)
+            if not isinstance(value, (types.ModuleType, types.FunctionType)):
+                break
+            home = value.__name__ if isinstance(value, types.ModuleType) else value.__module__
+            if is_installed(str(home).partition(".")[0]):
+                break
+            within = vars(value)
+        if name in within:
+            found.append(Place(Scope(within), name))
     return [place for place in found if _holds_values(_value(place, ()))]
 
 
 @functools.lru_cache(maxsize=1024)
-def _globals_read(code: types.CodeType) -> tuple[tuple[str, str], ...]:
-    """The names of globals that a function's own code reads, each with the attribute that it takes of it."""
-    found: dict[tuple[str, str], None] = {}
-    for each, after in itertools.pairwise(dis.get_instructions(code)):  # a function ends by what is no name
-        if each.opname in ("LOAD_GLOBAL", "LOAD_NAME") and not each.argval.startswith("__"):
-            found[each.argval, after.argval if after.opname in ("LOAD_ATTR", "LOAD_METHOD") else ""] = None
-    return tuple(found)
+def _globals_read(code: types.CodeType) -> tuple[tuple[str, ...], ...]:
+    """The names of globals that a function's own code reads, each with the attributes that it takes of it."""
+    found: list[tuple[str, ...]] = []
+    names: tuple[str, ...] = ()
+    for each in dis.get_instructions(code):  # a function ends by what is no name
+        if names and each.opname in ("LOAD_ATTR", "LOAD_METHOD"):
+            names += (each.argval,)
+            continue
+        found += [names] if names else []
+        is_global = each.opname in ("LOAD_GLOBAL", "LOAD_NAME") and not each.argval.startswith("__")
+        names = (each.argval,) if is_global else ()
+    return tuple(dict.fromkeys(found))
 
 
 def _held(frame: types.FrameType) -> dict[str, tuple[Any, Hashable]]:
