@@ -314,7 +314,7 @@ class Conversion:
         """The part of ``key`` that has nothing to do with the tensors of the call."""
         modules = _modules_of(model)
         training = tuple([m.training for m in modules])
-        hooked = tuple([i for i, m in enumerate(modules) if m._forward_hooks or m._forward_pre_hooks])
+        hooked = tuple([i for i, m in enumerate(modules) if _is_hooked(m)])
         first = next((p for m in modules for p in m._parameters.values() if p is not None), None)
         weights = None if first is None else (first.dtype, first.device)
         return (
@@ -476,6 +476,14 @@ class Conversion:
                 f"{short_place(node.meta.get('where', ''))}: an index that a latent picks, a category or an entry of a codebook, "
                 "is picked at the mean here, and what is made of it has no variance. F.gumbel_softmax(logits, tau, hard=True) "
                 "draws the same category as a one-hot vector that has one; covariance='sampled' and 'lowrank' pick on every path",
+            )
+        called = {str(n.target): n in roles.random for n in recording.graph.nodes if n.op == "call_module"}
+        if unheard := [path for path in recording.backward_hooks if called.get(path, True)]:
+            self.warn(
+                "backward hooks",
+                f"the backward hooks of {', '.join(dict.fromkeys(unheard))} are not called: gradients of means and variances "
+                "pass there, and no module does. Hook the tensor in forward, y.register_hook(hook), which is called for either, or "
+                "the parameters, weight.register_hook(hook)",
             )
         calibrated = self.options.covariance == "calibrated"
         gains = gain_keys(recording, roles, name, self.options.settings) if calibrated else None
@@ -698,6 +706,11 @@ def _refill(held: Any, contents: Any, *, meters: bool = False) -> Any:
 
 def _itself(x: Any) -> Any:
     return x
+
+
+def _is_hooked(module: nn.Module) -> bool:
+    backward = module._backward_hooks or module._backward_pre_hooks
+    return bool(module._forward_hooks or module._forward_pre_hooks or backward)
 
 
 def _kinds(leaves: list[Any], *, batch: bool) -> tuple[Any, ...]:

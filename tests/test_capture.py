@@ -497,6 +497,19 @@ def test_a_hook_on_a_container_still_runs() -> None:
     assert calls == ["layer", "container"]
 
 
+def test_backward_hooks_of_a_decoder_s_modules_are_told_of() -> None:
+    """A mean and a variance have no gradient of a module; an encoder's layer has, and its hook is called."""
+    calls: list[str] = []
+    rv = rvconvert.convert(VAE(SAMPLERS["randn_like"], STRUCTURES["tensor"]))
+    rv.encoder.register_full_backward_hook(lambda *a: calls.append("encoder"))
+    x = torch.rand(5, 6, requires_grad=True)
+    rv(x).sum().backward()
+    assert calls == ["encoder"]
+    rv.decoder.register_full_backward_hook(lambda *a: calls.append("decoder"))
+    with pytest.warns(UserWarning, match=r"backward hooks of decoder are not called"):
+        rv(x)
+
+
 class Quantizer(nn.Module):
     def __init__(self) -> None:
         super().__init__()

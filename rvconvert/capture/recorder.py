@@ -538,6 +538,8 @@ class _Recorder(TorchFunctionMode, Handler):
         path = self.paths.get(id(module))
         if path is None or self.leaf is not None:
             return original(module, *args, **kwargs)
+        if path and (module._backward_hooks or module._backward_pre_hooks):
+            self.recording.backward_hooks.append(path)
         if path and self.is_leaf(module):
             return self.leaf_call(original, module, path, args, kwargs)
         hooks = bool(path and (module._forward_hooks or module._forward_pre_hooks))

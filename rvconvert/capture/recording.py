@@ -66,6 +66,7 @@ class Recording:
         numbers: arguments, numbers themselves, that follow the tensors as inputs of the graph, with their values in this call.
         decided: of the numbers that the graph reads anew at each call, those by which Python has decided.
         builds: the method made parameters, which the model had not before.
+        backward_hooks: paths of the modules called that have such hooks.
     """
 
     graph: fx.Graph
@@ -93,6 +94,7 @@ class Recording:
     numbers: dict[str, float] = field(default_factory=dict)
     decided: set[Place] = field(default_factory=set)
     builds: bool = False
+    backward_hooks: list[str] = field(default_factory=list)
 
     def equals(self, other: Recording) -> bool:
         """Both have the same graph, of the same constants."""
