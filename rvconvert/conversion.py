@@ -482,7 +482,7 @@ class Conversion:
             self.warn(
                 "backward hooks",
                 f"the backward hooks of {', '.join(dict.fromkeys(unheard))} are not called: gradients of means and variances "
-                "pass there, and no module does. Hook the tensor in forward, y.register_hook(hook), which is called for either, or "
+                "pass there, and no module does. Hook the tensor in forward, y.register_hook(hook), called for either, or "
                 "the parameters, weight.register_hook(hook)",
             )
         calibrated = self.options.covariance == "calibrated"
