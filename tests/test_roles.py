@@ -2454,6 +2454,29 @@ def test_what_is_no_logits_of_the_tokens_beside_them_has_no_penalty(hidden: bool
     assert row.module == "decoder"
 
 
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_bag_of_words_beside_a_classifier_is_the_reconstruction(masked: bool) -> None:
+    """A topic model: as many logits as words are embedded, one set for each text, gathered at the words in it."""
+
+    class Topics(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.embed, self.encoder = nn.Embedding(9, 9), nn.Linear(9, 6)
+            self.decoder, self.head = nn.Linear(3, 9), nn.Linear(3, 4)
+
+        def forward(self, x: Tensor, label: Tensor) -> Tensor:
+            mu, logvar = self.encoder(self.embed(x).mean(1)).chunk(2, 1)
+            z = mu + torch.randn_like(mu) * (0.5 * logvar).exp()
+            likelihood = F.log_softmax(self.decoder(z), -1).gather(1, x)
+            words = -(likelihood * (x > 0)).sum() / (x > 0).sum() if masked else -likelihood.sum(1).mean()
+            return words + F.cross_entropy(self.head(z), label)
+
+    given = torch.randint(0, 9, (5, 7)), torch.randint(0, 4, (5,))
+    (row,) = [r for r in rvconvert.plan(Topics(), example_inputs=given) if r.role == "reconstruction"]
+    assert row.module == "decoder"
+
+
 @pytest.mark.parametrize("upsampled", [2, 16])
 def test_a_latent_of_frames_beside_integers_of_frames_is_no_logits(upsampled: int) -> None:
     """As a voice's pitch and its flags beside what a flow makes of the latent: no more kinds than are embedded."""

@@ -365,6 +365,7 @@ class RecordedGraph:
             if not counts and rank_of(given) > 2:
                 counts = {None}
             found |= {(n.meta["shape"], count) for n in parts for count in counts}
+            found |= {(given.meta["shape"][:1], count) for count in counts if count}  # of a bag of words
         return found
 
     def _rows(self, embedding: fx.Node) -> int:
