@@ -1,22 +1,34 @@
-"""Moments of f(X), X ~ N(mean, var), for any elementwise f, by Gauss-Legendre panels split at its feature or kinks."""
+"""Moments of f(X), X ~ N(mean, var), for any elementwise f, by Gauss-Legendre panels split at its feature or kinks.
+
+Gradients come from the same nodes, without f', by Stein's lemma: with X = m + s z, v = s², d = f(X) - f(m),
+
+    d/dm E[g(X)] = E[g(X) z]/s,    d/dv E[g(X)] = E[g(X) (z² - 1)]/(2v),    g = d, d².
+
+Of a function with gradients of its own, a learned slope, torch keeps the inputs and runs f again.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
-from typing import TYPE_CHECKING
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+from rvconvert.moments.compilation import is_traced
+
+Function = Callable[[Tensor], Tensor]
+Kinks = Sequence[float | Tensor]
+Increment = Callable[[Tensor, Tensor], Tensor]
 
 INV_SQRT_2PI, LOG2_E = 0.3989422804014327, 1.4426950408889634
 STEEP_NODES = 17  # per panel, two panels: functions as steep as tanh
 KINKED_NODES = 22  # a panel may have to cover the whole window
 DOUBLE_NODES = 32  # of every panel in float64
+BLOCK = 1 << 17  # elements whose nodes are visited together: what is kept for a node stays in the processor's cache
 
 
 def legendre(n: int) -> list[tuple[float, float]]:
@@ -37,8 +49,8 @@ def panel(left: Tensor, right: Tensor, n: int) -> Iterator[tuple[Tensor, Tensor]
     """Nodes z and weights of the standard normal law on [left, right]; an empty panel has weight 0."""
     centre, half = 0.5 * (left + right), 0.5 * (right - left)
     for x, w in _RULES[DOUBLE_NODES if left.dtype == torch.float64 else n]:
-        z = centre + half * x
-        yield z, (w * half) * density(z)
+        z = torch.add(centre, half, alpha=x)
+        yield z, (z * z).mul_(-0.5 * LOG2_E).exp2_().mul_(half).mul_(w * INV_SQRT_2PI)  # exp2 takes a quarter of the time of exp
 
 
 def window(mean: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
@@ -57,14 +69,53 @@ class WeightedMoments:
 
     def add(self, weight: Tensor, value: Tensor) -> None:
         before, self.total = self.total, self.total + weight
-        inverse = 1.0 / self.total
+        share = weight / self.total
         deviation = value - self.mean
-        self.mean = self.mean + (weight * inverse) * deviation
-        self.sum_of_squares = self.sum_of_squares + weight * (deviation * deviation * (before * inverse))
+        self.mean = torch.addcmul(self.mean, share, deviation)
+        self.sum_of_squares = torch.addcmul(self.sum_of_squares, share * before, deviation * deviation)
 
     @property
     def var(self) -> Tensor:
         return self.sum_of_squares / self.total
+
+
+class SteinSums:
+    """Sums over the nodes that the partial derivatives of the moments are made of.
+
+    Those of the mean are of r = d - f'(m) s z: of a line E[z] and E[z (z² - 1)] are 0, and rounding would give 1/s of it.
+    """
+
+    def __init__(self, like: Tensor, s: Tensor, slope: Tensor):
+        self.slope, self.line = slope, slope * s
+        self.rest, self.rest_by_z, self.rest_by_zz, self.square_by_z, self.square_by_zz = (
+            torch.zeros_like(like) for _ in range(5)
+        )
+
+    def add(self, weight: Tensor, z: Tensor, value: Tensor) -> None:
+        rest = torch.addcmul(value, self.line, z, value=-1).mul_(weight)
+        rest_by_z, by_z = rest * z, weight * z * value
+        self.rest.add_(rest)
+        self.rest_by_z.add_(rest_by_z)
+        self.rest_by_zz.addcmul_(rest_by_z, z)
+        self.square_by_z.addcmul_(by_z, value)
+        self.square_by_zz.addcmul_(by_z.mul_(z), value)
+
+    def partials(self, moments: WeightedMoments, s: Tensor, ratio: Tensor) -> tuple[Tensor, ...]:
+        """Of the mean and of the variance by m, then of both by the variance."""
+        sums = self.rest, self.rest_by_z, self.rest_by_zz, self.square_by_z, self.square_by_zz
+        rest, rest_by_z, rest_by_zz, square_by_z, square_by_zz = (total / moments.total for total in sums)
+        mean, var, inverse = moments.mean, moments.var, 1 / (s * s)
+        gain = self.slope + rest_by_z / s
+        var_by_mean = square_by_z / s - 2 * mean * gain
+        mean_by_v = 0.5 * (rest_by_zz - rest)
+        var_by_v = 0.5 * (square_by_zz - var - mean * mean) - 2 * mean * mean_by_v  # E[d²] = var + mean²
+        whole = ratio == 1  # else both moments are a multiple of the variance
+        return (
+            torch.addcmul(self.slope, ratio, rest_by_z / s),
+            ratio * var_by_mean,
+            torch.where(whole, mean_by_v, mean) * inverse,
+            torch.where(whole, var_by_v, var) * inverse,
+        )
 
 
 def smallest_deviation(dtype: torch.dtype, single: float, double: float) -> float:
@@ -100,32 +151,91 @@ def _deviation(mean: Tensor, var: Tensor, kinks: Sequence[float | Tensor], *, ex
     return torch.sqrt(v), var / v
 
 
-def _quadrature(f, mean, var, kinks, increment):
+def _summed(f, mean, var, kinks, increment, slope=None):
+    """Both moments; with ``slope``, f'(m), their partial derivatives too."""
     s, ratio = _deviation(mean.detach(), var, kinks, exact=increment is not None)
     at_mean = f(mean)
     moments = WeightedMoments(at_mean)
-    for z, w in _panels(mean.detach(), s.detach(), kinks):
-        moments.add(w, f(mean + s * z) - at_mean if increment is None else increment(mean, s * z))
-    return at_mean + ratio * moments.mean, ratio * moments.var
+    sums = None if slope is None else SteinSums(at_mean, s, slope)
+    ends = [kink.detach() if isinstance(kink, Tensor) else kink for kink in kinks]  # an integral is the same wherever panels meet
+    for z, w in _panels(mean.detach(), s.detach(), ends):
+        value = f(torch.addcmul(mean, s, z)) - at_mean if increment is None else increment(mean, s * z)
+        moments.add(w, value)
+        if sums is not None:
+            sums.add(w, z, value)
+    found = at_mean + ratio * moments.mean, ratio * moments.var
+    return found if sums is None else (*found, *sums.partials(moments, s, ratio))
+
+
+def _by_blocks(run, f, mean, var, kinks, increment, *more):
+    """``run`` on some examples at a time, where what f closes over serves each of them."""
+    rows = max(1, BLOCK * len(mean) // max(1, mean.numel())) if mean.ndim else 1
+    if mean.ndim == 0 or rows >= len(mean) or f(mean[:1]).shape != mean[:1].shape:
+        return run(f, mean, var, kinks, increment, *more)
+
+    def part(x, i):
+        whole = not isinstance(x, Tensor) or x.ndim < mean.ndim or len(x) == 1
+        return x if whole else x[i : i + rows]
+
+    parts = [
+        run(f, part(mean, i), part(var, i), [part(kink, i) for kink in kinks], increment, *(part(x, i) for x in more))
+        for i in range(0, len(mean), rows)
+    ]
+    return tuple(torch.cat(each) for each in zip(*parts, strict=True))
+
+
+def _recomputed(f, mean, var, kinks, increment):
+    return checkpoint(_summed, f, mean, var, kinks, increment, use_reentrant=False, preserve_rng_state=False)
+
+
+def _slope(f: Function, at: Tensor) -> Tensor:
+    """f'(at), of an elementwise f; 0 where it has none, as an indicator."""
+    value = f(at)
+    return torch.autograd.grad(value.sum(), at)[0] if value.requires_grad else torch.zeros_like(at)
+
+
+class _Integrated(torch.autograd.Function):
+    """Mean and variance of a function of numbers alone; saves (mean, var) and the four partial derivatives."""
+
+    @staticmethod
+    def forward(ctx: Any, mean: Tensor, var: Tensor, slope: Tensor, *function: Any) -> tuple[Tensor, Tensor]:
+        f, kinks, increment = function
+        out, out_var, *partials = _by_blocks(_summed, f, mean, var, kinks, increment, slope)
+        ctx.save_for_backward(mean, var, *partials)
+        ctx.function = function
+        return out, out_var
+
+    @staticmethod
+    def backward(ctx: Any, grad_mean: Tensor, grad_var: Tensor) -> tuple[Tensor | None, ...]:
+        mean, var, mean_by_mean, var_by_mean, mean_by_var, var_by_var = ctx.saved_tensors
+        none = (None,) * (1 + len(ctx.function))
+        if torch.is_grad_enabled():  # for a graph of the backward pass (create_graph=True)
+            f, kinks, increment = ctx.function
+            wanted = [x for x in (mean, var) if x.requires_grad]
+            made = _recomputed(f, mean, var, kinks, increment)
+            found = iter(torch.autograd.grad(made, wanted, (grad_mean, grad_var), create_graph=True))
+            return *(next(found) if x.requires_grad else None for x in (mean, var)), *none
+        by_mean = torch.addcmul(grad_mean * mean_by_mean, grad_var, var_by_mean)
+        return by_mean, torch.addcmul(grad_mean * mean_by_var, grad_var, var_by_var), *none
 
 
 def quadrature(
-    f: Callable[[Tensor], Tensor],
-    mean: Tensor,
-    var: Tensor,
-    kinks: Sequence[float | Tensor] = (),
-    increment: Callable[[Tensor, Tensor], Tensor] | None = None,
+    f: Function, mean: Tensor, var: Tensor, kinks: Kinks = (), increment: Increment | None = None
 ) -> tuple[Tensor, Tensor]:
     """Moments of f(X) for any elementwise f.
 
     f maps a tensor of the shape of `mean` to one of the same shape, and may close over tensors that broadcast
-    with it; they get their gradients. It is called 35 times, or 22 (len(kinks) + 1) + 1 times.
+    with it; they get their gradients. It is called 36 times or so, or 22 (len(kinks) + 1) + 2 times.
     kinks: positions where f or a derivative jumps, floats in any order or broadcastable tensors in ascending
     order; the panels of integration end there. Without kinks f should be smooth at the scale of 1 about 0 or at the scale of the
     deviation. increment(m, d): f(m + d) - f(m), where float32 would lose it.
     Var is a sum of squares; at var = 0 the result is exactly (f(mean), 0).
-    Eager autograd stores the inputs only, and calls f again in the backward pass.
     """
-    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        return checkpoint(_quadrature, f, mean, var, kinks, increment, use_reentrant=False, preserve_rng_state=False)
-    return _quadrature(f, mean, var, kinks, increment)
+    if is_traced():
+        return _summed(f, mean, var, kinks, increment)
+    if torch.is_grad_enabled():
+        if f(mean.detach()).requires_grad or any(isinstance(kink, Tensor) and kink.requires_grad for kink in kinks):
+            return _by_blocks(_recomputed, f, mean, var, kinks, increment)
+        if mean.requires_grad or var.requires_grad:
+            return _Integrated.apply(mean, var, _slope(f, mean.detach().requires_grad_()), f, kinks, increment)
+    return _by_blocks(_summed, f, mean, var, kinks, increment)
