@@ -67,6 +67,14 @@ DEFAULT_SETTINGS = Settings()
 Remake = Callable[[], torch.Tensor]
 
 
+def _of_one_dtype(mean: torch.Tensor, var: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Both, joined: autocast may have left the mean at half width."""
+    if mean.dtype == var.dtype:
+        return mean, var
+    dtype = torch.promote_types(mean.dtype, var.dtype)
+    return mean.to(dtype), var.to(dtype)
+
+
 def _unpacked(kept: torch.Tensor | Remake) -> torch.Tensor:
     return kept if isinstance(kept, torch.Tensor) else kept()
 
@@ -118,6 +126,26 @@ class Identity:
     """Stands for a variable in keys, without its tensors."""
 
 
+class Later:
+    """Moments that are made once one is asked for: those of a step on the way to a function of the whole are not.
+
+    Attributes:
+        shape, device: what the moments will have.
+    """
+
+    def __init__(self, shape: torch.Size, device: torch.device, make: Callable[[], tuple[torch.Tensor, torch.Tensor]]) -> None:
+        self.shape, self.device, self._make = shape, device, make
+        self._with_gradients = torch.is_grad_enabled()
+        self._made: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    def moments(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mean and variance, as they would have been made when the variable was."""
+        if self._made is None:
+            with torch.set_grad_enabled(self._with_gradients):
+                self._made = self._make()
+        return self._made
+
+
 class RandomVariable:
     """Independent random variables with the given means and variances, shaped like a tensor.
 
@@ -139,6 +167,7 @@ class RandomVariable:
     _terms: tuple[RandomVariable, RandomVariable] | None = None
     _selection: Hashable | None = None
     _carried: Any = None
+    _later: Later | None = None
 
     def __init__(self, mean: torch.Tensor, var: torch.Tensor) -> None:
         if not (isinstance(mean, torch.Tensor) and isinstance(var, torch.Tensor)):
@@ -155,23 +184,38 @@ class RandomVariable:
             raise ConversionError("RandomVariable: var has a negative or NaN element; pass variances, not log-variances")
         self._fill(mean, var, DEFAULT_SETTINGS)
 
-    def _fill(self, mean: torch.Tensor, var: torch.Tensor, settings: Settings) -> None:
-        self._mean = mean
-        self._var = var
+    def _fill(self, mean: Any, var: Any, settings: Settings, later: Later | None = None) -> None:
+        self._known_mean = mean
+        self._known_var = var
+        self._later = later
         self._settings = settings
         self._latent = False
         self._origin: Origin | None = None
         self._identity = Identity()
 
     @classmethod
-    def _make(cls, mean: torch.Tensor, var: torch.Tensor, settings: Settings) -> RandomVariable:
-        """An unchecked instance; dtypes are joined (autocast may have left the mean at half width)."""
-        if mean.dtype != var.dtype:
-            dtype = torch.promote_types(mean.dtype, var.dtype)
-            mean, var = mean.to(dtype), var.to(dtype)
+    def _make(cls, mean: Any, var: Any, settings: Settings, later: Later | None = None) -> RandomVariable:
+        """An unchecked instance, of both moments or of what makes them."""
         made = cls.__new__(cls)
-        made._fill(mean, var, settings)
+        if later is None:
+            mean, var = _of_one_dtype(mean, var)
+        made._fill(mean, var, settings, later)
         return made
+
+    @property
+    def _mean(self) -> torch.Tensor:
+        self._settle()
+        return self._known_mean
+
+    @property
+    def _var(self) -> torch.Tensor:
+        self._settle()
+        return self._known_var
+
+    def _settle(self) -> None:
+        if self._later is not None:
+            self._known_mean, self._known_var = _of_one_dtype(*self._later.moments())
+            self._later = None
 
     @property
     def mean(self) -> torch.Tensor:
@@ -264,6 +308,15 @@ class RandomVariable:
         """A variable of the same mode and settings with other moments."""
         return RandomVariable._make(mean, var, self._settings)
 
+    def with_later_moments(self, later: Later) -> RandomVariable:
+        """The same, of moments that are made once they are asked for."""
+        return RandomVariable._make(None, None, self._settings, later)
+
+    @property
+    def is_open(self) -> bool:
+        """True until the moments are made."""
+        return self._later is not None
+
     def derived(self, *, origin: Origin | None = None, latent: bool = False) -> RandomVariable:
         """This variable, newly made by a rule, marked with where it comes from."""
         self._origin = origin
@@ -294,10 +347,10 @@ class RandomVariable:
         return self
 
     # What is asked of the value rather than of its distribution comes from the mean.
-    shape = property(lambda self: self._mean.shape)
+    shape = property(lambda self: (self._later or self._mean).shape)
     dtype = property(lambda self: self._mean.dtype)
-    device = property(lambda self: self._mean.device)
-    ndim = property(lambda self: self._mean.ndim)
+    device = property(lambda self: (self._later or self._mean).device)
+    ndim = property(lambda self: len(self.shape))
     layout = property(lambda self: self._mean.layout)
     requires_grad = property(lambda self: self._mean.requires_grad)
     is_cuda = property(lambda self: self._mean.is_cuda)

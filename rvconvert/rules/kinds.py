@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from rvconvert.core.random_variable import Origin, RandomVariable, random_variables
+from rvconvert.core.random_variable import Later, Origin, RandomVariable, random_variables
 from rvconvert.core.registry import NAMESPACES, REGISTRY, Exactness, FunctionTable, Kind, Rule, operation_name, spellings
 from rvconvert.errors import ConversionError, UnsupportedOperationError
 from rvconvert.moments.compilation import is_traced
@@ -590,6 +590,14 @@ def under_law(func: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     return UnderLaw(next(iter(roots.values())), call, joint)
 
 
+def _broadcast(parent: RandomVariable, *values: Any) -> torch.Size:
+    """The shape of an elementwise function's result; a slope for each channel has no part in it."""
+    try:
+        return torch.broadcast_shapes(parent.shape, *_shapes(*values))
+    except RuntimeError:
+        return parent.shape
+
+
 def _shapes(*values: Any) -> Iterator[torch.Size]:
     """Shapes of the tensors and random variables in a call's arguments."""
     for value in values:
@@ -684,21 +692,33 @@ class Elementwise:
             if direct and self.kinks is not None:
                 kinks = self.kinks(args, kwargs)
             key = _spelling(func, args, kwargs, {id(x): key for x, key in zip(inputs, keys, strict=True)})
-            if direct and self.moments is not None:
-                with like.kept_as_remade() if self.result_alone else nullcontext():
-                    mean, var = self.moments(func, args, kwargs)
-            elif not whole_line:
-                mean, var = first_order(function, (parent,), {})
+            closed_form = self.moments if direct else None
+            integrated = closed_form is None and whole_line
+            # What is written into an operand later is no part of this.
+            given, named = (substitute(each, RandomVariable.snapshot) for each in (args, kwargs))
+
+            def moments() -> tuple[torch.Tensor, torch.Tensor]:
+                with full_precision(like):
+                    if closed_form is not None:
+                        with like.kept_as_remade() if self.result_alone else nullcontext():
+                            return closed_form(func, given, named)
+                    if not whole_line:
+                        return first_order(function, (parent,), {})
+                    shape = _broadcast(parent, *args, *kwargs.values())
+                    of = (parent.mean.expand(shape), parent.var.expand(shape))
+                    mean, var = composed_moments(key, _of_floats(function), *of, kinks, wide=chain is not None)
+                    low, high = lies
+                    # Which rounding may leave by some millionths.
+                    return mean.clamp(low, high) if math.isfinite(low) or math.isfinite(high) else mean, var
+
+            if not is_traced() and (integrated or any(x.is_open for x in inputs)):
+                later = Later(_broadcast(parent, *args, *kwargs.values()), like.device, moments)
+                made = like.with_later_moments(later)
             else:
-                shape = torch.broadcast_shapes(parent.shape, *_shapes(args, kwargs))
-                moments = (parent.mean.expand(shape), parent.var.expand(shape))
-                mean, var = composed_moments(key, _of_floats(function), *moments, kinks, wide=chain is not None)
-                low, high = lies
-                if math.isfinite(low) or math.isfinite(high):
-                    mean = mean.clamp(low, high)  # which rounding may leave by some millionths
+                made = like.with_moments(*moments())
         line = self.line(args, kwargs) if direct and self.line is not None else None
         origin = Origin(parent.snapshot(), function, kinks, whole_line, line, affine=affine, key=key, interval=lies)
-        return like.with_moments(mean, var).derived(origin=origin)
+        return made.derived(origin=origin)
 
     @staticmethod
     def of_a_draw(
