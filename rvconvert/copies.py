@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import functools
 import types
+import weakref
 from typing import Any
 
 import torch
@@ -12,6 +14,8 @@ from torch import nn
 from rvconvert.core.tree import flatten
 
 __all__ = ["copied", "copied_state"]
+
+_DEPTH = 6  # how far down configurations are looked at
 
 
 def copied(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
@@ -37,7 +41,37 @@ def _detached(model: nn.Module, memo: dict[int, Any]) -> dict[int, Any]:
                 for tensor in flatten(value)[0]:
                     if isinstance(tensor, torch.Tensor) and not tensor.is_leaf:
                         memo[id(tensor)] = tensor.detach().clone()
+                _copy_configuration(value, memo)
     return memo
+
+
+def _copy_configuration(value: Any, memo: dict[int, Any], depth: int = _DEPTH) -> None:
+    """Note copies of what deepcopy has none of: a dict whose keys are its attributes; a module of settings is itself."""
+    if isinstance(value, types.ModuleType):
+        memo[id(value)] = value
+    if not isinstance(value, (dict, list, tuple)) or id(value) in memo or not depth:
+        return
+    contents = list(value.values()) if isinstance(value, dict) else value
+    made = type(value).__new__(type(value)) if isinstance(value, dict) and _has_no_copy(value) else None
+    if made is not None:
+        memo[id(value)] = made
+    for each in contents:
+        _copy_configuration(each, memo, depth - 1)
+    if isinstance(value, dict) and made is not None:
+        dict.update(made, {key: copy.deepcopy(each, memo) for key, each in dict.items(value)})
+        state = object.__getattribute__(value, "__dict__")
+        object.__setattr__(made, "__dict__", made if state is value else copy.deepcopy(state, memo))
+
+
+def _has_no_copy(value: dict[Any, Any]) -> bool:
+    """True of a dict of a class whose attributes are its keys: deepcopy fails, or the copy has none."""
+    if type(value) is dict:
+        return False
+    try:
+        getattr(value, "__deepcopy__", None)
+    except Exception:  # noqa: BLE001 (a KeyError, or whatever its class raises for a missing key)
+        return True
+    return getattr(value, "__dict__", None) is value
 
 
 def _follow(original: nn.Module, made: nn.Module, memo: dict[int, Any]) -> None:
@@ -64,6 +98,12 @@ def _following(value: Any, memo: dict[int, Any]) -> Any:
             value[key] = _following(each, memo)
     elif type(value) is tuple:
         return tuple(_following(each, memo) for each in value)
+    elif isinstance(value, functools.partial):
+        return type(value)(*_following((value.func, *value.args), memo), **_following(dict(value.keywords), memo))
+    elif isinstance(value, (weakref.ref, weakref.ProxyType)):
+        target = value() if isinstance(value, weakref.ref) else value.__repr__.__self__  # type: ignore[attr-defined]
+        made = memo.get(id(target))
+        return value if made is None else (weakref.ref if isinstance(value, weakref.ref) else weakref.proxy)(made)
     return value
 
 

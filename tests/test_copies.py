@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import functools
+import types
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -120,6 +123,64 @@ def test_networks_in_a_plain_dict_or_list(held: type) -> None:
     made(x).square().sum().backward()
     optimizer.step()
     assert not torch.allclose(made(x), before) and torch.allclose(rv(x), before)
+
+
+class AttributeDict(dict):
+    __getattr__, __setattr__ = dict.__getitem__, dict.__setitem__
+
+
+class OwnDict(dict):
+    def __init__(self, **contents):
+        super().__init__(**contents)
+        self.__dict__ = self
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("kind", [AttributeDict, OwnDict, types.SimpleNamespace, "module"])
+def test_configurations_of_any_kind_are_copied(kind, inplace):
+    class Configured(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.encoder, self.decoder = nn.Linear(6, 4), nn.Linear(2, 6)
+            self.settings = types.ModuleType("settings") if kind == "module" else kind(scale=1.0, of=kind(shift=2.0))
+            if kind == "module":
+                self.settings.scale, self.settings.of = 1.0, types.SimpleNamespace(shift=2.0)
+
+        def forward(self, x):
+            mu, logvar = self.encoder(x).chunk(2, 1)
+            y = self.decoder(mu + torch.randn_like(mu) * (0.5 * logvar).exp())
+            return self.settings.scale * y + self.settings.of.shift
+
+    torch.manual_seed(0)
+    x, model = torch.rand(3, 6), Configured()
+    rv = rvconvert.convert(model, inplace=inplace)
+    first = rv(x)
+    rv.settings.scale, rv.settings.of.shift = 3.0, 1.0
+    torch.testing.assert_close(rv(x), 3 * (first - 2) + 1)
+    assert inplace or kind == "module" or model.settings.scale == 1
+
+
+@pytest.mark.parametrize("way", ["reference", "proxy", "partial"])
+def test_ways_to_a_model_s_own_layers_lead_to_the_copy_s(way):
+    class Way(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.encoder, self.decoder = nn.Linear(6, 4), nn.Linear(2, 6)
+            if way == "partial":
+                self.decode = functools.partial(lambda scale, z: scale * self.decoder(z), 1.0)
+            else:
+                self.own = (weakref.ref if way == "reference" else weakref.proxy)(self)
+
+        def forward(self, x):
+            mu, logvar = self.encoder(x).chunk(2, 1)
+            z = mu + torch.randn_like(mu) * (0.5 * logvar).exp()
+            if way == "partial":
+                return self.decode(z)
+            return (self.own() if way == "reference" else self.own).decoder(z)
+
+    rv = rvconvert.convert(Way())
+    rv(torch.rand(3, 6)).sum().backward()
+    assert rv.decoder.weight.grad is not None and rv.last_penalty > 0
 
 
 def test_a_sparse_buffer_is_copied_and_left_as_it_is():
