@@ -441,7 +441,7 @@ def test_names_that_cannot_be(rv: nn.Module, tmp_path: Path) -> None:
     for name, message in (
         ("missing.pt", "no such file"),
         ("", "is a folder"),
-        ("model.onnx", "ends in .pt, .pth, .ckpt or .safetensors"),
+        ("model.onnx", "ends in .pt, .pth, .ckpt, .bin, .tar or .safetensors"),
     ):
         with pytest.raises(CheckpointError, match=message):
             read(tmp_path / name)

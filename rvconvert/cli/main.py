@@ -233,11 +233,20 @@ def _fill(model: nn.Module, source: checkpoint.Checkpoint, args: argparse.Namesp
     try:
         notes = checkpoint.load_weights(model, source, args.prefix)
     except TransferError as error:
-        how = f"of another model, or of {type(model).__name__} constructed with other arguments"
-        raise TransferError(f"{error}\nThese are weights {how}: --kwargs '{{\"latent_dim\": 32}}' gives them") from None
+        raise TransferError(f"{error}\nThese are weights of another model{_other_arguments(type(model))}") from None
     if source.hyper_parameters and args.kwargs:
         notes.append(f"constructed with {args.kwargs}")
     return notes
+
+
+def _other_arguments(cls: type[nn.Module]) -> str:
+    """What to type for a model constructed with other numbers, if its class takes any."""
+    parameters = [*inspect.signature(cls.__init__).parameters.values()][1:]
+    numbers = [p for p in parameters if p.annotation in (int, "int") or type(p.default) is int] or parameters
+    if not numbers:
+        return ""
+    value = numbers[0].default if type(numbers[0].default) is int else 32
+    return f", or of {cls.__name__} constructed with other arguments: --kwargs '{{\"{numbers[0].name}\": {value}}}', with theirs"
 
 
 def _examples(args: argparse.Namespace) -> tuple[torch.Tensor, ...] | None:

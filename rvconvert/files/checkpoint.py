@@ -50,7 +50,7 @@ __all__ = [
 ]
 
 TORCH_SUFFIXES = (".pt", ".pth")
-READ_ONLY_SUFFIXES = (".ckpt", ".bin")  # what Lightning and the Hugging Face hub call the same format
+READ_ONLY_SUFFIXES = (".ckpt", ".bin", ".tar")  # what Lightning, the Hugging Face hub and torch's tutorials call the same format
 SAFETENSORS = ".safetensors"
 RECIPE_KEY = "rvconvert"
 GAINS_KEY = "rvconvert.gains"  # of a model in calibrated mode; in safetensors the prefix of their names
@@ -332,7 +332,8 @@ def read(path: str | os.PathLike[str], *, allow_pickle: bool = False, key: str |
         raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
     suffix = path.suffix.lower()
     if suffix not in (*TORCH_SUFFIXES, *READ_ONLY_SUFFIXES, SAFETENSORS):
-        raise CheckpointError(f"{path}: a checkpoint ends in .pt, .pth, .ckpt or .safetensors, not {suffix or 'nothing'!r}")
+        known = ".pt, .pth, .ckpt, .bin, .tar or .safetensors"
+        raise CheckpointError(f"{path}: a checkpoint ends in {known}, not {suffix or 'nothing'!r}")
     if not start:
         raise CheckpointError(f"{path} is empty; it was cut off when it was written")
     is_safetensors = len(start) > 8 and start[8:9] == b"{" and int.from_bytes(start[:8], "little") < 2**32
