@@ -162,6 +162,25 @@ def test_reading_a_value_refuses(read):
         read(source((4, 6), 1))
 
 
+@pytest.mark.parametrize("covariance", ["independent", "calibrated", "lowrank", "sampled"])
+def test_classes_and_masks_leave_as_such(covariance):
+    class Classes(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.encoder, self.decoder = nn.Linear(12, 6), nn.Linear(3, 36)
+
+        def forward(self, x):
+            mu, logvar = self.encoder(x).chunk(2, 1)
+            y = self.decoder(mu + torch.randn_like(mu) * (0.5 * logvar - 4).exp()).view(-1, 3, 12)
+            return y, y.argmax(1), y.max(1)[1], y[:, 0] > 0
+
+    y, largest, index, mask = rvconvert.convert(Classes(), covariance=covariance)(torch.rand(64, 12))
+    assert (largest.dtype, index.dtype, mask.dtype) == (torch.int64, torch.int64, torch.bool)
+    for found, expected in ((largest, y.argmax(1)), (index, y.argmax(1)), (mask, y[:, 0] > 0)):
+        assert float((found == expected).float().mean()) > 0.97
+
+
 def test_dropout_draws_a_mask_for_each_path():
     x = source((4, 6), 2, seed=0) * 0.0 + 1.0
     masks = F.dropout(x, 0.5, training=True).paths

@@ -227,6 +227,10 @@ class RandomVariable:
         """Variances, shaped like the variable."""
         return self._var
 
+    def most_likely(self, dtype: torch.dtype) -> torch.Tensor:
+        """The likeliest truth value or whole number, of ``dtype``, shaped like the variable."""
+        return self.mean > 0.5 if dtype == torch.bool else self.mean.round().to(dtype)
+
     @property
     def std(self) -> torch.Tensor:
         """Standard deviations, shaped like the variable."""

@@ -78,6 +78,10 @@ class SampledVariable(RandomVariable):
         """Mean across the paths, shaped like the variable; unbiased."""
         return self._paths_as_float().mean(0)
 
+    def most_likely(self, dtype: torch.dtype) -> Tensor:
+        """The commonest truth value or whole number among the paths."""
+        return super().most_likely(dtype) if dtype == torch.bool else self.paths.mode(0).values.to(dtype)
+
     @property
     def var(self) -> Tensor:
         """Variance across the 2p paths.

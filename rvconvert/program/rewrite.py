@@ -112,6 +112,9 @@ def to_random_variables(
     for index, leaf in enumerate(given):
         if not isinstance(leaf, fx.Node) or leaf not in roles.random or (output == "distribution" and index < kept_from):
             leaving.append(nodes[leaf] if isinstance(leaf, fx.Node) else leaf)
+        elif isinstance(dtype := leaf.meta.get("dtype"), torch.dtype) and not (dtype.is_floating_point or dtype.is_complex):
+            with graph.inserting_after(nodes[leaf]):
+                leaving.append(graph.call_function(take_most_likely, (nodes[leaf], dtype)))
         elif index >= kept_from or (leaf not in roles.hidden and (leaf in roles.decoded or leaf in roles.losses)):
             leaving.append(collapse(leaf))
         else:
@@ -196,6 +199,11 @@ def draw_from(value: Any) -> Any:
 def take_latent(state: Any, value: Any) -> Any:
     """The mean of a latent that leaves."""
     return state.take_latent(value)
+
+
+def take_most_likely(value: Any, dtype: torch.dtype) -> Any:
+    """A class, an index, a mask that leaves."""
+    return value.most_likely(dtype) if isinstance(value, RandomVariable) else value
 
 
 def take_mean(state: Any, value: Any) -> Any:
