@@ -2454,6 +2454,109 @@ def test_what_is_no_logits_of_the_tokens_beside_them_has_no_penalty(hidden: bool
     assert row.module == "decoder"
 
 
+JOINED = {
+    "two heads": lambda a, b: torch.cat([a[:, :1], b], 1),
+    "blended": lambda a, b: b.sigmoid() * a + (1 - b.sigmoid()) * a.flip(-1),
+    "blurred": lambda a, b: F.avg_pool2d(a + 0 * b, 3, 1, 1),
+}
+TARGETS = {
+    "itself": F.mse_loss,
+    "classes": lambda y, x: F.cross_entropy(y, x.argmax(1)),
+    "binarised": lambda y, x: F.binary_cross_entropy_with_logits(y, (x > 0.5).float()),
+    "logarithm": lambda y, x: (y - x.log1p()).square().mean(),
+}
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("join", JOINED)
+def test_what_is_held_against_any_function_of_an_input_has_l_c_as_it_stands_there(join: str, target: str) -> None:
+    class Joined(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.encoder, self.first, self.second = nn.Conv2d(2, 4, 1), nn.Conv2d(2, 2, 1), nn.Conv2d(2, 1, 1)
+
+        def decode(self, z: Any) -> Any:
+            return JOINED[join](self.first(z), self.second(z))
+
+        def forward(self, x: Tensor) -> Tensor:
+            mu, logvar = self.encoder(x).chunk(2, 1)
+            return TARGETS[target](self.decode(mu + torch.randn_like(mu) * (0.5 * logvar).exp()), x)
+
+    rv, x = rvconvert.convert(Joined()), torch.rand(3, 2, 6, 6)
+    rv(x)
+    mu, logvar = rv.encoder(x).chunk(2, 1)
+    expected = rvconvert.variance_penalty(rv.decode(rvconvert.RandomVariable(mu, logvar.exp())))
+    torch.testing.assert_close(rv.last_penalty, expected.detach())
+
+
+@pytest.mark.parametrize("samples", [1, 4])
+def test_samples_beside_each_other_have_l_c_where_they_meet_the_input(samples: int) -> None:
+    """A forecast's steps are summed before, and the input broadcasts over its samples."""
+
+    class Forecast(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.encoder, self.decoder = nn.Linear(12, 6), nn.Linear(3, 12)
+
+        def forward(self, x: Tensor) -> Tensor:
+            mu, logvar = self.encoder(x).chunk(2, 1)
+            eps = torch.randn(samples, *mu.shape) if samples > 1 else torch.randn_like(mu)
+            return (self.decoder(mu + eps * (0.5 * logvar).exp()).cumsum(-1) - x).square().mean()
+
+    rv, x = rvconvert.convert(Forecast()), torch.rand(5, 12)
+    rv(x)
+    mu, logvar = rv.encoder(x).chunk(2, 1)
+    expected = rvconvert.variance_penalty(rv.decoder(rvconvert.RandomVariable(mu, logvar.exp())).cumsum(-1))
+    torch.testing.assert_close(rv.last_penalty, expected.detach())
+
+
+@pytest.mark.parametrize("inside", [False, True])
+@pytest.mark.parametrize("encoded", [False, True])
+def test_logits_of_a_label_that_the_decoder_alone_reads_have_no_l_c(encoded: bool, inside: bool) -> None:
+    class Conditional(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.encoder, self.decoder, self.head = nn.Linear(12, 8), nn.Linear(7, 12), nn.Linear(4, 3)
+
+        def forward(self, x: Tensor, label: Tensor) -> Any:
+            condition = F.one_hot(label, 3).float() if encoded else label
+            mu, logvar = self.encoder(x).chunk(2, 1)
+            z = mu + torch.randn_like(mu) * (0.5 * logvar).exp()
+            y, logits = self.decoder(torch.cat([z, condition], 1)), self.head(z)
+            return F.mse_loss(y, x) + F.cross_entropy(logits, label) if inside else (y, logits)
+
+    classes = torch.arange(6) % 3
+    given = torch.rand(6, 12), classes if encoded else F.one_hot(classes, 3).float()
+    (row,) = [r for r in rvconvert.plan(Conditional(), example_inputs=given) if r.role == "reconstruction"]
+    assert row.module == "decoder"
+
+
+FUNCTIONS = {"residual": lambda x, y: x - y, "clipped": lambda x, y: y.clamp(0, 1), "probability": lambda x, y: y.sigmoid()}
+
+
+@pytest.mark.parametrize("names", [("residual",), ("residual", "clipped"), ("probability", "clipped", "residual")])
+def test_one_reconstruction_beside_functions_of_it_has_l_c_once(names: tuple[str, ...]) -> None:
+    class Maps(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.encoder, self.decoder = nn.Linear(12, 6), nn.Linear(3, 12)
+
+        def forward(self, x: Tensor) -> Any:
+            mu, logvar = self.encoder(x).chunk(2, 1)
+            y = self.decoder(mu + torch.randn_like(mu) * (0.5 * logvar).exp())
+            return y, *(FUNCTIONS[name](x, y) for name in names)
+
+    rv, x = rvconvert.convert(Maps()), torch.rand(6, 12)
+    rv(x)
+    mu, logvar = rv.encoder(x).chunk(2, 1)
+    expected = rvconvert.variance_penalty(rv.decoder(rvconvert.RandomVariable(mu, logvar.exp())))
+    torch.testing.assert_close(rv.last_penalty, expected.detach())
+
+
 @pytest.mark.parametrize("masked", [False, True])
 def test_a_bag_of_words_beside_a_classifier_is_the_reconstruction(masked: bool) -> None:
     """A topic model: as many logits as words are embedded, one set for each text, gathered at the words in it."""

@@ -229,9 +229,11 @@ class _Assignment(ScoredGraph):
     def reconstructions_that_leave(self, leaves: list[fx.Node]) -> list[fx.Node]:
         """Of the decoded values that leave, those that are not a part, a summary or a score of another one."""
         fits = {n for n in leaves if self.fits_an_input(n)}
-        dropped: set[fx.Node] = set()
+        dropped = self.siblings(leaves)
         for first in leaves:
             for second in leaves:
+                if {first, second} & dropped and self.same(first, second):
+                    continue
                 if first is second or not self.behind(first, second):
                     # A function of a prior's parameters, which a latent and its decoder lie behind, as they are themselves.
                     other = first is not second and first not in fits and not self.behind(second, first)
@@ -256,6 +258,16 @@ class _Assignment(ScoredGraph):
         kept = [n for n in leaves if n not in dropped and not (n in fits - read and size_of(n) < largest)]
         least = min((size_of(n) for n in kept if n in fits), default=0)  # fewer numbers beside it are a score: logits of classes
         return [n for n in kept if size_of(n) >= least]
+
+    def siblings(self, leaves: list[fx.Node]) -> set[fx.Node]:
+        """Functions of each element of one reconstruction that leaves too, a residual and a probability: it is the one."""
+        found: set[fx.Node] = set()
+        for first in leaves:
+            made = [n for n in leaves if n is not first and self.behind(first, n) and self.same(first, n)]
+            made = [n for n in made if size_of(n) == size_of(first) and not self.joins_decoded(first, n)]
+            if any(not self.behind(a, b) and not self.behind(b, a) for a in made for b in made if a is not b):
+                found.update(made)
+        return found
 
     def is_summary(self, first: fx.Node, second: fx.Node) -> bool:
         """``second`` is made of ``first`` through no layer, and of nothing else: not what is mixed by weights that leave too."""
@@ -322,8 +334,12 @@ class _Assignment(ScoredGraph):
         return any(map(self.is_read, self.inputs_met(at)))
 
     def is_read(self, given: fx.Node) -> bool:
-        """A layer acts on an input, or nothing does, so that one does not know."""
-        return not given.users or any(self.has_weights(n) for n in self.ahead_of(given))
+        """A layer acts on an input on its way to a latent, or nothing does, so that one does not know."""
+        layers = [n for n in self.ahead_of(given) if self.has_weights(n)]
+        if not self.latents:
+            return not given.users or bool(layers)
+        placing = {n for draw in self.latents for n in self.placing(draw)}
+        return not given.users or any(n in placing for n in layers)
 
     def is_copy(self, first: fx.Node, second: fx.Node, *, shown: bool) -> bool:
         """``second`` is ``first`` without its gradient; of what is ``shown``, in another unit or range too, as 255 y is."""

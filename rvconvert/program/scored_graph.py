@@ -280,8 +280,7 @@ class ScoredGraph(DecodedGraph):
     def whole(self, source: fx.Node, user: fx.Node, at: fx.Node) -> tuple[fx.Node, fx.Node]:
         """The edge, moved to where a value as large as the input meets it: what layers give may be mixed or summed before."""
         met = [n for n in at.all_input_nodes if n in self.random and self.behind(source, n)]
-        sizes = [size_of(n) for n in at.all_input_nodes if n in self.raw and self.is_step_of_input(n)]
-        if len(met) != 1 or size_of(met[0]) not in sizes:
+        if len(met) != 1 or not self.is_held_against_an_input(met[0], at):
             return source, user
         value, end = met[0], at
         if self.rule_name(value) in _LOGARITHMS and self.rule_name(at) in PRODUCTS:  # of a likelihood, x log y
@@ -289,12 +288,20 @@ class ScoredGraph(DecodedGraph):
             mixed = size_of(behind) == size_of(value) and self.joins_others(source, behind)
             value, end = (behind, value) if mixed else (value, end)
         way = self.between(source, value)
-        errors = any(self.rule_name(n) in _ERRORS and not self.is_compared_logarithm(n) for n in way)
+        errors = any((self.rule_name(n) in _ERRORS or _is_square(n)) and not self.is_compared_logarithm(n) for n in way)
         apart = errors or any(self.is_loss(n) or self.is_one_of_several(n) for n in way)
         # Terms of one likelihood take one value: x / exp(y) + y.
         others = {n for n in source.users if n in self.scoring and n not in way}
         apart = apart or (self.is_function(source, value) and any(self.is_scored(n) for n in others))
         return (source, user) if value is source or apart else (value, end)
+
+    def is_held_against_an_input(self, value: fx.Node, at: fx.Node) -> bool:
+        """Numbers of an input, or some that are made of one without a layer, are set against as many of ``value``."""
+        given = [n for n in at.all_input_nodes if n in self.raw]
+        if self.is_loss(at):
+            return at.args[:1] == (value,) and self.rule_name(value) not in _LOGARITHMS and rank_of(value) >= 2
+        shape = value.meta.get("shape", ())
+        return any(rank_of(n) >= 2 and (size_of(n) == size_of(value) or shape[-rank_of(n) :] == n.meta["shape"]) for n in given)
 
     def is_function(self, source: fx.Node, value: fx.Node) -> bool:
         """``value`` is a function of each element of ``source``, and no multiple of it."""
@@ -418,3 +425,8 @@ class ScoredGraph(DecodedGraph):
     def is_loss_at_mean(self, node: fx.Node) -> bool:
         """A loss function without an expected value."""
         return self.is_loss(node) and getattr(node.meta["rule"].kind, "expected", None) is None
+
+
+def _is_square(node: fx.Node) -> bool:
+    """A product of a value with itself."""
+    return len(node.args) == 2 and node.args[0] is node.args[1]
