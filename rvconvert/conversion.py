@@ -182,6 +182,8 @@ class Conversion:
         self.keep(program, model, results)
         if not program.penalised and model.training and torch.is_grad_enabled():
             self.warn_without_penalty(name, encodes=program.encodes)
+        elif self.options.output == "distribution" and self.options.attach and model.training and torch.is_grad_enabled():
+            self.warn_of_distribution(name)
         # Rules may have changed the order in memory; a caller's view() asks for the plain one.
         leaving = (x.contiguous() if isinstance(x, RandomVariable) else x for x in results)
         made = program.outputs.build(leaving)
@@ -226,6 +228,15 @@ class Conversion:
             names = " and ".join(self.options.random_inputs)
             why = f"{names} came as a plain tensor. Give the posterior: rvconvert.RandomVariable(mu, logvar.exp())"
         self.warn("no penalty", f"{self.plain_class.__name__}.{name} attaches no variance penalty L_c: {why}")
+
+    def warn_of_distribution(self, name: str) -> None:
+        """Say once that what leaves as a random variable has no L_c attached."""
+        if self.options.penalty and not torch.compiler.is_compiling():
+            self.warn(
+                "distribution",
+                f"{self.plain_class.__name__}.{name} gives random variables, to which no L_c is attached: add "
+                "rvconvert.variance_penalty(y) to the loss; attach=False says that it is",
+            )
 
     def warn_of_no_call(self, model: nn.Module) -> None:
         """Say once that the model is trained and nothing called a converted method."""
@@ -609,7 +620,7 @@ class Conversion:
             if not recording.once and not again:
                 again += self.check(recording, name, model, method, args, kwargs)
         recording.once += again
-        report = report_graph(recording, roles, self.plain_class.__name__, name, self.settings)
+        report = report_graph(recording, roles, self.plain_class.__name__, name, self.settings, attaches=self.attaches)
         if refusal is not None:
             report = dataclasses.replace(report, refusal=str(refusal))
         return Examined(recording, roles, report, refusal, bool(again), moving)
@@ -696,7 +707,8 @@ def _refill(held: Any, contents: Any, *, meters: bool = False) -> Any:
     if isinstance(held, list):
         held[:] = [_refill(a, b, meters=meters) for a, b in itertools.zip_longest(held[: len(contents)], contents)]
     elif isinstance(held, dict):
-        held.update({key: _refill(held.get(key), value, meters=meters) for key, value in contents.items()})
+        for key, value in contents.items():
+            held[key] = _refill(held.get(key), value, meters=meters)
     elif meters and not is_opaque(held) and isinstance(getattr(held, "__dict__", None), dict):
         _refill(vars(held), vars(contents), meters=True)
     else:

@@ -81,12 +81,13 @@ def row_for(operation: str, rule: Rule | None, place: dict[str, Any], *, functio
     )
 
 
-def report_graph(recording: Recording, roles: Roles, model: str, method: str, settings: Settings) -> Report:
-    """One row a node that computes something, with its role."""
+def report_graph(recording: Recording, roles: Roles, model: str, method: str, settings: Settings, *, attaches: bool) -> Report:
+    """One row a node that computes something, with its role; L_c is attached to reconstructions, or left to the person."""
     sizes = _sizes(recording.graph) | _checks(recording.graph)
     rows = [row for node in recording.graph.nodes if node not in sizes for row in _rows(node, roles, settings)]
     attached = Counter(f"{_operation(n)} at {short_place(n.meta.get('where', ''))}" for n in roles.reconstructions)
-    notes = [f"L_c is attached to {name}" + (f", {count} times" if count > 1 else "") for name, count in attached.items()]
+    has = "L_c is attached to" if attaches else "the reconstruction, to which no L_c is attached, is"
+    notes = [f"{has} {name}" + (f", {count} times" if count > 1 else "") for name, count in attached.items()]
     if not roles.reconstructions:
         notes.append("no L_c: nothing that leaves or meets an input has a decoder behind it")
     nuisance = [short_place(n.meta["where"]) for n in recording.draws if n not in roles.latents]
