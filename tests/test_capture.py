@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import Variable
 from torch.distributions import Bernoulli, Independent, MultivariateNormal, Normal
+from torch.func import functional_call
 
 import rvconvert
 from rvconvert import RandomVariable
@@ -508,6 +509,45 @@ def test_backward_hooks_of_a_decoder_s_modules_are_told_of() -> None:
     rv.decoder.register_full_backward_hook(lambda *a: calls.append("decoder"))
     with pytest.warns(UserWarning, match=r"backward hooks of decoder are not called"):
         rv(x)
+
+
+STATES = {
+    "weights of its own": lambda m, z: functional_call(m.layers, {k: 0.5 * v for k, v in m.layers.named_parameters()}, (z,)),
+    "conditioned": lambda m, z: functional_call(m.layers[3], {"bias": m.shift(m.layers[0](z[:1]))[0]}, (m.layers[0](z),)),
+    "in eval mode for a call": lambda m, z: (m.layers.eval(), m.layers(z), m.layers.train())[1],
+    "a layer's mode": lambda m, z: (m.layers[1].train(False), m.layers(z), m.layers[1].train())[1],
+    "slope": lambda m, z: (setattr(m.layers[2], "negative_slope", 0.9), m.layers(z), setattr(m.layers[2], "negative_slope", 0.1))[
+        1
+    ],
+}
+
+
+@pytest.mark.parametrize("name", STATES)
+def test_a_layer_is_called_in_the_state_that_it_has_at_the_call(name: str) -> None:
+    """By functional_call, hypernetworks and teachers; by eval() and train(), the second pass of an introspective model."""
+
+    class Stateful(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            layers = nn.Linear(3, 8), nn.BatchNorm1d(8), nn.LeakyReLU(0.1), nn.Linear(8, 12)
+            self.encoder, self.layers, self.shift = nn.Linear(12, 6), nn.Sequential(*layers), nn.Linear(8, 12)
+            layers[1].running_mean.fill_(1.0)
+
+        def forward(self, x: Tensor) -> Tensor:
+            mu, logvar = self.encoder(x).chunk(2, 1)
+            return STATES[name](self, mu + torch.randn_like(mu) * (0.5 * logvar - 20).exp())
+
+    x, plain = torch.rand(5, 12), Stateful()
+    rv = rvconvert.convert(plain)
+    for _ in range(2):
+        y, expected = rv(x), plain(x)
+        torch.testing.assert_close(y, expected)
+    y.sum().backward()
+    expected.sum().backward()
+    for (path, own), other in zip(rv.named_parameters(), plain.parameters(), strict=True):
+        assert (own.grad is None) == (other.grad is None), path
+    assert rv.last_penalty >= 0
 
 
 class Quantizer(nn.Module):

@@ -281,6 +281,112 @@ def test_a_number_of_python_that_changes_between_calls_is_read_anew(way, mode):
     assert len(rvconvert.converted.conversion_of(model).programs) <= (6 if others else 4)  # one for each value, found again
 
 
+class Settings:
+    """A class that a model holds as its configuration, and one that has a single object."""
+
+    beta, single = 0.0, None
+
+    class Loss:
+        beta = 0.0
+
+    @classmethod
+    def get(cls):
+        cls.single = cls.single or cls()
+        return cls.single
+
+
+class Annealer:
+    horizon = 1.0
+
+    def weight(self):
+        return 1 / self.horizon
+
+
+def weight_of_a_notebook():
+    return 0.0
+
+
+class Late(VAE):
+    """Reads what is not there at the first call, or is there in another place than it is changed at."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.how, self.settings, self.annealer = how, Settings, Annealer()
+
+    def weight(self):
+        return 0.0
+
+    def forward(self, x):
+        ways = {
+            "class": lambda: self.settings.beta,
+            "class in a class": lambda: Settings.Loss.beta,
+            "single object": lambda: Settings.get().beta,
+            "class of an object": lambda: self.annealer.weight(),
+            "optional": lambda: getattr(self, "beta", 0.0),
+            "flag": lambda: 1.0 if hasattr(self, "warm") else 0.0,
+            "method": lambda: self.weight(),
+            "defined again": lambda: weight_of_a_notebook(),
+        }
+        return self.reconstruct(x, 0.0) + ways[self.how]()
+
+
+def define_again(model, value):
+    global weight_of_a_notebook
+    weight_of_a_notebook = lambda: value  # noqa: E731 (as a cell that is run again)
+
+
+LATE = {
+    "class": lambda model, value: setattr(Settings, "beta", value),
+    "class in a class": lambda model, value: setattr(Settings.Loss, "beta", value),
+    "single object": lambda model, value: setattr(Settings.get(), "beta", value),
+    "class of an object": lambda model, value: setattr(Annealer, "horizon", 1 + value),
+    "optional": lambda model, value: setattr(model, "beta", value),
+    "flag": lambda model, value: setattr(model, "warm", True),
+    "method": lambda model, value: setattr(model, "weight", lambda: value),
+    "defined again": define_again,
+}
+
+
+@pytest.mark.parametrize("how", LATE)
+def test_what_appears_or_is_replaced_after_the_first_call_is_read(how):
+    x, plain = torch.rand(5, 6), Late(how)
+    rv = rvconvert.convert(plain)
+    for value in (None, None, 0.5, 1.5):
+        if value is not None:
+            LATE[how](plain, value)
+            LATE[how](rv, value)
+        torch.testing.assert_close(rv(x), plain(x))
+
+
+class Averaged(VAE):
+    """Keeps what its first call makes."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.how, self.seen = how, collections.Counter()
+
+    def forward(self, x):
+        y = self.reconstruct(x, 0.0)
+        if self.how == "counter":
+            self.seen["calls"] += 1
+            return y * self.seen["calls"]
+        if self.how == "attribute":
+            self.average = 0.5 * self.average if hasattr(self, "average") else torch.tensor(1.0)
+            return y * self.average
+        if not hasattr(self, "average"):
+            self.register_buffer("average", torch.tensor(1.0))
+        self.average.mul_(0.5)
+        return y * self.average
+
+
+@pytest.mark.parametrize("how", ["attribute", "buffer", "counter"])
+def test_what_the_first_call_makes_the_next_ones_change(how):
+    x, plain = torch.rand(5, 6), Averaged(how)
+    rv = rvconvert.convert(plain)
+    for _ in range(4):
+        torch.testing.assert_close(rv(x), plain(x))
+
+
 @pytest.mark.parametrize("profiled", [False, True])
 def test_a_variable_of_a_function_that_forward_makes_costs_no_recording(profiled):
     class Inner(VAE):

@@ -61,6 +61,10 @@ class Handler:
         """The model, or torch, has looked an attribute of a module up: what it is given."""
         raise NotImplementedError
 
+    def attribute_missed(self, module: nn.Module, name: str) -> None:
+        """The same of an attribute that is not there."""
+        raise NotImplementedError
+
     def asks_grad_mode(self) -> bool:
         """The model asks whether gradients are on: what it is told."""
         raise NotImplementedError
@@ -135,6 +139,16 @@ def intercepting(handler: Handler) -> Iterator[None]:
                 return handler.attribute_read(module, name, value)
             return value
 
+        find_attribute = nn.Module.__getattr__
+
+        def find_in_tables(module: nn.Module, name: str) -> Any:
+            try:
+                return find_attribute(module, name)
+            except AttributeError:
+                if capturing():
+                    handler.attribute_missed(module, name)
+                raise
+
         call_script = torch.jit.ScriptFunction.__call__
 
         def script_call(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -176,6 +190,7 @@ def intercepting(handler: Handler) -> Iterator[None]:
 
         _patch(stack, nn.Module, "__call__", module_call)
         _patch(stack, nn.Module, "__getattribute__", read_attribute)
+        _patch(stack, nn.Module, "__getattr__", find_in_tables)
         _patch(stack, torch.jit.ScriptFunction, "__call__", script_call)
         _patch(stack, torch.autograd.Function, "apply", classmethod(function_apply))
         for cls in _functions(torch.autograd.Function):

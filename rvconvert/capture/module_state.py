@@ -156,7 +156,11 @@ def _put_back(value: Any, contents: Any) -> None:
         return
     container: Any = value if isinstance(value, (dict, list, set, collections.deque)) else vars(value)
     container.clear()
-    (container.extend if isinstance(container, (list, collections.deque)) else container.update)(contents)
+    if isinstance(container, dict):  # one by one: the update of a class of its own may be another
+        for key, each in contents.items():
+            container[key] = each
+    else:
+        (container.update if isinstance(container, set) else container.extend)(contents)
 
 
 def _replaced(value: Any, contents: Any) -> list[tuple[Any, Any]] | None:
@@ -179,8 +183,10 @@ def _untrace(value: Any) -> None:
     """Numbers that were recorded become plain ones."""
     contents = _contents(value)
     if isinstance(contents, dict):
-        changed = {k: untraced(v) for k, v in contents.items() if isinstance(v, (TracedInt, TracedFloat))}
-        (value if isinstance(value, dict) else vars(value)).update(changed)
+        held = value if isinstance(value, dict) else vars(value)
+        for key, number in contents.items():  # one by one: a Counter adds what it is updated by
+            if isinstance(number, (TracedInt, TracedFloat)):
+                held[key] = untraced(number)
     elif isinstance(contents, list) and any(isinstance(v, (TracedInt, TracedFloat)) for v in contents):
         _put_back(value, [untraced(v) for v in contents])
 

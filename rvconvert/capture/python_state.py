@@ -50,6 +50,10 @@ _NEVER = frozenset(vars(nn.Module())) | {
     "training", "T_destination", "dump_patches", "call_super_init", "_compiled_call_impl",
 }  # fmt: skip
 _FUNCTIONS = (types.FunctionType, types.BuiltinFunctionType)
+_DESCRIPTORS = (
+    *_FUNCTIONS, classmethod, staticmethod, property, functools.cached_property, types.MemberDescriptorType,
+    types.GetSetDescriptorType,
+)  # fmt: skip
 _OPAQUE = (
     torch.Tensor, nn.Module, type, types.ModuleType, *_FUNCTIONS, logging.Logger,
 )  # fmt: skip
@@ -109,8 +113,11 @@ def is_watched(module: nn.Module, name: str, value: Any, reader: types.FrameType
     """True if an attribute that a method read is to be compared at later calls; torch reads its own layers at each."""
     if name in _NEVER or name.startswith("__"):
         return False
-    of_torch = type(module).__module__.startswith("torch.") and str(reader.f_globals.get("__name__")).startswith("torch.")
-    return not of_torch and (not is_opaque(value) or (isinstance(value, _FUNCTIONS) and name in vars(module)))
+    if type(module).__module__.startswith("torch.") and str(reader.f_globals.get("__name__")).startswith("torch."):
+        return False
+    own = isinstance(value, _FUNCTIONS) and name in vars(module)
+    method = isinstance(value, types.MethodType) and not is_installed(str(value.__func__.__module__).partition(".")[0])
+    return own or method or (not isinstance(value, torch.Tensor) and _holds_values(value))
 
 
 def is_opaque(value: Any) -> bool:
@@ -224,19 +231,23 @@ def following(read: ReadByName) -> Iterator[None]:
 def _globals_of(scope: dict[str, Any], code: types.CodeType) -> list[Place]:
     """Values that a function reads among the globals of its module, and on modules of the person's that it has imported."""
     found = []
-    for names in _globals_read(code):
+    for name, *rest in _globals_read(code):
         within = scope
-        for name in names:  # package.module.name, function.name
+        for attribute in rest:  # package.module.name, function.name
             value = within.get(name)
-            if not isinstance(value, (types.ModuleType, types.FunctionType)):
+            home = getattr(value, "__name__" if isinstance(value, types.ModuleType) else "__module__", None)
+            known = isinstance(value, (types.ModuleType, types.FunctionType)) and not is_installed(str(home).partition(".")[0])
+            if not known or attribute not in vars(value):
                 break
-            home = value.__name__ if isinstance(value, types.ModuleType) else value.__module__
-            if is_installed(str(home).partition(".")[0]):
-                break
-            within = vars(value)
+            within, name = vars(value), attribute
         if name in within:
             found.append(Place(Scope(within), name))
-    return [place for place in found if _holds_values(_value(place, ()))]
+    return [place for place in found if _holds_values(_value(place, ())) or _is_of_a_script(_value(place, ()))]
+
+
+def _is_of_a_script(value: Any) -> bool:
+    """A function of the person's, which a notebook may define again."""
+    return isinstance(value, types.FunctionType) and not is_installed(str(value.__module__).partition(".")[0])
 
 
 @functools.lru_cache(maxsize=1024)
@@ -260,9 +271,15 @@ def _held(frame: types.FrameType) -> dict[str, tuple[Any, Hashable]]:
     return {name: (value, _Snapshot(in_scope=True).of(value)) for name, value in values.items() if _holds_values(value)}
 
 
+def _is_settings(value: Any) -> bool:
+    """A class or a module of the person's, which may be a configuration."""
+    home = getattr(value, "__name__" if isinstance(value, types.ModuleType) else "__module__", None)
+    return isinstance(value, (type, types.ModuleType)) and not is_installed(str(home).partition(".")[0])
+
+
 def _holds_values(value: Any) -> bool:
-    if isinstance(value, type):
-        return not value.__module__.startswith("torch") and bool(_fields(value))
+    if isinstance(value, (type, types.ModuleType)):
+        return _is_settings(value) and bool(_fields(value))
     return isinstance(value, (*_CONTAINERS, torch.Tensor)) or not is_opaque(value)
 
 
@@ -315,10 +332,11 @@ class _Snapshot:
             if isinstance(value, dict):
                 return (kind, tuple([(self.of(k, 0), self.of(v, depth - 1)) for k, v in value.items()]))
             return (kind, tuple([self.of(v, depth - 1) for v in value]))
-        if not within or (is_opaque(value) and not isinstance(value, type)):
+        if not within or (is_opaque(value) and not _is_settings(value)):
             return (kind,)
         if isinstance(value, (types.MethodType, functools.partial)):
-            return (kind, tuple([self.of(each, depth) for each in _carried(value)]))
+            own = value.__func__ if isinstance(value, types.MethodType) else None
+            return (kind, own, tuple([self.of(each, depth) for each in _carried(value)]))
         fields = _fields(value)
         if len(fields) > _MOST:
             return (kind, id(value))
@@ -338,10 +356,11 @@ def _fingerprint(value: Any) -> Hashable:
 
 
 def _fields(value: Any) -> dict[str, Any]:
-    """Of an object, in ``__dict__`` or in slots; of a class, its plain attributes."""
-    if isinstance(value, type):
-        return {k: v for k, v in vars(value).items() if isinstance(v, _PLAIN) and not k.startswith("__")}
-    return fields_of(value)
+    """Of an object, in ``__dict__`` or in slots, and what its class has for all; of a class, all but its methods."""
+    if isinstance(value, (type, types.ModuleType)):
+        return {k: v for k, v in vars(value).items() if not isinstance(v, _DESCRIPTORS) and not k.startswith("__")}
+    shared = {} if is_installed(type(value).__module__.partition(".")[0]) else _fields(type(value))
+    return shared | fields_of(value)
 
 
 def random_state() -> tuple[Any, ...]:

@@ -128,6 +128,7 @@ class _Recorder(TorchFunctionMode, Handler):
         self.tensors = {id(t): path for path, t in [*root.named_parameters(), *root.named_buffers()]}
         self.parameters = {_storage(p) for p in root.parameters()} - {None}
         self.attributes = _plain_tensor_attributes(root)
+        self.began = {id(module): _own_state(module) for module in root.modules()}
         self.stack: list[str] = []
         self.leaf: list[Any] | None = None
         self.keeps_draws = False
@@ -607,6 +608,8 @@ class _Recorder(TorchFunctionMode, Handler):
             return True
         if "forward" in module.__dict__ or isinstance(module, _CONTAINERS):
             return False
+        if _own_state(module) != self.began[id(module)]:  # by functional_call, by eval(), perhaps for this call alone
+            return False
         rule = self.registry.find_module(type(module))
         if rule is not None and rule.body is not None:
             return True
@@ -666,6 +669,12 @@ class _Recorder(TorchFunctionMode, Handler):
             if isinstance(value, GENERATORS):
                 self.recording.once.append(f"Python draws random numbers of its own: {self.line()}")
         return value
+
+    def attribute_missed(self, module: nn.Module, name: str) -> None:
+        """What is asked for and not there, ``hasattr(self, "average")``, may be there at a later call."""
+        number = self.numbers.get(id(module))
+        if number is not None and self.leaf is None and is_watched(module, name, None, sys._getframe(2)):
+            self.recording.places[Place(number, name)] = None
 
     def moving_number(self, place: Place, node: fx.Node, value: Any) -> TracedInt | TracedFloat:
         """A number that other calls have another of, read by ``node``; that Python decides by it is noted."""
@@ -891,6 +900,15 @@ def _recorded(
         leaves += found
     recording.graph.output(tuple(recorder.argument(leaf) for leaf in leaves))
     return result
+
+
+def _own_state(module: nn.Module) -> dict[str, Any]:
+    """What decides on what a layer computes: which tensors it has, its mode, its numbers."""
+    if isinstance(module, torch.jit.ScriptModule):
+        return {}
+    tensors = {**module._parameters, **module._buffers}
+    numbers = {name: value for name, value in vars(module).items() if isinstance(value, (bool, int, float, str, tuple))}
+    return {**numbers, **{name: id(tensor) for name, tensor in tensors.items()}}
 
 
 def own_copies(leaves: list[Any]) -> list[Any]:
