@@ -122,7 +122,7 @@ class _Recorder(TorchFunctionMode, Handler):
         self.storages: dict[Any, fx.Node] = {}
         self.alive: list[Any] = []
         self.writers: dict[int, fx.Node] = {}  # of tensors that are stale since
-        self.views: dict[int, tuple[torch.Tensor, Any]] = {}  # what a view was indexed from, and by what
+        self.views: dict[int, tuple[torch.Tensor, Any]] = {}  # what a view was indexed from, and by what; None: it was reshaped
         self.paths = {id(module): path for path, module in root.named_modules(remove_duplicate=True)}
         self.numbers = {id(module): number for number, module in enumerate(root.modules())}
         self.tensors = {id(t): path for path, t in [*root.named_parameters(), *root.named_buffers()]}
@@ -434,6 +434,8 @@ class _Recorder(TorchFunctionMode, Handler):
             self.finish(node, result, mutated)
         if func is torch.Tensor.__getitem__ and not mutated and _storage(result) == _storage(plain_args[0]):
             self.views[id(result)] = plain_args[0], node_args[1]
+        elif name in _RESHAPES and not mutated and result is not plain_args[0] and _storage(result) == _storage(plain_args[0]):
+            self.views[id(result)] = plain_args[0], None
         return result
 
     def like(self, value: Any) -> Any:
@@ -526,8 +528,12 @@ class _Recorder(TorchFunctionMode, Handler):
             of, index = self.views[id(tensor)]
             if id(of) in stale or id(of) not in self.nodes:
                 return
-            node = self.add("call_function", setitem, (self.nodes[id(of)], index, node), {})
-            node.meta["rule"], node.meta["function"] = self.registry.find(torch.Tensor.__setitem__), torch.Tensor.__setitem__
+            function: Any = torch.Tensor.__setitem__
+            if index is None:  # the same elements in another shape
+                function, node = torch.Tensor.reshape_as, self.add("call_method", "reshape_as", (node, self.nodes[id(of)]), {})
+            else:
+                node = self.add("call_function", setitem, (self.nodes[id(of)], index, node), {})
+            node.meta["rule"], node.meta["function"] = self.registry.find(function), function
             self.inherit(node)
             self.track(of, node)
             tensor = of
@@ -726,6 +732,7 @@ def _times(value: Any, factor: float) -> Any:
 
 
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.DataParallel)
+_RESHAPES = frozenset("view view_as reshape reshape_as flatten unflatten squeeze unsqueeze".split())
 _IMMEDIATE = (bool, int, float, complex, str, torch.dtype, torch.device, torch.memory_format, torch.layout)
 
 
