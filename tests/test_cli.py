@@ -232,6 +232,7 @@ REFUSED = {
     "wrong shape": ("plan net.py:VAE --example-shape 4,7", "the model failed on (4, 7): RuntimeError: mat1 and mat2"),
     "no method": ("plan net.py:VAE --methods decode --example-shape 4,6", "VAE has no method 'decode'"),
     "weights that do not fit": ("convert net.py:VAE plain.pt rv.pt", "plain.pt: weights do not fit VAE"),
+    "weights of other arguments": ("convert net.py:VAE plain.pt rv.pt", """--kwargs '{"size": 6}', with theirs"""),
     "missing checkpoint": ("convert net.py:VAE no.pt rv.pt", "no.pt: no such file"),
     "a folder": ("convert net.py:VAE . rv.pt", "is a folder"),
     "hostile checkpoint": ("convert net.py:VAE evil.pt rv.pt", "--allow-pickle"),

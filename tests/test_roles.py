@@ -2557,6 +2557,27 @@ def test_one_reconstruction_beside_functions_of_it_has_l_c_once(names: tuple[str
     torch.testing.assert_close(rv.last_penalty, expected.detach())
 
 
+@pytest.mark.parametrize("told", [False, True])
+def test_a_distribution_that_leaves_in_training_has_no_l_c_which_is_said(told: bool) -> None:
+    class Plain(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.encoder, self.decoder = nn.Linear(12, 6), nn.Linear(3, 12)
+
+        def forward(self, x: Tensor) -> Tensor:
+            mu, logvar = self.encoder(x).chunk(2, 1)
+            return self.decoder(mu + torch.randn_like(mu) * (0.5 * logvar).exp())
+
+    rv, x = rvconvert.convert(Plain(), output="distribution", attach=not told), torch.rand(3, 12)
+    with warnings.catch_warnings(record=True) as heard:
+        warnings.simplefilter("always")
+        rv(x)
+        rv.eval()(x)
+    assert ["add rvconvert.variance_penalty(y)" in str(each.message) for each in heard] == [True] * (not told)
+    (note,) = [n for n in rvconvert.plan(Plain(), example_inputs=x, output="distribution").notes if "L_c" in n]
+    assert "to which no L_c is attached" in note
+
+
 @pytest.mark.parametrize("masked", [False, True])
 def test_a_bag_of_words_beside_a_classifier_is_the_reconstruction(masked: bool) -> None:
     """A topic model: as many logits as words are embedded, one set for each text, gathered at the words in it."""
