@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
@@ -27,6 +28,26 @@ ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "GELU": nn.GELU,
     "Hardswish": nn.Hardswish,
     "ELU": nn.ELU,
+}
+
+
+class Spelled(nn.Module):
+    """An activation that a model spells in several operations, with a factor that it may learn."""
+
+    def __init__(self, function: Callable[[Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.function, self.factor = function, nn.Parameter(torch.ones(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(x, self.factor)
+
+
+SPELLED: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "GELU by hand": lambda x, a: 0.5 * x * (1 + torch.tanh(0.7978845608 * (x + 0.044715 * x**3))),
+    "Softsign": lambda x, a: F.softsign(x),
+    "Hardswish by hand": lambda x, a: x * F.relu6(x + 3) / 6,
+    "learned Swish": lambda x, a: x * torch.sigmoid(a * x),
+    "snake": lambda x, a: x + torch.sin(a * x) ** 2 / a,
 }
 
 
@@ -122,6 +143,10 @@ DECODERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], int]] = {
         f"{name} {size}": (lambda size=size, make=make: convolutional(size, make), (3, size, size), 64)
         for size in (32, 64)
         for name, make in ACTIVATIONS.items()
+    },
+    **{
+        f"{name} 32": (lambda function=function: convolutional(32, lambda: Spelled(function)), IMAGES_32, 64)
+        for name, function in SPELLED.items()
     },
     "GroupNorm + SiLU 32": (lambda: convolutional(32, nn.SiLU, group_norm), IMAGES_32, 64),
     "ReLU, no norm 32": (lambda: convolutional(32, nn.ReLU, nn.Identity), IMAGES_32, 64),
