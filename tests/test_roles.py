@@ -2454,12 +2454,12 @@ def test_what_is_no_logits_of_the_tokens_beside_them_has_no_penalty(hidden: bool
     assert row.module == "decoder"
 
 
-JOINED = {
+BEFORE = {
     "two heads": lambda a, b: torch.cat([a[:, :1], b], 1),
     "blended": lambda a, b: b.sigmoid() * a + (1 - b.sigmoid()) * a.flip(-1),
     "blurred": lambda a, b: F.avg_pool2d(a + 0 * b, 3, 1, 1),
 }
-TARGETS = {
+AGAINST = {
     "itself": F.mse_loss,
     "classes": lambda y, x: F.cross_entropy(y, x.argmax(1)),
     "binarised": lambda y, x: F.binary_cross_entropy_with_logits(y, (x > 0.5).float()),
@@ -2467,8 +2467,8 @@ TARGETS = {
 }
 
 
-@pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("join", JOINED)
+@pytest.mark.parametrize("target", AGAINST)
+@pytest.mark.parametrize("join", BEFORE)
 def test_what_is_held_against_any_function_of_an_input_has_l_c_as_it_stands_there(join: str, target: str) -> None:
     class Joined(nn.Module):
         def __init__(self) -> None:
@@ -2477,11 +2477,11 @@ def test_what_is_held_against_any_function_of_an_input_has_l_c_as_it_stands_ther
             self.encoder, self.first, self.second = nn.Conv2d(2, 4, 1), nn.Conv2d(2, 2, 1), nn.Conv2d(2, 1, 1)
 
         def decode(self, z: Any) -> Any:
-            return JOINED[join](self.first(z), self.second(z))
+            return BEFORE[join](self.first(z), self.second(z))
 
         def forward(self, x: Tensor) -> Tensor:
             mu, logvar = self.encoder(x).chunk(2, 1)
-            return TARGETS[target](self.decode(mu + torch.randn_like(mu) * (0.5 * logvar).exp()), x)
+            return AGAINST[target](self.decode(mu + torch.randn_like(mu) * (0.5 * logvar).exp()), x)
 
     rv, x = rvconvert.convert(Joined()), torch.rand(3, 2, 6, 6)
     rv(x)

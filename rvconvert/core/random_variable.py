@@ -139,9 +139,12 @@ class Later:
         self._made: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def moments(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Mean and variance, as they would have been made when the variable was."""
+        """Mean and variance, as they would have been made when the variable was, in full precision."""
         if self._made is None:
-            with torch.set_grad_enabled(self._with_gradients):
+            kind = self.device.type
+            lowered = kind != "meta" and torch.is_autocast_enabled(kind)
+            precision = torch.autocast(kind, enabled=False) if lowered else nullcontext()
+            with torch.set_grad_enabled(self._with_gradients), precision:
                 self._made = self._make()
         return self._made
 
@@ -312,9 +315,9 @@ class RandomVariable:
         """A variable of the same mode and settings with other moments."""
         return RandomVariable._make(mean, var, self._settings)
 
-    def with_later_moments(self, later: Later) -> RandomVariable:
-        """The same, of moments that are made once they are asked for."""
-        return RandomVariable._make(None, None, self._settings, later)
+    def with_later_moments(self, shape: torch.Size, make: Callable[[], tuple[torch.Tensor, torch.Tensor]]) -> RandomVariable:
+        """The same, of moments of a shape that are made once they are asked for."""
+        return RandomVariable._make(None, None, self._settings, Later(shape, self.device, make))
 
     @property
     def is_open(self) -> bool:

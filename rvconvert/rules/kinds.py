@@ -7,6 +7,7 @@ moments. Adding an operation of a known kind takes one line; see README.md besid
 
 from __future__ import annotations
 
+import functools
 import math
 import types
 from collections.abc import Callable, Hashable, Iterator, Sequence
@@ -17,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from rvconvert.core.random_variable import Later, Origin, RandomVariable, random_variables
+from rvconvert.core.random_variable import Origin, RandomVariable, random_variables
 from rvconvert.core.registry import NAMESPACES, REGISTRY, Exactness, FunctionTable, Kind, Rule, operation_name, spellings
 from rvconvert.errors import ConversionError, UnsupportedOperationError
 from rvconvert.moments.compilation import is_traced
@@ -693,27 +694,25 @@ class Elementwise:
                 kinks = self.kinks(args, kwargs)
             key = _spelling(func, args, kwargs, {id(x): key for x, key in zip(inputs, keys, strict=True)})
             closed_form = self.moments if direct else None
-            integrated = closed_form is None and whole_line
-            # What is written into an operand later is no part of this.
-            given, named = (substitute(each, RandomVariable.snapshot) for each in (args, kwargs))
+            later = any(x.is_open for x in inputs) or (closed_form is None and whole_line)
 
-            def moments() -> tuple[torch.Tensor, torch.Tensor]:
-                with full_precision(like):
-                    if closed_form is not None:
-                        with like.kept_as_remade() if self.result_alone else nullcontext():
-                            return closed_form(func, given, named)
-                    if not whole_line:
-                        return first_order(function, (parent,), {})
-                    shape = _broadcast(parent, *args, *kwargs.values())
-                    of = (parent.mean.expand(shape), parent.var.expand(shape))
-                    mean, var = composed_moments(key, _of_floats(function), *of, kinks, wide=chain is not None)
-                    low, high = lies
-                    # Which rounding may leave by some millionths.
-                    return mean.clamp(low, high) if math.isfinite(low) or math.isfinite(high) else mean, var
+            def moments(args: tuple[Any, ...] = args, kwargs: dict[str, Any] = kwargs) -> tuple[torch.Tensor, torch.Tensor]:
+                if closed_form is not None:
+                    with like.kept_as_remade() if self.result_alone else nullcontext():
+                        return closed_form(func, args, kwargs)
+                if not whole_line:
+                    return first_order(function, (parent,), {})
+                shape = _broadcast(parent, *args, *kwargs.values())
+                of = (parent.mean.expand(shape), parent.var.expand(shape))
+                mean, var = composed_moments(key, _of_floats(function), *of, kinks, wide=chain is not None)
+                low, high = lies
+                # Which rounding may leave by some millionths.
+                return mean.clamp(low, high) if math.isfinite(low) or math.isfinite(high) else mean, var
 
-            if not is_traced() and (integrated or any(x.is_open for x in inputs)):
-                later = Later(_broadcast(parent, *args, *kwargs.values()), like.device, moments)
-                made = like.with_later_moments(later)
+            if later and not is_traced():
+                # What is written into an operand by then is no part of this.
+                then = (substitute(each, RandomVariable.snapshot) for each in (args, kwargs))
+                made = like.with_later_moments(_broadcast(parent, *args, *kwargs.values()), functools.partial(moments, *then))
             else:
                 made = like.with_moments(*moments())
         line = self.line(args, kwargs) if direct and self.line is not None else None
