@@ -2557,6 +2557,59 @@ def test_one_reconstruction_beside_functions_of_it_has_l_c_once(names: tuple[str
     torch.testing.assert_close(rv.last_penalty, expected.detach())
 
 
+@pytest.mark.parametrize("state", [False, True])
+@pytest.mark.parametrize("logged", [False, True])
+def test_an_example_for_a_plot_and_a_state_to_go_on_from_are_no_reconstructions(logged: bool, state: bool) -> None:
+    """Of a recurrent model with the loss inside, whose steps meet the input's."""
+
+    class Recurrent(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.encoder, self.decoder, self.cell = nn.Linear(12, 6), nn.Linear(13, 2), nn.GRUCell(5, 10)
+
+        def forward(self, x: Tensor) -> Any:
+            h, loss, examples = x.new_zeros(x.size(1), 10), 0, []
+            for step in x:
+                mu, logvar = self.encoder(torch.cat([step, h], 1)).chunk(2, 1)
+                z = mu + torch.randn_like(mu) * (0.5 * logvar).exp()
+                y = self.decoder(torch.cat([z, h], 1))
+                h = self.cell(torch.cat([step, z], 1), h)
+                loss = loss + (step - y).square().sum(1).mean()
+                examples.append(y[0])
+            return loss, *([examples] if logged else []), *([h] if state else [])
+
+    found = [r for r in rvconvert.plan(Recurrent(), example_inputs=torch.rand(4, 6, 2)) if r.role == "reconstruction"]
+    assert [(r.operation, r.module) for r in found] == [("Linear", "decoder")] * 4
+
+
+@pytest.mark.parametrize("filled", [False, True])
+def test_parameters_of_latents_that_steps_fill_a_tensor_with_have_no_penalty(filled: bool) -> None:
+    class Filling(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.encoder, self.decoder, self.cell = nn.Linear(13, 6), nn.Linear(11, 10), nn.GRUCell(8, 8)
+
+        def forward(self, x: Tensor) -> Any:
+            h, q, p = x.new_zeros(len(x), 8), [], []
+            of_q, of_p = x.new_zeros(*x.shape[:2], 2, 3), x.new_zeros(*x.shape[:2], 2, 5)
+            for t in range(x.shape[1]):
+                mu, logvar = self.encoder(torch.cat([x[:, t], h], 1)).chunk(2, 1)
+                z = mu + torch.randn_like(mu) * (0.5 * logvar).exp()
+                mean, spread = self.decoder(torch.cat([z, h], 1)).chunk(2, 1)
+                h = self.cell(torch.cat([x[:, t], z], 1), h)
+                of_q[:, t, 0], of_q[:, t, 1], of_p[:, t, 0], of_p[:, t, 1] = mu, logvar, mean, spread
+                q.append(torch.stack([mu, logvar], 1))
+                p.append(torch.stack([mean, spread], 1))
+            return (of_q, of_p) if filled else (torch.stack(q, 1), torch.stack(p, 1))
+
+    x = torch.rand(3, 4, 5)
+    rv, y = rvconvert.convert(Filling()), rvconvert.convert(Filling(), output="distribution", attach=False)(x)[1]
+    rv(x)
+    torch.testing.assert_close(rv.last_penalty, rvconvert.variance_penalty(y).detach())
+
+
 @pytest.mark.parametrize("told", [False, True])
 def test_a_distribution_that_leaves_in_training_has_no_l_c_which_is_said(told: bool) -> None:
     class Plain(nn.Module):

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from torch import fx
 
-from rvconvert.program.recorded_graph import RecordedGraph, rank_of, size_of
+from rvconvert.program.recorded_graph import WRITES, RecordedGraph, rank_of, size_of
 from rvconvert.rules.kinds import Elementwise, Shape
 
 if TYPE_CHECKING:
@@ -112,6 +112,19 @@ class DecodedGraph(RecordedGraph):
         """What a value is joined of, as steps are stacked; itself where it is not."""
         joined = node.args[0] if node.args and self.rule_name(node) in ("stack", "cat") else None
         return [n for n in joined if isinstance(n, fx.Node)] if isinstance(joined, (list, tuple)) else [node]
+
+    def all_parts(self, node: fx.Node) -> list[fx.Node]:
+        """The same through joins of joins and writes into a larger tensor, as steps fill one."""
+        todo, found = [node], []
+        while todo:
+            each = todo.pop(0)
+            written = (
+                [n for n in (each.args[0], each.args[-1]) if isinstance(n, fx.Node)] if self.rule_name(each) in WRITES else []
+            )
+            parts = [n for n in written or self.parts(each) if n is not each]
+            todo += parts
+            found += [] if parts else [each]
+        return found
 
     def is_part(self, node: fx.Node) -> bool:
         """One of several results of a layer, as a mean and a log-variance are."""

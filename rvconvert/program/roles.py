@@ -116,8 +116,8 @@ class _Assignment(ScoredGraph):
         edges = self.edges(compared)
         leaves = self.leaves(leaving, compared)
         meeting = {edge.value for edge in edges if edge.at is not None}
-        if meeting:  # what is kept on the model beside a loss is no output
-            leaves = [n for n in leaves if n in self.returned]
+        if meeting:  # what is kept on the model beside a loss is no output, nor is a state to go on from
+            leaves = [n for n in leaves if n in self.returned and self.is_decoded_beside(n, meeting)]
         # Inside, a reconstruction meets an input, or enters a loss where nothing else is decoded.
         inside = meeting or (set() if leaves else {edge.value for edge in edges})
         candidates = inside | {source for source, _ in compared}
@@ -161,6 +161,11 @@ class _Assignment(ScoredGraph):
             found.append(_Edge(*((source, user) if at is None else self.whole(source, user, at)), at))
         return found
 
+    def is_decoded_beside(self, node: fx.Node, meeting: set[fx.Node]) -> bool:
+        """Of an input's size, or a step, or made of what meets an input, or what that is made of."""
+        related = (n for n in meeting if self.behind(n, node) or self.behind(node, n) or self.are_one(n, node))
+        return self.fits_an_input(node) or any(True for _ in related)
+
     def leaves(self, leaving: list[fx.Node], compared: list[tuple[fx.Node, fx.Node]]) -> list[fx.Node]:
         """Reconstructions among what leaves."""
         features = self.forward_of(user for _, user in compared)
@@ -174,7 +179,8 @@ class _Assignment(ScoredGraph):
         for source in (n for n in self.nodes if n in candidates):
             # What leaves may be a copy for a log, without a gradient, or for display of what the loss is made of.
             shown = source in meeting
-            chosen = [source if self.is_copy(source, n, shown=shown) else n for n in chosen]
+            instead = [self.is_copy(source, n, shown=shown) or (shown and self.is_excerpt(source, n)) for n in chosen]
+            chosen = list(dict.fromkeys(source if each else n for n, each in zip(chosen, instead, strict=True)))
             known = any(self.are_one(source, n) or self.behind(n, source) for n in chosen)
             known = known and not (shown and self.is_stage(source, chosen))
             known = known or source in heads
@@ -276,7 +282,7 @@ class _Assignment(ScoredGraph):
     def without_latents(self, leaves: list[fx.Node]) -> list[fx.Node]:
         """Decoded values that leave, without latents and the parameters of these and of their priors, of a size with an input."""
         parameters = self.parameters_of(self.latents)
-        own = [n for n in leaves if n in parameters or any(self.stem(part) in parameters for part in self.parts(n))]
+        own = [n for n in leaves if n in parameters or any(self.stem(part) in parameters for part in self.all_parts(n))]
         own += [n for n in leaves if n not in own and self.is_latent(n)]
         rest = [n for n in leaves if n not in own]
         shapes = {n.meta.get("shape") for n in own}
@@ -347,6 +353,11 @@ class _Assignment(ScoredGraph):
             return False
         moved = all(self.is_kind(n, Shape) or self.rule_name(n) in RESCALINGS for n in self.between(first, second))
         return self.stops_gradient(first, second) or (shown and moved and size_of(first) == size_of(second))
+
+    def is_excerpt(self, source: fx.Node, node: fx.Node) -> bool:
+        """Some elements of ``source`` as they are, an example for a plot."""
+        apart = size_of(node) < size_of(source) and self.same(source, node)
+        return apart and all(self.is_kind(n, Shape) for n in self.between(source, node))
 
     def is_stage(self, source: fx.Node, chosen: list[fx.Node]) -> bool:
         """A reconstruction made of others by a decoder of its own: of an input's size, or a step as they are."""
