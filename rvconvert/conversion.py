@@ -24,7 +24,7 @@ from rvconvert.capture.module_state import put_back, tensors_written, unchanged
 from rvconvert.capture.python_state import ARGUMENT, NUMBERS, OTHERS, Moving, Place, Scope, is_opaque, read_now, unused_arguments
 from rvconvert.capture.recorder import own_copies, record
 from rvconvert.capture.replay import each_mode, replay_differs
-from rvconvert.core.random_variable import RandomVariable, random_variables
+from rvconvert.core.random_variable import RandomVariable, moments_later, random_variables
 from rvconvert.core.tree import Structure, flatten
 from rvconvert.covariance.calibrated import Gains
 from rvconvert.errors import ConversionError, NoReparameterizationError
@@ -178,7 +178,8 @@ class Conversion:
         if not torch.compiler.is_compiling():
             self.count_call(model)
         numbers = self.numbers(name, args, kwargs) if program.numbers else {}
-        results = program.run(model, *leaves, *[numbers[each] for each in program.numbers])
+        with contextlib.nullcontext() if torch.compiler.is_compiling() else moments_later():
+            results = program.run(model, *leaves, *[numbers[each] for each in program.numbers])
         self.keep(program, model, results)
         if not program.penalised and model.training and torch.is_grad_enabled():
             self.warn_without_penalty(name, encodes=program.encodes)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import math
+import threading
 import types
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import nullcontext
@@ -22,7 +24,17 @@ if TYPE_CHECKING:
 
     from rvconvert.core.registry import Rule
 
-__all__ = ["Density", "Origin", "RandomVariable", "Settings", "is_in_place", "propagate", "random_variables"]
+__all__ = [
+    "Density",
+    "Origin",
+    "RandomVariable",
+    "Settings",
+    "is_in_place",
+    "making_later",
+    "moments_later",
+    "propagate",
+    "random_variables",
+]
 
 
 @dataclass(frozen=True)
@@ -124,6 +136,24 @@ class Density(Protocol):
 
 class Identity:
     """Stands for a variable in keys, without its tensors."""
+
+
+_making = threading.local()
+
+
+@contextlib.contextmanager
+def moments_later() -> Iterator[None]:
+    """Within, in this thread, moments of steps on the way are made if something asks for them: nothing but a graph has these."""
+    before, _making.later = making_later(), True
+    try:
+        yield
+    finally:
+        _making.later = before
+
+
+def making_later() -> bool:
+    """True within ``moments_later``, where values are tensors of now."""
+    return getattr(_making, "later", False) and not torch.compiler.is_compiling()
 
 
 class Later:

@@ -7,7 +7,6 @@ moments. Adding an operation of a known kind takes one line; see README.md besid
 
 from __future__ import annotations
 
-import functools
 import math
 import types
 from collections.abc import Callable, Hashable, Iterator, Sequence
@@ -18,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from rvconvert.core.random_variable import Origin, RandomVariable, random_variables
+from rvconvert.core.random_variable import Origin, RandomVariable, making_later, random_variables
 from rvconvert.core.registry import NAMESPACES, REGISTRY, Exactness, FunctionTable, Kind, Rule, operation_name, spellings
 from rvconvert.errors import ConversionError, UnsupportedOperationError
 from rvconvert.moments.compilation import is_traced
@@ -591,14 +590,6 @@ def under_law(func: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     return UnderLaw(next(iter(roots.values())), call, joint)
 
 
-def _broadcast(parent: RandomVariable, *values: Any) -> torch.Size:
-    """The shape of an elementwise function's result; a slope for each channel has no part in it."""
-    try:
-        return torch.broadcast_shapes(parent.shape, *_shapes(*values))
-    except RuntimeError:
-        return parent.shape
-
-
 def _shapes(*values: Any) -> Iterator[torch.Size]:
     """Shapes of the tensors and random variables in a call's arguments."""
     for value in values:
@@ -694,25 +685,23 @@ class Elementwise:
                 kinks = self.kinks(args, kwargs)
             key = _spelling(func, args, kwargs, {id(x): key for x, key in zip(inputs, keys, strict=True)})
             closed_form = self.moments if direct else None
-            later = any(x.is_open for x in inputs) or (closed_form is None and whole_line)
 
-            def moments(args: tuple[Any, ...] = args, kwargs: dict[str, Any] = kwargs) -> tuple[torch.Tensor, torch.Tensor]:
+            def moments() -> tuple[torch.Tensor, torch.Tensor]:
                 if closed_form is not None:
                     with like.kept_as_remade() if self.result_alone else nullcontext():
                         return closed_form(func, args, kwargs)
                 if not whole_line:
                     return first_order(function, (parent,), {})
-                shape = _broadcast(parent, *args, *kwargs.values())
+                shape = torch.broadcast_shapes(parent.shape, *_shapes(args, kwargs))
                 of = (parent.mean.expand(shape), parent.var.expand(shape))
                 mean, var = composed_moments(key, _of_floats(function), *of, kinks, wide=chain is not None)
                 low, high = lies
                 # Which rounding may leave by some millionths.
                 return mean.clamp(low, high) if math.isfinite(low) or math.isfinite(high) else mean, var
 
-            if later and not is_traced():
-                # What is written into an operand by then is no part of this.
-                then = (substitute(each, RandomVariable.snapshot) for each in (args, kwargs))
-                made = like.with_later_moments(_broadcast(parent, *args, *kwargs.values()), functools.partial(moments, *then))
+            # Of numbers alone: a tensor may be written in place by the time.
+            if key is not None and making_later() and ((closed_form is None and whole_line) or any(x.is_open for x in inputs)):
+                made = like.with_later_moments(torch.broadcast_shapes(*(x.shape for x in inputs)), moments)
             else:
                 made = like.with_moments(*moments())
         line = self.line(args, kwargs) if direct and self.line is not None else None
