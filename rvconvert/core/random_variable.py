@@ -153,7 +153,7 @@ def moments_later() -> Iterator[None]:
 
 def making_later() -> bool:
     """True within ``moments_later``, where values are tensors of now."""
-    return getattr(_making, "later", False) and not torch.compiler.is_compiling()
+    return not torch.compiler.is_compiling() and getattr(_making, "later", False)
 
 
 class Later:
