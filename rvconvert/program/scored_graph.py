@@ -16,6 +16,7 @@ RESCALINGS = frozenset("mul multiply add sub subtract rsub div true_divide divid
 # Errors, log-likelihoods and their like are no activation of a last layer: a reconstruction ends before them.
 _LOGARITHMS = frozenset("log log1p log2 log10 log_softmax logsigmoid".split())
 _ERRORS = frozenset("pow square abs neg".split()) | _LOGARITHMS
+_EXTREMA = frozenset("max min amax amin maximum minimum".split())
 _EXPONENTIALS = frozenset("exp expm1".split())
 _SUMMING = frozenset("softmax log_softmax logsumexp logaddexp".split())
 _OF_CORRELATIONS = frozenset("cov corrcoef sort msort".split())
@@ -344,11 +345,14 @@ class ScoredGraph(DecodedGraph):
         for node in self.nodes:
             if node in scores and (self.relates(node) or any(n in related for n in node.all_input_nodes)):
                 related.add(node)
+        free = scores - leads
+        exponentials = [n for n in free if self.is_exponential(n)]
         return frozenset(
             n
-            for n in scores - leads
+            for n in free
             if n in related
             or self.is_exponential(n)
+            or (self.rule_name(n) in _EXTREMA and any(self.behind(n, each) for each in exponentials))  # m + log(sum(exp(a - m)))
             or self.is_of_correlations(n)
             or self.is_loss_at_mean(n)
             or self.is_over_own_scale(n)
