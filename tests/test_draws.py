@@ -209,6 +209,11 @@ def _gumbel_softmax(q):
     return torch.softmax((q.real + g) / 0.7, dim=-1)
 
 
+def _gumbel_softmax_transposed(q):
+    g = -torch.log(-torch.log(torch.rand_like(q.real) + 1e-20) + 1e-20)
+    return torch.softmax(((q.real + g) / 0.7).transpose(-1, 0).contiguous(), dim=0).transpose(-1, 0)
+
+
 def _gumbel_softmax_exponential(q):
     g = -torch.empty_like(q.real).exponential_().log()
     return F.softmax((q.real + g) / 0.7, -1)
@@ -266,6 +271,7 @@ LAWS: dict[str, Callable[[Any], Any]] = {
     "Bernoulli, straight-through": _straight_through,
     "Gumbel-softmax": _gumbel_softmax,
     "Gumbel-softmax, exponential": _gumbel_softmax_exponential,
+    "Gumbel-softmax, transposed": _gumbel_softmax_transposed,
     "Gumbel-softmax, torch": lambda q: F.gumbel_softmax(q.real, 0.7),
     "Gumbel-softmax, hard": lambda q: F.gumbel_softmax(q.real.unflatten(1, (4, 3)), 0.7, hard=True).flatten(1),
     "relaxed Bernoulli": _relaxed_bernoulli,

@@ -251,6 +251,9 @@ class Shape:
         if alone and isinstance(made, RandomVariable):
             made = rows_moved(made, like, func, args)
         if isinstance(made, RandomVariable) and getattr(func, "__name__", "") in _TRANSPOSE and made.ndim > 1:
+            found = under_law(func, args, kwargs) if like.origin is not None else None
+            if found is not None and found.can_join:  # a softmax along another dimension, of Gumbel noise
+                made.derived(origin=Origin(found.root.snapshot(), found.function, joint=True))
             exchanged = like.mean.mT
             if (mean.shape, mean.stride()) == (exchanged.shape, exchanged.stride()):
                 made.transposes(like.snapshot())
