@@ -89,7 +89,8 @@ def _nothing_to_convert(
     advice = [f"    rvconvert.convert(model, methods=({other!r},))" for other in others[:_SUGGESTED]]
     if drawn and not options.latent:
         methods = "" if name == "forward" else f"methods=({name!r},), "
-        advice.append(f"    rvconvert.convert(model, {methods}latent=({drawn[0].rpartition('/')[2]!r},))")
+        named = f"    rvconvert.convert(model, {methods}latent=({drawn[0].rpartition('/')[2]!r},))"
+        advice.insert(0 if methods else len(advice), named)  # another method was tried already
     for path, module in model.named_modules():
         decoder = path and any(part in path.rpartition(".")[2].lower() for part in ("dec", "gen"))
         if decoder and not isinstance(module, torch.jit.ScriptModule):
