@@ -35,7 +35,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import rvconvert
-from benchmarks.decoders import ACTIVATIONS, MODELS, SYSTEMS, sequential
+from benchmarks.decoders import ACTIVATIONS, MODELS, SPELLED, SYSTEMS, sequential
 from benchmarks.memory import kept_for_backward
 from benchmarks.naive import NaiveDecoder
 
@@ -285,7 +285,10 @@ def table(rows: list[dict[str, object]]) -> Table:
 
 
 def markdown(rows: list[dict[str, object]], *, every: bool) -> str:
-    """The README's table: of the ten activations the best and the worst at each size; with ``every``, all rows and columns."""
+    """The README's table: of the ten activations the best and the worst at each size, of those that models spell the worst.
+
+    With ``every``, all rows and columns.
+    """
     rows = [row for row in rows if every or not row["memory_kept"]]
     columns = COLUMNS if every else {k: COLUMNS[k] for k in ("step", "together", "flops", "memory", "lost")}
     peers = PEERS if every else {k: PEERS[k] for k in ("2 samples", "naive")}
@@ -294,11 +297,13 @@ def markdown(rows: list[dict[str, object]], *, every: bool) -> str:
     for row in of_ten:
         by_size.setdefault(f"{row['model']}"[-2:] + f"{row['device']}{row['dtype']}{row['memory_kept']}", []).append(row)
     chosen = {id(f(group, key=lambda r: r["step"])) for group in by_size.values() for f in (min, max)}  # type: ignore[arg-type,return-value]
+    spelled = [row for row in rows if str(row["model"]).rpartition(" ")[0] in SPELLED]
+    chosen |= {id(max(spelled, key=lambda r: r["step"]))} if spelled else set()  # type: ignore[arg-type,return-value]
     lines = [f"| model, batch | plain step | {' | '.join((*columns.values(), *peers.values()))} |"]
     lines.append("| --- |" + " ---: |" * (1 + len(columns) + len(peers)))
     for row in rows:
         sized = str(row["model"])[-2:].isdigit()
-        if not every and row in of_ten and id(row) not in chosen:
+        if not every and row in of_ten + spelled and id(row) not in chosen:
             continue
         name = f"{row['model']}×{row['model'][-2:]}" if sized else row["model"]  # type: ignore[index]
         plain = f"{1e3 * row['plain_seconds']:.0f} ms"  # type: ignore[operator]
