@@ -116,7 +116,7 @@ def is_watched(module: nn.Module, name: str, value: Any, reader: types.FrameType
     if type(module).__module__.startswith("torch.") and str(reader.f_globals.get("__name__")).startswith("torch."):
         return False
     own = isinstance(value, _FUNCTIONS) and name in vars(module)
-    method = isinstance(value, types.MethodType) and not is_installed(str(value.__func__.__module__).partition(".")[0])
+    method = isinstance(value, types.MethodType) and _is_own(value.__func__)
     return own or method or (not isinstance(value, torch.Tensor) and _holds_values(value))
 
 
@@ -235,19 +235,16 @@ def _globals_of(scope: dict[str, Any], code: types.CodeType) -> list[Place]:
         within = scope
         for attribute in rest:  # package.module.name, function.name
             value = within.get(name)
-            home = getattr(value, "__name__" if isinstance(value, types.ModuleType) else "__module__", None)
-            known = isinstance(value, (types.ModuleType, types.FunctionType)) and not is_installed(str(home).partition(".")[0])
+            known = isinstance(value, (types.ModuleType, types.FunctionType)) and _is_own(value)
             if not known or attribute not in vars(value):
                 break
             within, name = vars(value), attribute
         if name in within:
             found.append(Place(Scope(within), name))
-    return [place for place in found if _holds_values(_value(place, ())) or _is_of_a_script(_value(place, ()))]
-
-
-def _is_of_a_script(value: Any) -> bool:
-    """A function of the person's, which a notebook may define again."""
-    return isinstance(value, types.FunctionType) and not is_installed(str(value.__module__).partition(".")[0])
+    values = [_value(place, ()) for place in found]
+    # A function of the person's may be defined again, in a notebook.
+    watched = [_holds_values(value) or (isinstance(value, types.FunctionType) and _is_own(value)) for value in values]
+    return [place for place, each in zip(found, watched, strict=True) if each]
 
 
 @functools.lru_cache(maxsize=1024)
@@ -273,8 +270,13 @@ def _held(frame: types.FrameType) -> dict[str, tuple[Any, Hashable]]:
 
 def _is_settings(value: Any) -> bool:
     """A class or a module of the person's, which may be a configuration."""
+    return isinstance(value, (type, types.ModuleType)) and _is_own(value)
+
+
+def _is_own(value: Any) -> bool:
+    """A module, a class or a function that is written beside the model, in no package that was installed."""
     home = getattr(value, "__name__" if isinstance(value, types.ModuleType) else "__module__", None)
-    return isinstance(value, (type, types.ModuleType)) and not is_installed(str(home).partition(".")[0])
+    return not is_installed(str(home).partition(".")[0])
 
 
 def _holds_values(value: Any) -> bool:
@@ -359,7 +361,7 @@ def _fields(value: Any) -> dict[str, Any]:
     """Of an object, in ``__dict__`` or in slots, and what its class has for all; of a class, all but its methods."""
     if isinstance(value, (type, types.ModuleType)):
         return {k: v for k, v in vars(value).items() if not isinstance(v, _DESCRIPTORS) and not k.startswith("__")}
-    shared = {} if is_installed(type(value).__module__.partition(".")[0]) else _fields(type(value))
+    shared = _fields(type(value)) if _is_own(type(value)) else {}
     return shared | fields_of(value)
 
 

@@ -163,8 +163,8 @@ class _Assignment(ScoredGraph):
 
     def is_decoded_beside(self, node: fx.Node, meeting: set[fx.Node]) -> bool:
         """Of an input's size, or a step, or made of what meets an input, or what that is made of."""
-        related = (n for n in meeting if self.behind(n, node) or self.behind(node, n) or self.are_one(n, node))
-        return self.fits_an_input(node) or any(True for _ in related)
+        related = any(self.behind(n, node) or self.behind(node, n) or self.are_one(n, node) for n in meeting)
+        return self.fits_an_input(node) or related
 
     def leaves(self, leaving: list[fx.Node], compared: list[tuple[fx.Node, fx.Node]]) -> list[fx.Node]:
         """Reconstructions among what leaves."""

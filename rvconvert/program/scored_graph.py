@@ -346,12 +346,12 @@ class ScoredGraph(DecodedGraph):
             if node in scores and (self.relates(node) or any(n in related for n in node.all_input_nodes)):
                 related.add(node)
         free = scores - leads
-        exponentials = [n for n in free if self.is_exponential(n)]
+        exponentials = {n for n in free if self.is_exponential(n)}
         return frozenset(
             n
             for n in free
             if n in related
-            or self.is_exponential(n)
+            or n in exponentials
             or (self.rule_name(n) in _EXTREMA and any(self.behind(n, each) for each in exponentials))  # m + log(sum(exp(a - m)))
             or self.is_of_correlations(n)
             or self.is_loss_at_mean(n)
