@@ -3,3 +3,5 @@
 import os
 
 os.environ.setdefault("RVCONVERT_COMPILE", "0")
+if "PYTEST_XDIST_WORKER" in os.environ:  # as many processes as cores: threads would wait for one another
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
