@@ -206,6 +206,32 @@ def test_parameters_of_a_lower_latent_s_prior_are_no_reconstruction(name: str) -
     torch.testing.assert_close(*found)
 
 
+class SpatialLadder(nn.Module):
+    """Two latents in space; its image leaves beside the lower one's divergences, ``shown`` for each pixel or not."""
+
+    def __init__(self, shown: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.shown = shown
+        self.top, self.prior, self.bottom, self.decoder = (nn.Conv2d(i, o, 3, padding=1) for i, o in ((1, 4), (2, 4), (1, 4), (2, 1)))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        posteriors = [Normal(mean, (0.5 * logvar).exp()) for mean, logvar in (f(x).chunk(2, 1) for f in (self.top, self.bottom))]
+        mean, logvar = self.prior(posteriors[0].rsample()).chunk(2, 1)
+        divergences = torch.distributions.kl_divergence(posteriors[1], Normal(mean, (0.5 * logvar).exp()))
+        image = self.decoder(posteriors[1].rsample())
+        return (image, divergences.sum((1, 2, 3)), *([divergences.sum(1)] if self.shown else []))
+
+
+def test_a_map_of_divergences_is_no_reconstruction() -> None:
+    x, found = torch.rand(4, 1, 8, 8, generator=torch.Generator().manual_seed(1)), []
+    for shown in (False, True):
+        rv = rvconvert.convert(SpatialLadder(shown))
+        rv(x)
+        found.append(rv.last_penalty)
+    torch.testing.assert_close(*found)
+
+
 OF_A_LATENT: dict[str, Callable[[Tensor], Tensor]] = {
     "mse_loss": lambda z: F.mse_loss(z, torch.zeros_like(z)),
     "mse_loss, summed": lambda z: F.mse_loss(z, torch.ones(z.shape), reduction="sum"),

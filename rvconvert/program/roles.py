@@ -280,10 +280,10 @@ class _Assignment(ScoredGraph):
         return not self.decodes_between(first, second) and not self.joins_others(first, second)
 
     def without_latents(self, leaves: list[fx.Node]) -> list[fx.Node]:
-        """Decoded values that leave, without latents and the parameters of these and of their priors, of a size with an input."""
+        """Decoded values that leave, without latents, the parameters of these and of their priors, and divergences of these."""
         parameters = self.parameters_of(self.latents)
         own = [n for n in leaves if n in parameters or any(self.stem(part) in parameters for part in self.all_parts(n))]
-        own += [n for n in leaves if n not in own and self.is_latent(n)]
+        own += [n for n in leaves if n not in own and (self.is_latent(n) or self.is_divergence(n, parameters))]
         rest = [n for n in leaves if n not in own]
         shapes = {n.meta.get("shape") for n in own}
         behind = {n: {draw for draw in self.latents if self.behind(draw, n)} for n in rest}
@@ -300,6 +300,19 @@ class _Assignment(ScoredGraph):
             for part in self.parts(node)
             for draw in self.latents
         )
+
+    def is_divergence(self, node: fx.Node, parameters: set[fx.Node]) -> bool:
+        """Made, without a draw and through no layer, of a posterior's ``parameters`` among others: a map of KL divergences."""
+        carried = self.forward_of(self.latents, stop=self.decodes)
+        todo, seen = [node], {node}
+        while todo:
+            each = todo.pop()
+            if each in parameters and each not in carried:
+                return True
+            following = [] if each in carried or self.decodes(each) else [n for n in each.all_input_nodes if n not in seen]
+            seen.update(following)
+            todo += following
+        return False
 
     def joins_larger(self, draw: fx.Node, node: fx.Node) -> bool:
         """What a decoder gives, and more numbers than a draw has, takes part in ``node``."""
