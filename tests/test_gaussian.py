@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import rvconvert
 from rvconvert import moments as gaussian
 from rvconvert.moments import composed
+from rvconvert.moments.known import known
 from rvconvert.moments.quadrature import quadrature
 from rvconvert.moments.table import Grid
 
@@ -481,6 +482,39 @@ def test_a_function_of_several_operations_is_read_from_a_table_made_on_the_spot(
     for mine, up, down in zip((y.mean, y.var), exactly(by_var=step), exactly(by_var=-step), strict=True):
         (found,) = torch.autograd.grad(mine.sum(), v, retain_graph=True)
         torch.testing.assert_close(found.double(), (up - down) / (2 * step * torch.from_numpy(GRID[1])), rtol=2e-2, atol=1e-3)
+
+
+KINKED = {
+    "where(x > 0, x, x / 10)": lambda x: torch.where(x > 0, x, x / 10),
+    "maximum(x, -x / 4)": lambda x: torch.maximum(x, -x / 4),
+    "relu(x - 1) - 2 relu(1 - x)": lambda x: torch.relu(x - 1) - 2 * torch.relu(1 - x),
+    "-2 relu(-x)": lambda x: x - torch.where(x < 0, -x, x),
+    "x relu6(x + 3) / 6": lambda x: x * F.relu6(x + 3) / 6,
+    "where(x > 2, 0, where(x < 1, 1, 2 - x))": lambda x: torch.where(x > 2, 0.0, torch.where(x < 1, 1.0, 2 - x)),
+    "where(x > 0, x, expm1(x))": lambda x: torch.where(x > 0, x, torch.expm1(x)),
+    "-relu(x) - expm1(min(x, 0))": lambda x: -torch.relu(x) - torch.expm1(x.clamp(max=0)) / 3,
+}
+
+
+@named("name", KINKED)
+def test_a_function_with_kinks_is_known_by_its_values(name, monkeypatch):
+    monkeypatch.setattr(composed, "_known", {})
+    m, v = (torch.tensor(a, dtype=torch.float32, requires_grad=True) for a in GRID)
+    y = KINKED[name](rvconvert.RandomVariable(m, v))
+    assert any(composed._known.values())
+    m64, v64 = (torch.tensor(a, dtype=torch.float64, requires_grad=True) for a in GRID)
+    expected = KINKED[name](rvconvert.RandomVariable(m64, v64))
+    torch.testing.assert_close(y.mean.double(), expected.mean, rtol=1e-4, atol=2e-5)
+    torch.testing.assert_close(y.var.double(), expected.var, rtol=1e-3, atol=1e-6)
+    found = torch.autograd.grad(y.mean.sum() + y.var.sum(), (m, v))
+    exact = torch.autograd.grad(expected.mean.sum() + expected.var.sum(), (m64, v64))
+    for mine, truth in zip(found, exact, strict=True):
+        torch.testing.assert_close(mine.double(), truth, rtol=2e-2, atol=2e-3)
+
+
+@named("function", [F.softsign, torch.sign, lambda x: x.relu().square(), lambda x: F.threshold(x, 0.5, 0.0), lambda x: x.abs().exp()])
+def test_what_torch_does_not_have_is_not_taken_for_it(function):
+    assert known(function, (0.0,)) is None and known(function, (0.0, 0.5)) is None
 
 
 BOUNDED = {

@@ -1,18 +1,21 @@
 """Moments of a function that a model spells in several operations, ``x * sigmoid(1.702 * x)``: by a table made on the spot.
 
-A table serves what is smooth and a line far out on either side; it is held against quadrature before it is used. Everything
-else is integrated at each call.
+A table serves what is smooth and a line far out on either side; it is held against quadrature before it is used. What has
+kinks may be a function that torch has. Everything else is integrated at each call.
 """
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Hashable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from rvconvert.moments.compilation import is_traced
+from rvconvert.moments.known import known
+from rvconvert.moments.normal import Moments
 from rvconvert.moments.quadrature import quadrature
 from rvconvert.moments.smooth_table import Smooth, table_moments
 from rvconvert.moments.table import integrals
@@ -22,7 +25,9 @@ Function = Callable[[Tensor], Tensor]
 _MOST = 16  # tables, of 21 MB each: a function whose numbers change with every step is not to have one for each
 _WIDTHS = tuple(0.1 * 1.15**k for k in range(34))
 _POINTS = 1024
+_MOST_KNOWN = 256
 _found: dict[Hashable, Smooth | None] = {}
+_known: dict[Hashable, Callable[[Tensor, Tensor], Moments] | None] = {}
 _lock = threading.RLock()
 
 
@@ -38,21 +43,26 @@ def composed_moments(
         kinks: where the function or a derivative jumps.
         wide: the function is computed in double precision: what is divided by may be lost to rounding far from the mean.
     """
-    if key is not None and not kinks and mean.dtype == torch.float32 and not is_traced():
-        curve = _curve(key, function)
-        if curve is not None:
-            return table_moments(curve, mean, var)
+    if key is not None and mean.dtype == torch.float32 and not is_traced():
+        if kinks:
+            moments = _kept(_known, _MOST_KNOWN, key, lambda: known(function, kinks))
+            if moments is not None:
+                return moments(mean, var)
+        else:
+            curve = _kept(_found, _MOST, key, lambda: fitted(function))
+            if curve is not None:
+                return table_moments(curve, mean, var)
     if wide and mean.dtype == torch.float32 and mean.device.type != "mps":
         return quadrature(lambda x: function(x.double()).to(x.dtype), mean, var, kinks)
     return quadrature(function, mean, var, kinks)
 
 
-def _curve(key: Hashable, function: Function) -> Smooth | None:
-    if key not in _found:
+def _kept(kept: dict[Hashable, Any], most: int, key: Hashable, make: Callable[[], Any]) -> Any:
+    if key not in kept:
         with _lock, torch.no_grad(), torch.inference_mode(False), torch.device("cpu"):
-            if key not in _found and len(_found) < _MOST:
-                _found[key] = fitted(function)
-    return _found.get(key)
+            if key not in kept and len(kept) < most:
+                kept[key] = make()
+    return kept.get(key)
 
 
 def fitted(function: Function) -> Smooth | None:
