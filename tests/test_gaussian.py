@@ -512,7 +512,9 @@ def test_a_function_with_kinks_is_known_by_its_values(name, monkeypatch):
         torch.testing.assert_close(mine.double(), truth, rtol=2e-2, atol=2e-3)
 
 
-@named("function", [F.softsign, torch.sign, lambda x: x.relu().square(), lambda x: F.threshold(x, 0.5, 0.0), lambda x: x.abs().exp()])
+@named(
+    "function", [F.softsign, torch.sign, lambda x: x.relu().square(), lambda x: F.threshold(x, 0.5, 0.0), lambda x: x.abs().exp()]
+)
 def test_what_torch_does_not_have_is_not_taken_for_it(function):
     assert known(function, (0.0,)) is None and known(function, (0.0, 0.5)) is None
 

@@ -213,7 +213,9 @@ class SpatialLadder(nn.Module):
         super().__init__()
         torch.manual_seed(0)
         self.shown = shown
-        self.top, self.prior, self.bottom, self.decoder = (nn.Conv2d(i, o, 3, padding=1) for i, o in ((1, 4), (2, 4), (1, 4), (2, 1)))
+        self.top, self.prior, self.bottom, self.decoder = (
+            nn.Conv2d(i, o, 3, padding=1) for i, o in ((1, 4), (2, 4), (1, 4), (2, 1))
+        )
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         posteriors = [Normal(mean, (0.5 * logvar).exp()) for mean, logvar in (f(x).chunk(2, 1) for f in (self.top, self.bottom))]

@@ -54,3 +54,24 @@ def cos(mean: Tensor, var: Tensor) -> Moments:
     """cos x, exact."""
     shrink, spread = torch.exp(-0.5 * var), -torch.expm1(-var)
     return shrink * torch.cos(mean), 0.5 * spread * (spread + 2 * (shrink * torch.sin(mean)) ** 2)
+
+
+@at_least_float32
+def wave(
+    mean: Tensor, var: Tensor, slope: float | Tensor, height: Tensor, rate: float | Tensor, phase: float | Tensor
+) -> Moments:
+    """slope x + height cos(rate x + phase), exact; any of the four broadcasts and gets its gradient.
+
+    With t = rate² v and M the mean of the angle, the variance is that of the line of best fit and of what it leaves:
+
+        v (slope - height rate e^(-t/2) sin M)² + height² e^-t ((sinh t - t) + (t - 1 + e^-t) cos² M).
+    """
+    angle, t = rate * mean + phase, rate * rate * var
+    shrink, loss = torch.exp(-0.5 * t), torch.expm1(-t)
+    cosine, sine = shrink * torch.cos(angle), shrink * torch.sin(angle)
+    small = t < 0.05
+    near = torch.where(small, t, 0.0)  # where the differences would be lost to rounding
+    odd = torch.where(small, near**3 / 6 * (1 + near.square() / 20) * (1 + loss), -0.5 * torch.expm1(-2 * t) - t * (1 + loss))
+    even = torch.where(small, near.square() / 2 * (1 - near / 3 * (1 - near / 4 * (1 - near / 5))), t + loss)
+    gain = slope - height * rate * sine
+    return slope * mean + height * cosine, gain.square() * var + height * height * (odd + cosine.square() * even)

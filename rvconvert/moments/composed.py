@@ -8,17 +8,19 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Hashable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from rvconvert.moments.compilation import is_traced
 from rvconvert.moments.known import known
-from rvconvert.moments.normal import Moments
 from rvconvert.moments.quadrature import quadrature
 from rvconvert.moments.smooth_table import Smooth, table_moments
 from rvconvert.moments.table import integrals
+
+if TYPE_CHECKING:
+    from rvconvert.moments.normal import Moments
 
 Function = Callable[[Tensor], Tensor]
 
@@ -32,8 +34,15 @@ _lock = threading.RLock()
 
 
 def composed_moments(
-    key: Hashable | None, function: Function, mean: Tensor, var: Tensor, kinks: Sequence[float], *, wide: bool = False
-) -> tuple[Tensor, Tensor]:
+    key: Hashable | None,
+    function: Function,
+    mean: Tensor,
+    var: Tensor,
+    kinks: Sequence[float] = (),
+    *,
+    read: Callable[[Function, Tensor, Tensor], Moments | None] | None = None,
+    wide: bool = False,
+) -> Moments:
     """Moments of f(X), X ~ N(mean, var).
 
     Args:
@@ -41,17 +50,21 @@ def composed_moments(
         function: elementwise, on the whole line.
         mean, var: of one shape.
         kinks: where the function or a derivative jumps.
+        read: gives the moments of what it knows by its operations.
         wide: the function is computed in double precision: what is divided by may be lost to rounding far from the mean.
     """
+    found = None
     if key is not None and mean.dtype == torch.float32 and not is_traced():
         if kinks:
             moments = _kept(_known, _MOST_KNOWN, key, lambda: known(function, kinks))
-            if moments is not None:
-                return moments(mean, var)
+            found = moments and moments(mean, var)
         else:
             curve = _kept(_found, _MOST, key, lambda: fitted(function))
-            if curve is not None:
-                return table_moments(curve, mean, var)
+            found = curve and table_moments(curve, mean, var)
+    if found is None and read is not None and not is_traced():
+        found = read(function, mean, var)
+    if found is not None:
+        return found
     if wide and mean.dtype == torch.float32 and mean.device.type != "mps":
         return quadrature(lambda x: function(x.double()).to(x.dtype), mean, var, kinks)
     return quadrature(function, mean, var, kinks)

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from rvconvert.moments import piecewise, two_slopes
-from rvconvert.moments.normal import Moments
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from rvconvert.moments.normal import Moments
 
 _FAR = 50.0  # from a kink, where an exponential is at its end
 
@@ -23,12 +27,12 @@ def known(function: Callable[[Tensor], Tensor], kinks: Sequence[float]) -> Calla
     """
     first, last = min(kinks), max(kinks)
     t = torch.linspace(-12.0, 12.0 + last - first, 4999, dtype=torch.float64)
-    marks = torch.tensor([first - _FAR, first - 1, first, last, last + 1], dtype=torch.float64)
+    marks = torch.tensor([first, first - _FAR, first - 1, last, last + 1], dtype=torch.float64)
     values, found = function(first + t), function(marks)
     if values.shape != t.shape or values.dtype != t.dtype or not (values.isfinite().all() and found.isfinite().all()):
         return None
-    low, below, start, end, above = (round(x, 10) for x in (found - found[2]).tolist())
-    place = float(found[2])
+    place = float(found[0])
+    low, below, end, above = (round(x - place, 10) for x in found[1:].tolist())
 
     def is_(other: Tensor) -> bool:
         return torch.allclose(values, place + other, rtol=1e-8, atol=1e-8)

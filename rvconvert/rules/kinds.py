@@ -23,6 +23,7 @@ from rvconvert.errors import ConversionError, UnsupportedOperationError
 from rvconvert.moments.compilation import is_traced
 from rvconvert.moments.composed import composed_moments
 from rvconvert.rules.density import moments_under
+from rvconvert.rules.learned import learned_moments
 from rvconvert.rules.relations import is_same, rows_moved, transposes
 
 __all__ = [
@@ -697,7 +698,8 @@ class Elementwise:
                     return first_order(function, (parent,), {})
                 shape = torch.broadcast_shapes(parent.shape, *_shapes(args, kwargs))
                 of = (parent.mean.expand(shape), parent.var.expand(shape))
-                mean, var = composed_moments(key, _of_floats(function), *of, kinks, wide=chain is not None)
+                found = composed_moments(key, _of_floats(function), *of, kinks, read=learned_moments, wide=chain is not None)
+                mean, var = found
                 low, high = lies
                 # Which rounding may leave by some millionths.
                 return mean.clamp(low, high) if math.isfinite(low) or math.isfinite(high) else mean, var

@@ -1,0 +1,100 @@
+"""Functions with learned factors: read off the chain of operations, against sums over a dense grid in double precision."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import rvconvert
+from rvconvert.moments import composed
+from rvconvert.moments.quadrature import quadrature
+from rvconvert.rules import kinds, learned
+
+A, B = torch.tensor([0.5, 1.3, 2.0, -0.7]), torch.tensor([0.3, 0.9, 1.5, 0.2])
+FUNCTIONS = {
+    "relu(x) - a relu(-x)": lambda x, a, b: F.relu(x) - a * F.relu(-x),
+    "where(x > 0, x, a x)": lambda x, a, b: torch.where(x > 0, x, a * x),
+    "where(x < 0, a x, 2 x)": lambda x, a, b: torch.where(x < 0, a * x, 2 * x),
+    "maximum(a x, b x)": lambda x, a, b: torch.maximum(a * x, b * x),
+    "min(x, a x)": lambda x, a, b: torch.min(x, a * x),
+    "relu(a x) - b x": lambda x, a, b: torch.relu(a * x) - b * x,
+    "x + sin(b x)^2 / a": lambda x, a, b: x + torch.sin(b * x) ** 2 / a,
+    "x + 1 / (e^a + 1e-9) sin(x e^b)^2": lambda x, a, b: x + (a.exp() + 1e-9).reciprocal() * torch.sin(x * b.exp()).pow(2),
+    "x + (1 - cos(2 b x)) / (2 b)": lambda x, a, b: x + (1 - torch.cos(2 * b * x)) / (2 * b),
+    "a sin(b x + a) - 2 x + a": lambda x, a, b: a * torch.sin(b * x + a) - 2 * x + a,
+    "x sigmoid(b x)": lambda x, a, b: x * torch.sigmoid(b * x),
+    "x / (1 + e^-bx)": lambda x, a, b: x / (1 + torch.exp(-b * x)),
+    "a x tanh(softplus(b x))": lambda x, a, b: a * (x * torch.tanh(F.softplus(b * x))),
+    "0.5 x (1 + tanh(b x))": lambda x, a, b: 0.5 * x * (1 + torch.tanh(b * x)),
+}
+OTHERS = {
+    "a x + sigmoid(x)": lambda x, a, b: a * x + torch.sigmoid(x),
+    "softplus(a x) - relu(b x)": lambda x, a, b: F.softplus(a * x) - torch.relu(b * x),
+    "sin(a x) sin(b x)": lambda x, a, b: torch.sin(a * x) * torch.sin(b * x),
+    "x sigmoid(x + a)": lambda x, a, b: x * torch.sigmoid(x + a),
+}
+
+
+def given(dtype, s):
+    mean = torch.linspace(-4, 4, 21, dtype=dtype)[:, None].repeat(1, 4).requires_grad_()
+    return mean, torch.full_like(mean, s * s).requires_grad_(), A.to(dtype).requires_grad_(), B.to(dtype).requires_grad_()
+
+
+def gradients(out, var, tensors):
+    return torch.autograd.grad(out.sum() + var.sum(), tensors, allow_unused=True)
+
+
+@pytest.mark.parametrize("s", [1e-3, 0.1, 1.0, 3.0])
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_moments_need_no_quadrature(name, s, monkeypatch):
+    mean, var, a, b = given(torch.float32, s)
+
+    def no_more_than_a_table(function, at, *rest):
+        assert at.shape != mean.shape
+        return quadrature(function, at, *rest)
+
+    monkeypatch.setattr(composed, "quadrature", no_more_than_a_table)
+    y = FUNCTIONS[name](rvconvert.RandomVariable(mean, var), a, b)
+    found = gradients(y.mean, y.var, (mean, var, a, b))
+
+    wide = given(torch.float64, s)
+    z = torch.linspace(-9, 9, 20001, dtype=torch.float64)[:, None, None]
+    weight = torch.softmax(-z * z / 2, 0)
+    values = FUNCTIONS[name](wide[0] + wide[1].sqrt() * z, *wide[2:])
+    out = (weight * values).sum(0)
+    out_var = (weight * (values - out).square()).sum(0)
+    torch.testing.assert_close(y.mean.double(), out, rtol=1e-5, atol=5e-6)
+    torch.testing.assert_close(y.var.double(), out_var, rtol=2e-4, atol=2e-6 * s * s)
+    assert (y.var >= 0).all()
+    for mine, truth in zip(found, gradients(out, out_var, wide), strict=True):
+        if truth is not None:
+            torch.testing.assert_close(mine.double(), truth, rtol=1e-2, atol=2e-3)
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_functions_are_integrated(name, monkeypatch):
+    mean, var, a, b = given(torch.float32, 1.0)
+    found = []
+    for read in (learned.learned_moments, lambda *args: None):
+        monkeypatch.setattr(kinds, "learned_moments", read)
+        y = OTHERS[name](rvconvert.RandomVariable(mean, var), a, b)
+        found.append((y.mean, y.var))
+    torch.testing.assert_close(*found)
+
+
+def test_a_learned_rate_of_0_has_its_value_and_gradient():
+    mean, var, a, _ = given(torch.float32, 1.0)
+    zero = torch.zeros(4, requires_grad=True)
+    y = FUNCTIONS["x sigmoid(b x)"](rvconvert.RandomVariable(mean, var), a, zero)
+    torch.testing.assert_close((y.mean, y.var), (mean / 2, var / 4))
+    # d/db E[x sigmoid(b x)] at 0 is E[x²]/4
+    torch.testing.assert_close(
+        torch.autograd.grad(y.mean.sum(), zero)[0], ((mean**2 + var) / 4).sum(0).detach(), rtol=1e-5, atol=0
+    )
+
+
+def test_slopes_of_0_give_0():
+    mean, var, _, _ = given(torch.float32, 1.0)
+    zero = torch.zeros(4, requires_grad=True)
+    y = torch.maximum(zero * rvconvert.RandomVariable(mean, var), zero * rvconvert.RandomVariable(mean, var) * 2)
+    assert (y.mean == 0).all() and (y.var == 0).all()
+    assert all(each.isfinite().all() for each in torch.autograd.grad(y.mean.sum() + y.var.sum(), (mean, var, zero)))
