@@ -948,3 +948,43 @@ def test_what_is_written_through_a_view_is_written_in_the_whole(name, counts):
         drawn = torch.stack([plain(x) for _ in range(2000)])
     assert ((y.mean - drawn.mean(0)).abs() < 0.15 * drawn.std(0) + 1e-5).all()
     assert float(y.var.sum()) == pytest.approx(float(drawn.var(0).sum()), rel=0.05)
+
+
+class Semisupervised(nn.Module):
+    """A classifier on as many examples as are labelled; ``loss`` takes what it gives for these, and their labels."""
+
+    def __init__(self, loss: Callable[..., Tensor]) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.encoder, self.decoder, self.classifier = nn.Linear(6, 8), nn.Linear(4, 6), nn.Linear(4, 3)
+        self.loss = loss
+
+    def forward(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        mu, logvar = self.encoder(x).chunk(2, 1)
+        return self.decoder(mu + torch.randn_like(mu) * (0.5 * logvar).exp()), self.loss(self.classifier, mu, y)
+
+
+COUNTED: dict[str, tuple[bool, Callable[..., Tensor]]] = {  # whether Python knows how many there are, and the loss
+    "mean": (False, lambda f, mu, y: F.cross_entropy(f(mu[y >= 0]), y[y >= 0], reduction="sum") / (1 + (y >= 0).sum())),
+    "shape": (False, lambda f, mu, y: f(mu[y >= 0]).sum() / (mu[y >= 0].shape[0] + 1) + f(mu)[y >= 0].chunk(3, 1)[1].sum()),
+    "len": (True, lambda f, mu, y: F.cross_entropy(f(mu[y >= 0]), y[y >= 0], reduction="sum") / max(len(y[y >= 0]), 1)),
+    "numel": (True, lambda f, mu, y: f(mu[y >= 0]).sum() / (y[y >= 0].numel() + 1)),
+    "a branch": (True, lambda f, mu, y: f(mu[(y >= 0).nonzero()[:, 0]]).mean() if (y >= 0).nonzero().size(0) > 2 else mu.sum()),
+    "a loop over classes": (True, lambda f, mu, y: torch.stack([f(mu[y == c]).mean() for c in torch.unique(y)]).sum()),
+    "a length": (True, lambda f, mu, y: F.cross_entropy(f(mu[y >= 0]), torch.ones(len(mu[y >= 0]), dtype=torch.long))),
+    "unbind": (True, lambda f, mu, y: sum(each.square().sum() for each in mu.masked_select((y >= 0)[:, None]).unbind())),
+    "in the middle": (True, lambda f, mu, y: f(mu.t()[:, y >= 0].t()).sum() / len(mu.t()[:, y >= 0].t())),
+}
+
+
+@pytest.mark.parametrize("name", COUNTED)
+def test_as_many_rows_as_a_mask_selects_are_counted_at_each_call(name: str) -> None:
+    known, loss = COUNTED[name]
+    vae = Semisupervised(loss)
+    rv = rvconvert.convert(vae)
+    x = torch.rand(8, 6, generator=torch.Generator().manual_seed(1))
+    for labels in ([0, 1, 2, -1, -1, 0, -1, 2], [0, -1, -1, -1, -1, -1, -1, 1], [0, 1, 2, 0, 1, 0, 1, 2]):
+        y = torch.tensor(labels)
+        torch.testing.assert_close(rv(x, y)[1], vae(x, y)[1])
+    report = rvconvert.plan(vae, example_inputs=(x, y))
+    assert (report.lifetime == "once" and "decides by the value" in report.reason) == known

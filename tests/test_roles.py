@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import operator
 import pickle
 import time
 import warnings
@@ -19,6 +20,7 @@ from torch.distributions import Bernoulli, Categorical, Independent, MixtureSame
 
 import rvconvert
 from rvconvert import ConversionError
+from rvconvert.program.rewrite import _apart_from_sizes, _sort, take_together
 
 
 class VAE(nn.Module):
@@ -2767,3 +2769,79 @@ def test_the_mean_of_a_count_s_law_beside_its_likelihood_is_the_reconstruction()
     with torch.no_grad():
         rv.eval()(x)
     assert found == pytest.approx(float(rv.last_penalty))
+
+
+DISPLAYED: dict[str, Callable[[Tensor, Tensor], Any]] = {
+    "detach": lambda y, x: y.detach(),
+    "data": lambda y, x: y.data,
+    "detached and clipped": lambda y, x: y.detach().clamp(0, 1),
+    "bytes": lambda y, x: y.detach() * 255,
+    "without gradients": lambda y, x: without_gradient(y) * 255,
+    "an error": lambda y, x: (x - y).detach().abs(),
+    "threshold": lambda y, x: y > 0.5,
+    "threshold, as numbers": lambda y, x: (y > 0.5).float(),
+    "sign": lambda y, x: torch.sign(y),
+    "levels": lambda y, x: (y * 255).round(),
+    "another unit": lambda y, x: y * 30 + 100,
+    "clipped": lambda y, x: y.clamp(0, 1),
+}
+
+
+@pytest.mark.parametrize("inside", [False, True])
+@pytest.mark.parametrize("name", DISPLAYED)
+def test_what_is_for_display_beside_the_reconstruction_leaves_it_its_l_c(name: str, inside: bool) -> None:
+    x, found = torch.rand(8, 12, generator=torch.Generator().manual_seed(1)), []
+    for show in (lambda y, x: (), lambda y, x: (DISPLAYED[name](y, x),)):
+
+        def result(y: Tensor, x: Tensor, *_: Any, show: Any = show) -> Any:
+            return (F.mse_loss(y, x) if inside else y, *show(y, x))
+
+        grads, penalties = [], []
+        for penalty in (50.0, 0.0):
+            rv = rvconvert.convert(VAE(result, False), penalty=penalty)
+            made = rv(x)[0]
+            (made if inside else F.mse_loss(made, x)).backward()
+            grads.append(rv.decoder.weight.grad)
+            penalties.append(rv.last_penalty)
+        found.append((penalties[0], grads[0] - grads[1]))
+    torch.testing.assert_close(found[1], found[0])
+
+
+@pytest.mark.parametrize("show", [torch.exp, torch.sigmoid])
+def test_what_a_loss_inside_subtracts_the_input_from_has_l_c_and_no_function_of_it(show: Callable[[Tensor], Tensor]) -> None:
+    """A log spectrogram beside its magnitudes."""
+    x = torch.rand(8, 12)
+    rv = rvconvert.convert(VAE(lambda y, x, *_: (F.mse_loss(y, x), show(y)), False))
+    assert penalty_of(rv, x) == pytest.approx(penalty_of(rvconvert.convert(VAE(lambda y, *_: y, False)), x))
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("sliced", [False, True])
+def test_a_mask_of_a_likelihood_meets_no_parameter_of_it(sliced: bool, masked: bool) -> None:
+    def result(y: Tensor, x: Tensor, *_: Any) -> Any:
+        loc, scale, df = (y[:, :4], y[:, 4:8], y[:, 8:]) if sliced else y.chunk(3, 1)
+        score = torch.distributions.StudentT(F.softplus(df) + 3, loc, F.softplus(scale) + 0.01).log_prob(x[:, :4])
+        return -(score * x[:, 4:8] if masked else score).sum(1).mean(), loc
+
+    x = torch.rand(8, 12)
+    alone = rvconvert.convert(VAE(lambda y, *_: y[:, :4], False), example_inputs=x)
+    assert penalty_of(rvconvert.convert(VAE(result, False)), x) == pytest.approx(penalty_of(alone, x))
+
+
+def test_a_value_that_l_c_joins_does_not_wait_for_it() -> None:
+    """Its size is asked of what is made of the mean."""
+    graph = torch.fx.Graph()
+    whole = graph.placeholder("whole")
+    taken = graph.call_function(take_together, (None, whole, whole))
+    mean = graph.call_function(operator.getitem, (taken, 0))
+    part = graph.call_method("__getitem__", (mean, 0))
+    size = graph.call_method("size", (part, 0))
+    value = graph.call_method("expand", (whole, size))
+    taken.args = (None, whole, value)
+    graph.output((part, graph.call_function(operator.getitem, (taken, 1))))
+    _apart_from_sizes(graph, taken)
+    _sort(graph)
+    seen: set[torch.fx.Node] = set()
+    for node in graph.nodes:
+        assert seen.issuperset(node.all_input_nodes)
+        seen.add(node)

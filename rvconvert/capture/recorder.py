@@ -16,6 +16,7 @@ import torch
 from torch import fx, nn
 from torch.overrides import TorchFunctionMode
 
+from rvconvert.capture.data_sizes import COUNTS, DataSizes, splits
 from rvconvert.capture.graph_calls import (
     apply_function,
     assign_mean,
@@ -122,6 +123,7 @@ class _Recorder(TorchFunctionMode, Handler):
         self.storages: dict[Any, fx.Node] = {}
         self.alive: list[Any] = []
         self.writers: dict[int, fx.Node] = {}  # of tensors that are stale since
+        self.data_sizes = DataSizes()
         self.views: dict[int, tuple[torch.Tensor, Any]] = {}  # what a view was indexed from, and by what; None: it was reshaped
         self.paths = {id(module): path for path, module in root.named_modules(remove_duplicate=True)}
         self.numbers = {id(module): number for number, module in enumerate(root.modules())}
@@ -306,8 +308,10 @@ class _Recorder(TorchFunctionMode, Handler):
 
             def make(dim: int, size: int) -> TracedInt:
                 node = self.add("call_method", "size", (self.node_of(tensor), dim), {})
-                # A recording serves one size of every other dimension, so only the batch's can be fixed by mistake.
-                return TracedInt(size, node, self.fixed if dim in (0, -tensor.ndim) else ignored)
+                if dim not in (0, -tensor.ndim):  # a recording serves one size of every other dimension
+                    return TracedInt(size, node, ignored)
+                decided = self.data_sizes.deciding(self.node_of(tensor)) is not None
+                return TracedInt(size, node, (lambda name: self.note_size(self.node_of(tensor), name)) if decided else self.fixed)
 
             if isinstance(value, torch.Size):
                 return traced_size(value, make)
@@ -337,6 +341,12 @@ class _Recorder(TorchFunctionMode, Handler):
         if not where(user_frame())[1].startswith("assert") and not _runs("torch/distributions"):
             self.recording.reads.append((node, self.line(), name not in _REPORTS))
 
+    def note_size(self, node: fx.Node | None, name: str) -> None:
+        """Python knows how many rows a value has: it knows the values that decide that, if any do."""
+        deciding = None if node is None else self.data_sizes.deciding(node)
+        if deciding is not None:
+            self.note_read(deciding, name)
+
     def read(self, func: Any, rule: Rule, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The value of a tensor goes to Python, or into the shape of a result."""
         value = func(*_plain(args), **_plain(kwargs))
@@ -346,6 +356,7 @@ class _Recorder(TorchFunctionMode, Handler):
         if _tensors(value):
             node = self.node_for(func, self.argument(args), self.argument(kwargs), False)
             node.meta["rule"] = rule
+            self.data_sizes.note(node, rule.name, _plain(args))
             self.inherit(node)
             self.track(value, node)
             return value
@@ -390,6 +401,8 @@ class _Recorder(TorchFunctionMode, Handler):
         if name == "register_hook":
             self.recording.once.append(f"a hook on a tensor: {self.line()}")
         elif not mutated and (not _tensors(result) or name == "__deepcopy__"):
+            if name in COUNTS:
+                self.note_size(self.nodes.get(id(args[0])), name)
             return result  # a question whose answer is no tensor
         if func is torch.Tensor.__setitem__ and self.is_written_back(*plain_args):
             return result
@@ -419,6 +432,9 @@ class _Recorder(TorchFunctionMode, Handler):
         node = self.node_for(func, node_args, node_kwargs, bool(mutated and draw is None))
         node.meta["rule"], node.meta["function"] = rule, func
         node.meta["mutates"] = bool(mutated)
+        self.data_sizes.note(node, name, plain_args)
+        if splits(name, plain_args, plain_kwargs):
+            self.note_size(node, name)
         if writes:
             self.inherit(node)
             if node not in self.recording.depends:

@@ -103,6 +103,14 @@ def _traced(value: Any, node: fx.Node, fixed: Callable[[str], None]) -> Any:
     return value
 
 
+def _both(first: Callable[[str], None], second: Callable[[str], None]) -> Callable[[str], None]:
+    def fixed(name: str) -> None:
+        first(name)
+        second(name)
+
+    return first if first == second else fixed
+
+
 def _arithmetic(function: Callable[..., Any], reflected: bool) -> Callable[..., Any]:
     def method(self: Any, *others: Any) -> Any:
         if not all(isinstance(x, (int, float)) for x in others) or any(type(x) is bool for x in others):
@@ -115,7 +123,7 @@ def _arithmetic(function: Callable[..., Any], reflected: bool) -> Callable[..., 
             return value
         node = live[0].node.graph.call_function(function, tuple(x.node if is_traced_now(x) else untraced(x) for x in operands))
         watched = [x.fixed for x in live if x.fixed is not ignored]
-        return _traced(value, node, watched[0] if watched else ignored)
+        return _traced(value, node, _both(*watched) if len(watched) > 1 else watched[0] if watched else ignored)
 
     return method
 

@@ -7,7 +7,7 @@ import linecache
 import operator
 import weakref
 from itertools import count
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import fx
@@ -15,7 +15,7 @@ from torch import fx
 from rvconvert.capture.graph_calls import apply_function
 from rvconvert.core.random_variable import RandomVariable
 from rvconvert.program.gains import insert_gains
-from rvconvert.program.recorded_graph import asks_of
+from rvconvert.program.recorded_graph import asks, asks_of
 from rvconvert.rules.noise import nth_source
 
 if TYPE_CHECKING:
@@ -124,11 +124,41 @@ def to_random_variables(
                 leaving.append(graph.call_function(take_latent, (state, nodes[leaf])))
     nodes[recording.output].args = (tuple(leaving),)
     unused = {nodes[n] for n in roles.unused} | replaced
+    for node in list(graph.nodes):
+        if node.target is take_together:
+            _apart_from_sizes(graph, node)
     _sort(graph)
     for node in reversed(graph.nodes):
         if node in unused and not node.users:
             graph.erase_node(node)
     return graph
+
+
+def _apart_from_sizes(graph: fx.Graph, taken: fx.Node) -> None:
+    """Let no value that L_c joins wait for L_c: a size that one is made of is asked of a copy of what it was asked of."""
+    behind, todo = set(), [taken]
+    while todo:
+        new = [n for n in todo.pop().all_input_nodes if n not in behind]
+        behind.update(new)
+        todo += new
+    if taken not in behind:
+        return
+    copies: dict[fx.Node, Any] = {user: taken.args[1 + cast("int", user.args[1])] for user in taken.users}
+
+    def copied(node: fx.Node) -> fx.Node:
+        if node not in copies:
+            inputs = {n: copied(n) for n in node.all_input_nodes}
+            made = node
+            if any(n is not other for n, other in inputs.items()):
+                with graph.inserting_after(node):
+                    made = graph.node_copy(node, inputs.__getitem__)
+            copies[node] = made
+        return copies[node]  # type: ignore[no-any-return]
+
+    for node in behind:
+        if asks(node):
+            for source in node.all_input_nodes:
+                node.replace_input_with(source, copied(source))
 
 
 def _from_a_draw(graph: fx.Graph, nodes: dict[fx.Node, fx.Node], recording: Recording, roles: Roles) -> set[fx.Node]:

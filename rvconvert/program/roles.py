@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from rvconvert.program.latents import find_latents, named_latents
 from rvconvert.program.recorded_graph import asks_of, batch_of, rank_of, size_of
-from rvconvert.program.scored_graph import RESCALINGS, ScoredGraph
+from rvconvert.program.scored_graph import RESCALINGS, SUBTRACTING, ScoredGraph
 from rvconvert.rules.kinds import Shape
 
 if TYPE_CHECKING:
@@ -95,6 +95,7 @@ def assign(recording: Recording, named: Iterable[str] = (), *, paths: bool = Fal
 
 _PICKS = frozenset("argmax argmin argsort".split())
 _COUNTS = ("_pack_padded_sequence", "_pad_packed_sequence")  # of whose results one says how many sequences go on
+_STEPS = frozenset("round floor ceil trunc fix sign sgn heaviside".split())
 _EFFECTS = ("register_hook", "retain_grad")
 
 
@@ -170,16 +171,24 @@ class _Assignment(ScoredGraph):
         """Reconstructions among what leaves."""
         features = self.forward_of(user for _, user in compared)
         leaves = [n for n in leaving if n in self.decoded and n not in self.losses and n not in features]
+        trained = [n for n in leaves if n.meta.get("requires_grad")]  # what has no gradient beside it is for display
+        leaves = trained or leaves
         return self.reconstructions_that_leave(self.without_latents(leaves))
 
     def chosen(self, candidates: set[fx.Node], meeting: set[fx.Node], edges: list[_Edge], leaves: list[fx.Node]) -> list[fx.Node]:
         """The reconstructions, in what leaves and in the ``candidates``, of which some are ``meeting`` an input."""
         chosen = list(leaves)
         heads = self.heads(edges, leaves)
+        subtracted = {edge.value for edge in edges if edge.at is not None and self.rule_name(edge.at) in SUBTRACTING}
         for source in (n for n in self.nodes if n in candidates):
             # What leaves may be a copy for a log, without a gradient, or for display of what the loss is made of.
             shown = source in meeting
-            instead = [self.is_copy(source, n, shown=shown) or (shown and self.is_excerpt(source, n)) for n in chosen]
+            instead = [
+                self.is_copy(source, n, shown=shown)
+                or (shown and self.is_excerpt(source, n))
+                or (source in subtracted and self.same(source, n) and self.is_function(source, n))  # of a log spectrogram
+                for n in chosen
+            ]
             chosen = list(dict.fromkeys(source if each else n for n, each in zip(chosen, instead, strict=True)))
             known = any(self.are_one(source, n) or self.behind(n, source) for n in chosen)
             known = known and not (shown and self.is_stage(source, chosen))
@@ -250,6 +259,8 @@ class _Assignment(ScoredGraph):
                     continue
                 if self.same(first, second) and self.joins_decoded(first, second):
                     dropped.add(first)  # a part of it: a mask, a scale, a trend
+                elif self.is_display(first, second):
+                    dropped.add(second)
                 elif self.same(first, second):
                     dropped.add(first if size_of(first) == size_of(second) and second not in dropped else second)
                 elif (second in fits) != (first in fits):
@@ -366,6 +377,16 @@ class _Assignment(ScoredGraph):
             return False
         moved = all(self.is_kind(n, Shape) or self.rule_name(n) in RESCALINGS for n in self.between(first, second))
         return self.stops_gradient(first, second) or (shown and moved and size_of(first) == size_of(second))
+
+    def is_display(self, source: fx.Node, node: fx.Node) -> bool:
+        """``source`` as a picture has it: in steps, which have no gradient, or in another unit or range."""
+        if not self.same(source, node):
+            return False
+        way = [n for n in self.between(source, node) if not self.is_kind(n, Shape)]
+        others = {n for each in way for n in each.all_input_nodes if n not in self.random}
+        fixed = not others & self.raw and not any(n.meta.get("requires_grad") for n in others)
+        stepped = any(self.compares(n) or self.rule_name(n) in _STEPS for n in way)
+        return stepped or (fixed and bool(way) and all(self.rule_name(n) in RESCALINGS for n in way))
 
     def is_excerpt(self, source: fx.Node, node: fx.Node) -> bool:
         """Some elements of ``source`` as they are, an example for a plot."""

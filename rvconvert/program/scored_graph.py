@@ -10,7 +10,7 @@ from rvconvert.program.decoded_graph import DecodedGraph
 from rvconvert.program.recorded_graph import DIFFERENCES, PRODUCTS, WRITES, rank_of, size_of
 from rvconvert.rules.kinds import Elementwise, Shape
 
-__all__ = ["RESCALINGS", "ScoredGraph"]
+__all__ = ["RESCALINGS", "SUBTRACTING", "ScoredGraph"]
 
 RESCALINGS = frozenset("mul multiply add sub subtract rsub div true_divide divide clamp clip clamp_min clamp_max".split())
 # Errors, log-likelihoods and their like are no activation of a last layer: a reconstruction ends before them.
@@ -20,7 +20,7 @@ _EXTREMA = frozenset("max min amax amin maximum minimum".split())
 _EXPONENTIALS = frozenset("exp expm1".split())
 _SUMMING = frozenset("softmax log_softmax logsumexp logaddexp".split())
 _OF_CORRELATIONS = frozenset("cov corrcoef sort msort".split())
-_SUBTRACTING = DIFFERENCES | frozenset("mse_loss l1_loss smooth_l1_loss huber_loss".split())
+SUBTRACTING = DIFFERENCES | frozenset("mse_loss l1_loss smooth_l1_loss huber_loss".split())
 _MASKING = WRITES | {"masked_fill", "where"}
 _OF_TWO = PRODUCTS - {"addcmul", "lerp"}
 _JOINING = frozenset("cat stack hstack vstack dstack column_stack".split())
@@ -227,7 +227,7 @@ class ScoredGraph(DecodedGraph):
             return False
         (user,) = users
         met = [n for n in user.all_input_nodes if n in self.raw and size_of(n) == size_of(node) and self.is_step_of_input(n)]
-        return self.rule_name(user) in ("softmax", "log_softmax") or (bool(met) and self.rule_name(user) in _SUBTRACTING)
+        return self.rule_name(user) in ("softmax", "log_softmax") or (bool(met) and self.rule_name(user) in SUBTRACTING)
 
     def scales(self, source: fx.Node, node: fx.Node) -> bool:
         """``source`` times a factor of fewer numbers, such as one for each example: a library's size, a temperature."""
@@ -251,13 +251,21 @@ class ScoredGraph(DecodedGraph):
             picks = not self.is_kind(node, Shape) or self.rule_name(node) == "gather"  # the log-probability of what is there
             compared = any(n in self.raw for n in others) and picks and self.is_scored(node)
             compared = compared or (self.is_loss(node) and any(n in self.conditioned for n in others))
-            if compared and not self.is_width(source, node):
+            if compared and not self.is_width(source, node) and not self.weighs_error(node):
                 return node
             # An input that meets a sum weighs it.
             summed = self.reduces(node, self.random_in(node)) and not self.fits_an_input(node)
             if (node is user or not self.decodes(node)) and not summed:
                 todo += list(node.users)
         return None
+
+    def weighs_error(self, node: fx.Node) -> bool:
+        """A factor, such as a mask, of what an input was subtracted from before: of a likelihood."""
+        if self.rule_name(node) not in _OF_TWO:
+            return False
+        begins = [n for n in self.scoring if self.rule_name(n) in DIFFERENCES and any(x in self.raw for x in n.all_input_nodes)]
+        errors = self.forward_of([n for n in begins if n is not node], stop=self.decodes)
+        return any(n in errors for n in self.random_in(node))
 
     def is_width(self, source: fx.Node, loss: fx.Node) -> bool:
         """``source`` makes the variance that a Gaussian likelihood takes beside its mean."""

@@ -1,0 +1,69 @@
+"""Sizes that values decide: as many rows as a mask selects, as many classes as a batch has."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx
+
+__all__ = ["COUNTS", "DataSizes", "splits"]
+
+# ``repeat_interleave`` and ``where`` where one of their arguments says so
+_BY_VALUES = frozenset("nonzero argwhere masked_select unique unique_consecutive _unique2 bincount".split())
+_ROWS = frozenset("unbind __iter__ split chunk tensor_split vsplit split_with_sizes".split())
+_IN_PLACE = frozenset("setitem __setitem__ index_put index_copy scatter masked_scatter masked_fill".split())
+COUNTS = frozenset("numel nelement __len__".split())
+
+
+class DataSizes:
+    """Which nodes have a first size that depends on the values of others."""
+
+    def __init__(self) -> None:
+        self._deciding: dict[fx.Node, fx.Node | None] = {}
+
+    def note(self, node: fx.Node, name: str, args: tuple[Any, ...]) -> None:
+        """Told of a call, with what is given to it as tensors."""
+        sources = node.all_input_nodes
+        if not sources:
+            return
+        repeats = args[1] if name == "repeat_interleave" and len(args) > 1 else None
+        indices = args[1] if name == "__getitem__" else ()
+        if name in _BY_VALUES or (name == "where" and len(args) == 1):
+            self._deciding[node] = sources[0]
+        elif isinstance(repeats, torch.Tensor) or any(map(_is_mask, indices if isinstance(indices, tuple) else (indices,))):
+            self._deciding[node] = sources[-1]
+
+    def deciding(self, node: fx.Node) -> fx.Node | None:
+        """What decides how many rows a value has; None if that is known from the sizes of the inputs."""
+        todo = [node]
+        while todo:
+            each = todo[-1]
+            if each in self._deciding:
+                todo.pop()
+                continue
+            sources = self._sources(each)
+            missing = [n for n in sources if n not in self._deciding]
+            if missing:
+                todo += missing
+                continue
+            self._deciding[each] = next((found for n in sources if (found := self._deciding[n]) is not None), None)
+        return self._deciding[node]
+
+    @staticmethod
+    def _sources(node: fx.Node) -> list[fx.Node]:
+        """What a value may have its size from: not a number, nor what is written into a whole."""
+        if node.meta.get("shape") == ():
+            return []
+        target = str(node.target) if node.op == "call_method" else str(getattr(node.target, "__name__", ""))
+        writes = node.meta.get("mutates") or target.rstrip("_") in _IN_PLACE
+        return node.all_input_nodes[:1] if writes else node.all_input_nodes
+
+
+def splits(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """A call that gives a list as long as a value has rows."""
+    return name in _ROWS and kwargs.get("dim", args[-1] if len(args) > (1 if name == "unbind" else 2) else 0) == 0
+
+
+def _is_mask(index: Any) -> bool:
+    return isinstance(index, torch.Tensor) and index.dtype in (torch.bool, torch.uint8)
