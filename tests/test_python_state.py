@@ -1005,3 +1005,87 @@ def test_a_draw_that_python_decides_by_is_the_one_that_is_returned(name, mode):
             kept = signed if kept is None else kept
             torch.testing.assert_close(signed, kept)
     assert len(drawn) == 12
+
+
+class Staged(nn.Module):
+    """Decodes by what it keeps under another name."""
+
+    def __init__(self, choose, decode):
+        super().__init__()
+        torch.manual_seed(0)
+        self.encoder, self.decoders = nn.Linear(6, 4), nn.ModuleList(nn.Linear(2, 6) for _ in range(2))
+        self.choose, self.by = choose, decode
+        choose(self, 0)
+
+    def first(self, z):
+        return self.decoders[0](z)
+
+    def second(self, z):
+        return self.decoders[1](z).sigmoid()
+
+    def forward(self, x):
+        mu, logvar = self.encoder(x).chunk(2, 1)
+        return self.by(self, mu + 1e-4 * torch.randn_like(mu) * logvar)
+
+
+def stage(name):
+    return lambda vae, i: setattr(vae, name, getattr(vae, ("first", "second")[i]))
+
+
+STAGES = {
+    "a layer by a second name": (lambda vae, i: setattr(vae, "current", vae.decoders[i]), lambda vae, z: vae.current(z)),
+    "layers in a list": (lambda vae, i: setattr(vae, "active", [vae.decoders[i]]), lambda vae, z: vae.active[0](z)),
+    "layers in a dictionary": (lambda vae, i: setattr(vae, "routes", {"d": vae.decoders[i]}), lambda vae, z: vae.routes["d"](z)),
+    "a method": (stage("method"), lambda vae, z: vae.method(z)),
+    "a layer's method": (lambda vae, i: setattr(vae, "run", vae.decoders[i].forward), lambda vae, z: vae.run(z)),
+    "methods in a list": (
+        lambda vae, i: setattr(vae, "methods", [(vae.first, vae.second)[i]]),
+        lambda vae, z: vae.methods[0](z),
+    ),
+    "a method with arguments": (
+        lambda vae, i: setattr(vae, "bound", functools.partial((vae.first, vae.second)[i])),
+        lambda vae, z: vae.bound(z),
+    ),
+    "a function of torch": (
+        lambda vae, i: setattr(vae, "activation", (torch.sigmoid, torch.tanh)[i]),
+        lambda vae, z: vae.activation(vae.first(z)),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_what_is_kept_under_another_name_may_be_another_one_later(name):
+    choose, decode = STAGES[name]
+    vae = Staged(choose, decode)
+    rv, x = rvconvert.convert(vae), torch.rand(3, 6)
+    for i in (0, 1, 0):
+        choose(vae, i)
+        choose(rv, i)
+        torch.testing.assert_close(rv(x), vae(x), rtol=0, atol=2e-3)
+    recorded = len(rv._rvconvert.programs)
+    copied = copy.deepcopy(rv)
+    copied(x)
+    assert len(copied._rvconvert.programs) == recorded
+
+
+criterion = nn.MSELoss()
+activation = torch.sigmoid
+
+
+class OfGlobals(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.encoder, self.decoder = nn.Linear(6, 4), nn.Linear(2, 6)
+
+    def forward(self, x):
+        mu, logvar = self.encoder(x).chunk(2, 1)
+        return criterion(activation(self.decoder(mu + 1e-4 * torch.randn_like(mu) * logvar)), x)
+
+
+def test_a_global_layer_or_function_may_be_another_one_later(monkeypatch):
+    vae, x = OfGlobals(), torch.rand(3, 6)
+    rv = rvconvert.convert(vae)
+    torch.testing.assert_close(rv(x), vae(x), rtol=1e-3, atol=0)
+    for name, value in (("criterion", nn.L1Loss()), ("activation", torch.tanh)):
+        monkeypatch.setitem(globals(), name, value)
+        torch.testing.assert_close(rv(x), vae(x), rtol=1e-3, atol=0)

@@ -61,6 +61,10 @@ class Handler:
         """The model, or torch, has looked an attribute of a module up: what it is given."""
         raise NotImplementedError
 
+    def module_read(self, module: nn.Module, name: str, value: nn.Module) -> None:
+        """A module reads one of its modules."""
+        raise NotImplementedError
+
     def attribute_missed(self, module: nn.Module, name: str) -> None:
         """The same of an attribute that is not there."""
         raise NotImplementedError
@@ -143,7 +147,10 @@ def intercepting(handler: Handler) -> Iterator[None]:
 
         def find_in_tables(module: nn.Module, name: str) -> Any:
             try:
-                return find_attribute(module, name)
+                value = find_attribute(module, name)
+                if isinstance(value, nn.Module) and capturing():
+                    handler.module_read(module, name, value)
+                return value
             except AttributeError:
                 if capturing():
                     handler.attribute_missed(module, name)

@@ -115,7 +115,7 @@ def is_watched(module: nn.Module, name: str, value: Any, reader: types.FrameType
         return False
     if type(module).__module__.startswith("torch.") and str(reader.f_globals.get("__name__")).startswith("torch."):
         return False
-    own = isinstance(value, _FUNCTIONS) and name in vars(module)
+    own = isinstance(value, (*_FUNCTIONS, types.MethodType, functools.partial)) and name in vars(module)
     method = isinstance(value, types.MethodType) and _is_own(value.__func__)
     return own or method or (not isinstance(value, torch.Tensor) and _holds_values(value))
 
@@ -242,9 +242,13 @@ def _globals_of(scope: dict[str, Any], code: types.CodeType) -> list[Place]:
         if name in within:
             found.append(Place(Scope(within), name))
     values = [_value(place, ()) for place in found]
-    # A function of the person's may be defined again, in a notebook.
-    watched = [_holds_values(value) or (isinstance(value, types.FunctionType) and _is_own(value)) for value in values]
-    return [place for place, each in zip(found, watched, strict=True) if each]
+    return [place for place, value in zip(found, values, strict=True) if _holds_values(value) or _may_be_rebound(place, value)]
+
+
+def _may_be_rebound(place: Place, value: Any) -> bool:
+    """A module, a function by another name, ``activation = torch.relu``, or one of the person's, defined again in a notebook."""
+    function = isinstance(value, _FUNCTIONS) and (value.__name__ != place.name or _is_own(value))
+    return function or isinstance(value, (nn.Module, types.MethodType, functools.partial))
 
 
 @functools.lru_cache(maxsize=1024)
@@ -287,7 +291,7 @@ def _holds_values(value: Any) -> bool:
 
 def read_now(places: Iterable[Place], modules: Sequence[nn.Module]) -> tuple[Hashable, ...]:
     """The values of ``places``; of what is not plain, its type, its length, and what is plain in it."""
-    return tuple([_Snapshot(isinstance(place.owner, Scope)).of(_value(place, modules)) for place in places])
+    return tuple([_Snapshot(isinstance(place.owner, Scope), modules).of(_value(place, modules)) for place in places])
 
 
 def _value(place: Place, modules: Sequence[nn.Module]) -> Any:
@@ -305,10 +309,13 @@ def _content(cell: types.CellType) -> Any:
 
 
 class _Snapshot:
-    """What is plain in a value, to be compared; of tensors in a scope, which ones they are: a graph reads those of modules."""
+    """What is plain in a value, to be compared; of tensors in a scope, which ones they are: a graph reads those of modules.
 
-    def __init__(self, in_scope: bool) -> None:
-        self.in_scope, self.left = in_scope, _MOST_IN_ALL
+    Of modules it is the same: the number of one of the model's own, which a copy of the model has too.
+    """
+
+    def __init__(self, in_scope: bool, modules: Sequence[nn.Module] = ()) -> None:
+        self.in_scope, self.modules, self.left = in_scope, modules, _MOST_IN_ALL
 
     def of(self, value: Any, depth: int = _DEPTH) -> Hashable:
         """Hashable; equal for equal contents, as far down as is looked."""
@@ -320,6 +327,8 @@ class _Snapshot:
             return (kind, value)
         if isinstance(value, torch.Tensor):
             return (kind, id(value) if self.in_scope else 0)
+        if isinstance(value, nn.Module):
+            return (nn.Module, next((i for i, module in enumerate(self.modules) if module is value), id(value)))
         if isinstance(value, np.generic):
             return (kind, self.of(value.item())) if isinstance(value.item(), _PLAIN) else (kind, str(value))
         if isinstance(value, np.ndarray):
@@ -334,11 +343,11 @@ class _Snapshot:
             if isinstance(value, dict):
                 return (kind, tuple([(self.of(k, 0), self.of(v, depth - 1)) for k, v in value.items()]))
             return (kind, tuple([self.of(v, depth - 1) for v in value]))
-        if not within or (is_opaque(value) and not _is_settings(value)):
-            return (kind,)
-        if isinstance(value, (types.MethodType, functools.partial)):
+        if within and isinstance(value, (types.MethodType, functools.partial)):
             own = value.__func__ if isinstance(value, types.MethodType) else None
             return (kind, own, tuple([self.of(each, depth) for each in _carried(value)]))
+        if not within or (is_opaque(value) and not _is_settings(value)):
+            return (kind,)
         fields = _fields(value)
         if len(fields) > _MOST:
             return (kind, id(value))

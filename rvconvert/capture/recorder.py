@@ -692,6 +692,12 @@ class _Recorder(TorchFunctionMode, Handler):
                 self.recording.once.append(f"Python draws random numbers of its own: {self.line()}")
         return value
 
+    def module_read(self, module: nn.Module, name: str, value: nn.Module) -> None:
+        """A second name of a module, ``self.current = self.decoders[1]``, may be another one's at a later call."""
+        path, number = self.paths.get(id(module)), self.numbers.get(id(module))
+        if number is not None and self.leaf is None and self.paths.get(id(value)) != (f"{path}.{name}" if path else name):
+            self.recording.places[Place(number, name)] = None
+
     def attribute_missed(self, module: nn.Module, name: str) -> None:
         """What is asked for and not there, ``hasattr(self, "average")``, may be there at a later call."""
         number = self.numbers.get(id(module))

@@ -380,7 +380,7 @@ class _Assignment(ScoredGraph):
 
     def is_display(self, source: fx.Node, node: fx.Node) -> bool:
         """``source`` as a picture has it: in steps, which have no gradient, or in another unit or range."""
-        if not self.same(source, node):
+        if not self.same(source, node) or self.joins_others(source, node):
             return False
         way = [n for n in self.between(source, node) if not self.is_kind(n, Shape)]
         others = {n for each in way for n in each.all_input_nodes if n not in self.random}

@@ -84,7 +84,8 @@ class Scaled(NamedTuple):
 
     def moments(self, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
         rate = self.rate
-        if isinstance(rate, Tensor) and bool((rate.abs() < _LEAST_RATE).any()):
+        of_numbers = not isinstance(rate, Tensor) and not isinstance(self.factor, Tensor)  # the whole has no table either
+        if of_numbers or (isinstance(rate, Tensor) and bool((rate.abs() < _LEAST_RATE).any())):
             raise _NoFormError
         out, out_var = composed_moments(self.key, self.function, rate * mean, rate * rate * var, wide=True)
         return self.factor * out, self.factor * self.factor * out_var
@@ -275,6 +276,8 @@ def _of_numbers(func: Any, rule: Any, given: list[Any], kwargs: dict[str, Any]) 
 
 _NAMES = {"multiply": "mul", "divide": "div", "true_divide": "div", "subtract": "sub", "negative": "neg"}
 _STEPS: dict[str, Callable[..., Any]] = {
+    "clone": lambda a, **_: a,
+    "contiguous": lambda a, **_: a,
     "mul": _times,
     "div": _divided,
     "add": _plus,
