@@ -100,7 +100,8 @@ def attach_penalty(
 ) -> Any:
     """The mean of ``y``, with L_c joining whatever loss is computed from it, at backward.
 
-    With tensors ``beside`` it (logits, a view) it returns the mean and these, and L_c joins a loss of any of them.
+    With tensors ``beside`` it (logits, a view) it returns the mean and these, and L_c joins a loss of any of them that has a
+    gradient.
 
     Forward is the identity on the mean, so a reported loss does not change; the first backward pass that accumulates
     gradients hands scale * weight * 2 var / n to the variance (eq. 14 differentiated). A second pass through the same
@@ -108,5 +109,7 @@ def attach_penalty(
     """
     var = y.var
     joined = None if torch.compiler.is_compiling() else _Joined(var.grad_fn)
-    taken = _Attach.apply(var, float(weight) * float(scale), kind, joined, y.mean, *beside)
-    return taken if beside else taken[0]
+    means = (y.mean, *(x for x in beside if x.requires_grad))
+    taken = iter(_Attach.apply(var, float(weight) * float(scale), kind, joined, *means))
+    first = next(taken)
+    return (first, *(next(taken) if x.requires_grad else x for x in beside)) if beside else first

@@ -533,6 +533,9 @@ BOUNDED = {
     "reciprocal(1 + x x)": lambda x: torch.reciprocal(1 + x * x),
     "clamp(sigmoid(2x))": lambda x: torch.sigmoid(2 * x).clamp(1e-6, 1 - 1e-6),
     "clamp(tanh(x), min=0)": lambda x: torch.tanh(x).clamp(min=0.0),
+    "10 ** tanh(x)": lambda x: 10 ** torch.tanh(x),
+    "pow(2, 3 sigmoid(x))": lambda x: torch.pow(2.0, 3 * torch.sigmoid(x)),
+    "exp2(clamp(x))": lambda x: torch.exp2(x.clamp(-1, 2)),
     "1 / maximum": lambda x: torch.div(1.0, torch.clamp_min(x, 1.0) + 1),
 }
 
@@ -549,6 +552,27 @@ def test_a_function_of_what_keeps_off_its_pole_is_one_function(name):
     torch.testing.assert_close(y.var.double(), (weight * (values - out).square()).sum(0), rtol=2e-2, atol=1e-3)
     gradients = torch.autograd.grad(y.mean.sum() + y.var.sum(), (mean, var))
     assert all(each.isfinite().all() for each in gradients)
+
+
+LEVELS = {
+    "two thresholds": lambda x: (x > 0).float() + (x > 1).float(),
+    "between": lambda x: ((x > -1) & (x < 1)).float() - 0.5 * (x > 2).to(torch.float32),
+    "a residual": lambda x: (x > 0).type(torch.float32) - x,
+    "straight through": lambda x: (x > 0.5).float() - x.detach() + x,
+}
+
+
+@named("name", LEVELS)
+def test_truth_values_are_added_as_the_numbers_that_they_are_made(name):
+    mean, var = torch.tensor([-2.0, -1.0, 0.0, 1.0, 2.0], requires_grad=True), torch.tensor([1.0, 2.0, 1.0, 0.5, 1.0])
+    y = LEVELS[name](rvconvert.RandomVariable(mean, var))
+    z = torch.linspace(-9, 9, 20001)[:, None]
+    values, weight = LEVELS[name](mean.detach() + var.sqrt() * z), torch.softmax(-z * z / 2, 0)
+    out = (weight * values).sum(0)
+    torch.testing.assert_close(y.mean, out, rtol=0, atol=2e-3)
+    torch.testing.assert_close(y.var, (weight * (values - out).square()).sum(0), rtol=1e-2, atol=2e-3)
+    if name == "straight through":
+        torch.testing.assert_close(torch.autograd.grad(y.mean.sum(), mean)[0], torch.ones(5))
 
 
 def test_two_variables_divide_by_the_inverse_of_the_second():

@@ -2845,3 +2845,22 @@ def test_a_value_that_l_c_joins_does_not_wait_for_it() -> None:
     for node in graph.nodes:
         assert seen.issuperset(node.all_input_nodes)
         seen.add(node)
+
+
+METRICS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "psnr": lambda y, x: -10 * torch.log10(F.mse_loss(y.detach(), x)),
+    "of the clipped": lambda y, x: F.l1_loss(y.detach().clamp(0, 1), x),
+    "a map": lambda y, x: (y.detach() - x).square(),
+    "a copy": lambda y, x: y.detach(),
+}
+
+
+@pytest.mark.parametrize("inside", [False, True])
+@pytest.mark.parametrize("name", METRICS)
+def test_what_has_no_gradient_leaves_without_one(name: str, inside: bool) -> None:
+    x = torch.rand(8, 12)
+    rv = rvconvert.convert(VAE(lambda y, x, *_: (F.mse_loss(y, x) if inside else y, METRICS[name](y, x)), False))
+    loss, metric = rv(x)
+    assert loss.requires_grad and not metric.requires_grad
+    loss.sum().backward()
+    assert rv.encoder.bias.grad[4:].abs().max() > 0  # L_c joins as before

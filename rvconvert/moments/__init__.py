@@ -4,7 +4,7 @@ Tensors of one shape and dtype in, the same out; parameters are floats, or tenso
 so. Half-precision inputs are computed in float32. var = 0 gives (f(mean), 0) and finite gradients.
 """
 
-from rvconvert.moments.closed_form import cos, cosh, exp, expm1, sin, sinh, square, wave
+from rvconvert.moments.closed_form import cos, cosh, exp, exp2, expm1, sin, sinh, square, wave
 from rvconvert.moments.lognormal import log, positive_power, power, reciprocal, rsqrt, sqrt
 from rvconvert.moments.piecewise import (
     celu,
@@ -32,6 +32,7 @@ __all__ = [
     "elu",
     "erf",
     "exp",
+    "exp2",
     "expm1",
     "gelu",
     "hardshrink",

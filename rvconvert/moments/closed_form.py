@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 from rvconvert.moments.normal import Moments, at_least_float32
+
+_LN_2 = math.log(2)
 
 
 @at_least_float32
@@ -13,6 +17,11 @@ def exp(mean: Tensor, var: Tensor) -> Moments:
     """e^x, exact: the lognormal law."""
     expected = torch.exp(mean + 0.5 * var)
     return expected, torch.expm1(var) * expected * expected
+
+
+def exp2(mean: Tensor, var: Tensor) -> Moments:
+    """2^x, exact."""
+    return exp(mean * _LN_2, var * _LN_2**2)
 
 
 @at_least_float32

@@ -151,14 +151,14 @@ def _deviation(mean: Tensor, var: Tensor, kinks: Sequence[float | Tensor], *, ex
     return torch.sqrt(v), var / v
 
 
-def _summed(f, mean, var, kinks, increment, slope=None):
-    """Both moments; with ``slope``, f'(m), their partial derivatives too."""
+def _summed(f, mean, var, kinks, increment, slope=None, moving=True):
+    """Both moments; with ``slope``, f'(m), their partial derivatives too. Without ``moving`` panels a jump has no gradient."""
     s, ratio = _deviation(mean.detach(), var, kinks, exact=increment is not None)
     at_mean = f(mean)
     moments = WeightedMoments(at_mean)
     sums = None if slope is None else SteinSums(at_mean, s, slope)
     # An integral is the same wherever panels meet, but they have to meet at a jump as it moves.
-    for z, w in _panels(mean, s, kinks) if kinks else _panels(mean.detach(), s.detach(), kinks):
+    for z, w in _panels(mean, s, kinks) if kinks and moving else _panels(mean.detach(), s.detach(), kinks):
         value = f(torch.addcmul(mean, s, z)) - at_mean if increment is None else increment(mean, s * z)
         moments.add(w, value)
         if sums is not None:
@@ -184,14 +184,15 @@ def _by_blocks(run, f, mean, var, kinks, increment, *more):
     return tuple(torch.cat(each) for each in zip(*parts, strict=True))
 
 
-def _recomputed(f, mean, var, kinks, increment):
-    return checkpoint(_summed, f, mean, var, kinks, increment, use_reentrant=False, preserve_rng_state=False)
+def _recomputed(f, mean, var, kinks, increment, moving=True):
+    return checkpoint(_summed, f, mean, var, kinks, increment, None, moving, use_reentrant=False, preserve_rng_state=False)
 
 
 def _slope(f: Function, at: Tensor) -> Tensor:
     """f'(at), of an elementwise f; 0 where it has none, as an indicator."""
     value = f(at)
-    return torch.autograd.grad(value.sum(), at)[0] if value.requires_grad else torch.zeros_like(at)
+    slope = torch.autograd.grad(value.sum(), at, allow_unused=True)[0] if value.requires_grad else None
+    return torch.zeros_like(at) if slope is None else slope
 
 
 class _Integrated(torch.autograd.Function):
@@ -219,6 +220,37 @@ class _Integrated(torch.autograd.Function):
         return by_mean, torch.addcmul(grad_mean * mean_by_var, grad_var, var_by_var), *none
 
 
+class Detached(torch.autograd.Function):
+    """``detach`` for gradients, the identity for the slopes that a function is linearised by."""
+
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        """Nothing is needed later."""
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> None:
+        return None
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor) -> Tensor:
+        return tangent.clone()
+
+
+def _is_detached_inside(f: Function, at: Tensor) -> bool:
+    """Its gradients are not those of its values, as of a straight-through estimator."""
+    todo = [f(at).grad_fn]
+    while todo:
+        node = todo.pop()
+        if type(node).__name__ == "DetachedBackward":
+            return True
+        todo += [] if node is None else [each for each, _ in node.next_functions]
+    return False
+
+
 def quadrature(
     f: Function, mean: Tensor, var: Tensor, kinks: Kinks = (), increment: Increment | None = None
 ) -> tuple[Tensor, Tensor]:
@@ -237,5 +269,8 @@ def quadrature(
         if f(mean.detach()).requires_grad or any(isinstance(kink, Tensor) and kink.requires_grad for kink in kinks):
             return _by_blocks(_recomputed, f, mean, var, kinks, increment)
         if mean.requires_grad or var.requires_grad:
-            return _Integrated.apply(mean, var, _slope(f, mean.detach().requires_grad_()), f, kinks, increment)
+            at = mean.detach().requires_grad_()
+            if _is_detached_inside(f, at.flatten()[:1].view([1] * at.ndim)):
+                return _by_blocks(_recomputed, f, mean, var, kinks, increment, False)
+            return _Integrated.apply(mean, var, _slope(f, at), f, kinks, increment)
     return _by_blocks(_summed, f, mean, var, kinks, increment)

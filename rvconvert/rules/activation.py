@@ -83,7 +83,7 @@ def _activation(
     kind = Elementwise(
         closed_form(function),
         kinks=kinks and kinks_of(kinks),
-        joins=everywhere if name in ("exp", "expm1", "sinh", "cosh") else not_everywhere,
+        joins=everywhere if name in ("exp", "exp2", "expm1", "sinh", "cosh") else not_everywhere,
         result_alone=name in ("tanh", "sigmoid"),
         interval=_interval_of(name),
     )
@@ -117,6 +117,7 @@ _activation("logsigmoid", gaussian.logsigmoid, nn.LogSigmoid)
 _activation("abs", gaussian.absolute, kinks=_at_zero)
 _activation("absolute", gaussian.absolute, kinks=_at_zero)
 _activation("exp", gaussian.exp)
+_activation("exp2", gaussian.exp2)
 _activation("expm1", gaussian.expm1)
 _activation("square", gaussian.square)
 _activation("sin", gaussian.sin)
@@ -209,7 +210,7 @@ def _rrelu(input: Any, lower: float = 1 / 8, upper: float = 1 / 3, training: boo
 
 add_rule("rrelu", Composite(_rrelu), Exactness.MOMENT_MATCHED, _GAUSSIAN, modules=(nn.RReLU,))
 
-_BY_QUADRATURE = "atan arctan asinh arcsinh erfc exp2 sinc i0 i0e i1e ndtr tanhshrink log_ndtr".split()
+_BY_QUADRATURE = "atan arctan asinh arcsinh erfc sinc i0 i0e i1e ndtr tanhshrink log_ndtr".split()
 _QUADRATURE_MODULES: dict[str, tuple[type[nn.Module], ...]] = {"tanhshrink": (nn.Tanhshrink,)}
 for _name in _BY_QUADRATURE:
     _modules = _QUADRATURE_MODULES.get(_name, ())

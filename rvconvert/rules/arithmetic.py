@@ -308,13 +308,19 @@ def _fraction_of_positive(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool
     return interval_of(x)[0] > 0 if exponent > 0 else keeps_off_zero(interval_of(x)) and interval_of(x)[0] > 0
 
 
+def _joins_power(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    (base, exponent), _, _ = bind(("input", "exponent"), args, kwargs)
+    exponential = isinstance(exponent, RandomVariable) and not isinstance(base, RandomVariable)
+    return exponential or _fraction_of_positive(args, kwargs)
+
+
 def _has_a_power(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    return _whole_exponent(args, kwargs) or _fraction_of_positive(args, kwargs)
+    return _whole_exponent(args, kwargs) or _joins_power(args, kwargs)
 
 
 add_rule(
     "pow",
-    Elementwise(_power, first_order, whole_line=_has_a_power, joins=_fraction_of_positive, interval=of_power),
+    Elementwise(_power, first_order, whole_line=_has_a_power, joins=_joins_power, interval=of_power),
     Exactness.MOMENT_MATCHED,
     "a Gaussian input, whole powers exact; under a negative or fractional power a lognormal one",
     keeps_latent=True,

@@ -123,7 +123,7 @@ def of_power(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Interval:
     """x to a number."""
     (x, exponent), _, _ = bind(("input", "exponent"), args, kwargs)
     if not isinstance(exponent, (int, float)):
-        return ANYWHERE
+        return POSITIVE if isinstance(x, (int, float)) and x > 0 else ANYWHERE
     if exponent > 0 and exponent % 2 == 0:
         return POSITIVE
     low, high = interval_of(x)

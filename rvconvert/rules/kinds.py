@@ -11,7 +11,7 @@ import math
 import types
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -22,6 +22,7 @@ from rvconvert.core.registry import NAMESPACES, REGISTRY, Exactness, FunctionTab
 from rvconvert.errors import ConversionError, UnsupportedOperationError
 from rvconvert.moments.compilation import is_traced
 from rvconvert.moments.composed import composed_moments
+from rvconvert.moments.quadrature import Detached
 from rvconvert.rules.density import moments_under
 from rvconvert.rules.learned import learned_moments
 from rvconvert.rules.relations import is_same, rows_moved, transposes
@@ -228,7 +229,7 @@ class Shape:
             return self.call(func, substitute(present, lambda x: x.mean), rest, options)
         mean = self.call(func, {n: substitute(v, lambda x: x.mean) for n, v in present.items()}, rest, options)
         if mean is like.mean:  # x.float() of what is float already, x.contiguous(): the variable itself
-            return like
+            return _as_numbers(like)
         name = getattr(func, "__name__", "")
         if name in _KEEPS_ORDER and mean.shape == like.shape and isinstance(present.get("input"), RandomVariable):
             return like  # so is what is viewed as what it is
@@ -247,7 +248,7 @@ class Shape:
         if like.density is not None and alone and isinstance(made, RandomVariable):
             made.distributed(like.density.moved(lambda x: self.call(func, dict.fromkeys(present, x), rest, options)))
         if self.same and isinstance(made, RandomVariable):
-            same = _of_no_gradient if getattr(func, "__name__", "") == "detach" else lambda x: func(x, *rest, **options)
+            same = Detached.apply if getattr(func, "__name__", "") == "detach" else lambda x: func(x, *rest, **options)
             made.derived(origin=Origin(like.snapshot(), same, line=(1.0, 0.0), affine=True, interval=interval_of(like)))
         if alone and isinstance(made, RandomVariable):
             made = rows_moved(made, like, func, args)
@@ -288,30 +289,6 @@ def picking(index: Any, what: str) -> Any:
         return x.mean.bool() if mask else x.mean
 
     return substitute(index, certain)
-
-
-class _Detached(torch.autograd.Function):
-    """``detach`` for gradients, the identity for the slopes that a function is linearised by."""
-
-    @staticmethod
-    def forward(x: torch.Tensor) -> torch.Tensor:
-        return x.clone()
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        """Nothing is needed later."""
-
-    @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> None:
-        return None
-
-    @staticmethod
-    def jvp(ctx: Any, tangent: torch.Tensor) -> torch.Tensor:
-        return tangent.clone()
-
-
-def _of_no_gradient(x: torch.Tensor) -> torch.Tensor:
-    return _Detached.apply(x)  # type: ignore[no-any-return, no-untyped-call]
 
 
 # The variance may lie in memory in another order than the mean (an expanded one, say), where a view is refused.
@@ -619,6 +596,15 @@ def _of_floats(function: Function) -> Function:
         return result if result.is_floating_point() else result.to(value.dtype)
 
     return made
+
+
+def _as_numbers(x: RandomVariable) -> RandomVariable:
+    """Truth values, which comparisons give, as the numbers that are added and multiplied; any other variable itself."""
+    origin = x.origin
+    if origin is None or origin.function(origin.parent.mean.new_zeros(())).is_floating_point():
+        return x
+    key = None if origin.key is None else ("numbers", origin.key)
+    return x.with_moments(x.mean, x.var).derived(origin=replace(origin, function=_of_floats(origin.function), key=key))
 
 
 def _chain(first: Function, second: Function) -> Function:

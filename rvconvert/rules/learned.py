@@ -9,6 +9,7 @@ What a chain of operations makes of x is read off by calling it on a symbol for 
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Hashable
 from typing import Any, NamedTuple
@@ -104,23 +105,28 @@ class _Symbol(Tensor):
     """x in a chain of operations, or what they make of it."""
 
     form: Form | _Sign
+    has_gradients: bool
 
     @staticmethod
     def of(form: Form | _Sign, dtype: torch.dtype) -> _Symbol:
         made: _Symbol = torch.empty((), dtype=dtype).as_subclass(_Symbol)
-        made.form = form
+        made.form, made.has_gradients = form, torch.is_grad_enabled()
         return made
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
         if func.__name__ == "__get__" or func is Tensor.is_floating_point:
             return super().__torch_function__(func, types, args, kwargs)
+        if any(isinstance(x, _Symbol) and x.has_gradients != torch.is_grad_enabled() for x in args):
+            raise _NoFormError  # its moments would have another gradient than the function
         rule = REGISTRY.find(func)
         name = _NAMES.get(rule.name, rule.name) if rule is not None else ""
         step = _STEPS.get(name)
         given = [x.form if isinstance(x, _Symbol) else x for x in args]
         named = {key: value for key, value in (kwargs or {}).items() if key != "inplace"}
-        form = step(*given, **named) if step is not None else None
+        form = None
+        with contextlib.suppress(TypeError):  # a step takes what its function would not
+            form = step(*given, **named) if step is not None else None
         if form is None:
             form = _of_numbers(func, rule, given, named)
         dtype = next(x.dtype for x in args if isinstance(x, _Symbol))
@@ -134,7 +140,7 @@ def learned_moments(function: Function, mean: Tensor, var: Tensor) -> tuple[Tens
         if isinstance(made, _Symbol) and not isinstance(made.form, _Sign):
             out, out_var = made.form.moments(mean, var)
             return out.expand_as(mean), out_var.expand_as(mean)
-    except (_NoFormError, TypeError):  # a step takes what its function would not
+    except _NoFormError:
         pass
     return None
 
