@@ -612,7 +612,7 @@ def test_a_tensor_in_a_function_of_several_operations_gets_its_gradient(monkeypa
     moved = [(x * torch.sigmoid((rate + side * step).detach().double() * x)) for side in (1, -1)]
     slope = sum(side * (each.mean.sum() + each.var.sum()) for side, each in zip((1, -1), moved, strict=True)) / (2 * step)
     assert float(found) == pytest.approx(float(slope), rel=2e-2)
-    assert not composed._found
+    assert len(composed._found) == 1  # of x sigmoid(x), whatever the rate
 
 
 SOFTMAXES = {

@@ -2864,3 +2864,54 @@ def test_what_has_no_gradient_leaves_without_one(name: str, inside: bool) -> Non
     assert loss.requires_grad and not metric.requires_grad
     loss.sum().backward()
     assert rv.encoder.bias.grad[4:].abs().max() > 0  # L_c joins as before
+
+
+class BottomUp(nn.Module):
+    """q(z1 | x), q(z2 | z1); p(z1 | z2) leaves beside the reconstruction for a KL outside."""
+
+    def __init__(self, latents: int, prior: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.prior = prior
+        self.first, self.second, self.prior_of_first = nn.Linear(6, 2 * latents), nn.Linear(latents, 4), nn.Linear(2, 2 * latents)
+        self.decoder = nn.Linear(latents, 6)
+
+    def draw(self, h: Tensor) -> Tensor:
+        mu, logvar = h.chunk(2, -1)
+        return mu + torch.randn_like(mu) * (0.5 * logvar).exp()
+
+    def forward(self, x: Tensor) -> Any:
+        z = self.draw(self.first(x))
+        return self.decoder(z), *(self.prior_of_first(self.draw(self.second(z))).chunk(2, -1) if self.prior else ())
+
+
+@pytest.mark.parametrize("latents", [3, 6, 8])
+def test_a_prior_that_a_further_latent_places_is_no_reconstruction(latents: int) -> None:
+    x = torch.rand(4, 6, generator=torch.Generator().manual_seed(1))
+    found = [penalty_of(rvconvert.convert(BottomUp(latents, prior)), x) for prior in (False, True)]
+    assert found[0] == pytest.approx(found[1])
+
+
+def test_a_loss_of_a_detached_reconstruction_has_no_l_c() -> None:
+    """A discriminator's step, inside; the reconstruction leaves beside it for pictures."""
+    vae, x = (
+        VAE(lambda y, x, *rest: (F.softplus(rest[-1].head(y.detach())).mean() + rest[-1].head(x).mean(), y), False),
+        torch.rand(8, 12),
+    )
+    rv = rvconvert.convert(vae)
+    rv(x)[0].backward()
+    assert rv.decoder.weight.grad is None and rv.encoder.weight.grad is None and rv.head.weight.grad is not None
+
+
+@pytest.mark.parametrize("kind", [torch.distributions.Categorical, torch.distributions.OneHotCategorical])
+@pytest.mark.parametrize("looked", [False, True])
+def test_probabilities_that_a_law_works_out_have_no_l_c_beside_its_logits(kind: Any, looked: bool) -> None:
+    def result(y: Tensor, *_: Any) -> Any:
+        law = kind(logits=y)
+        return law if not looked or law.probs.numel() else None
+
+    x = torch.rand(8, 12)
+    alone = rvconvert.convert(VAE(lambda y, *_: torch.log_softmax(y, 1), False))
+    rv = rvconvert.convert(VAE(result, False))
+    assert penalty_of(rv, x) == pytest.approx(penalty_of(alone, x))
+    assert rv(x).probs.sum(-1) == pytest.approx(1)

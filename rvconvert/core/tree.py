@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+from torch.distributions import Distribution
 
 from rvconvert.core.random_variable import RandomVariable
 
@@ -99,6 +100,8 @@ def _flatten(value: Any, is_leaf: Callable[[Any], bool], leaves: list[Any], pare
     if len(leaves) == before:
         return Structure("constant", value)
     template = copy.copy(value)
+    for name in _cached(value):
+        del template.__dict__[name]
     for key, part in zip(fields, parts, strict=True):
         if part.kind == "leaf":
             _set_field(template, key, None)
@@ -108,7 +111,16 @@ def _flatten(value: Any, is_leaf: Callable[[Any], bool], leaves: list[Any], pare
 def fields_of(value: Any) -> dict[str, Any]:
     """What an object holds, in its ``__dict__`` and in slots."""
     in_slots = {name: getattr(value, name, None) for name in _slots(type(value))}  # type: ignore[arg-type]
-    return {**getattr(value, "__dict__", {}), **in_slots}
+    found = {**getattr(value, "__dict__", {}), **in_slots}
+    for name in _cached(value):
+        del found[name]
+    return found
+
+
+def _cached(value: Any) -> list[str]:
+    """Probabilities that a distribution has worked out of its logits, or the reverse: it does so again if it is asked."""
+    given = getattr(value, "__dict__", {}).get("_param") if isinstance(value, Distribution) else None
+    return [] if given is None else [name for name in ("probs", "logits") if vars(value).get(name, given) is not given]
 
 
 @functools.lru_cache(maxsize=1024)

@@ -237,7 +237,8 @@ class _Assignment(ScoredGraph):
         for main in chosen:
             taken = {main, *(value for value, other in found if other is main)}
             means = [user for source, user in at_mean if source in taken]
-            losses = [n for n in self.outputs if n in self.losses and n not in taken and self.behind(main, n)]
+            carried = self.forward_of((main,), stop=lambda n: n.meta.get("requires_grad") is False)  # not through a detach
+            losses = [n for n in self.outputs if n in self.losses and n not in taken and n in carried]
             found += [(n, main) for n in dict.fromkeys(losses) if not any(self.behind(user, n) for user in means)]
         return found
 
@@ -300,8 +301,20 @@ class _Assignment(ScoredGraph):
         behind = {n: {draw for draw in self.latents if self.behind(draw, n)} for n in rest}
         # Made of fewer latents than another value of an input's size: p(z_t | z_t-1) beside p(x_t | z_t).
         whole = [behind[n] for n in rest if self.fits_an_input(n) or n.meta.get("shape") not in shapes]
-        alike = [n for n in rest if n.meta.get("shape") in shapes and any(self.is_part(n) == self.is_part(m) for m in own)]
-        priors = [n for n in alike if any(behind[n] < each for each in whole)]
+        drawn = {draw.meta.get("shape") for draw in self.latents}
+        alike = [
+            n
+            for n in rest
+            if (n.meta.get("shape") in shapes and any(self.is_part(n) == self.is_part(m) for m in own))
+            or (n.meta.get("shape") in drawn and self.is_part(n))
+        ]
+        others = [n for n in rest if n not in alike and self.fits_an_input(n)]
+        priors = [
+            n
+            for n in alike
+            if any(behind[n] < each for each in whole)
+            or any(behind[other] < behind[n] or not self.fits_an_input(n) for other in others)  # p(z1 | z2) beside p(x | z1)
+        ]
         return [n for n in rest if n not in priors] or leaves
 
     def is_latent(self, node: fx.Node) -> bool:
