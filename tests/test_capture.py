@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import math
 from collections import OrderedDict, deque
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -973,6 +974,10 @@ COUNTED: dict[str, tuple[bool, Callable[..., Tensor]]] = {  # whether Python kno
     "a loop over classes": (True, lambda f, mu, y: torch.stack([f(mu[y == c]).mean() for c in torch.unique(y)]).sum()),
     "a length": (True, lambda f, mu, y: F.cross_entropy(f(mu[y >= 0]), torch.ones(len(mu[y >= 0]), dtype=torch.long))),
     "unbind": (True, lambda f, mu, y: sum(each.square().sum() for each in mu.masked_select((y >= 0)[:, None]).unbind())),
+    "a loop": (True, lambda f, mu, y: sum(f(mu[y >= 0][i]).sum() for i in range(mu[y >= 0].size(0)))),
+    "a logarithm": (True, lambda f, mu, y: f(mu[y >= 0]).sum() * math.log(1 + mu[y >= 0].size(0)) / mu.size(0)),
+    "part of a list": (True, lambda f, mu, y: f(torch.stack(list(mu)[: y[y >= 0].shape[0]])).sum()),
+    "the middle of a size": (False, lambda f, mu, y: f(torch.zeros(*mu[y >= 0].shape)).sum()),
     "in the middle": (True, lambda f, mu, y: f(mu.t()[:, y >= 0].t()).sum() / len(mu.t()[:, y >= 0].t())),
 }
 
@@ -988,3 +993,24 @@ def test_as_many_rows_as_a_mask_selects_are_counted_at_each_call(name: str) -> N
         torch.testing.assert_close(rv(x, y)[1], vae(x, y)[1])
     report = rvconvert.plan(vae, example_inputs=(x, y))
     assert (report.lifetime == "once" and "decides by the value" in report.reason) == known
+
+
+def test_as_many_steps_as_the_longest_of_a_packed_batch_are_counted_at_each_call() -> None:
+    class Sentences(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.encoder, self.head, self.decoder = nn.GRU(5, 6, batch_first=True), nn.Linear(6, 4), nn.Linear(2, 5)
+
+        def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
+            packed = nn.utils.rnn.pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=False)
+            steps, last = self.encoder(packed)
+            padded, _ = nn.utils.rnn.pad_packed_sequence(steps, batch_first=True)
+            mu, logvar = self.head(last[0]).chunk(2, 1)
+            z = mu + 1e-4 * torch.randn_like(mu) * logvar
+            return torch.stack([self.decoder(z * (t + 1)) for t in range(padded.size(1))], 1)
+
+    vae, x = Sentences(), torch.rand(3, 7, 5)
+    rv = rvconvert.convert(vae)
+    for lengths in ([3, 2, 1], [7, 1, 2], [1, 1, 1]):
+        torch.testing.assert_close(rv(x, torch.tensor(lengths)), vae(x, torch.tensor(lengths)), rtol=0, atol=5e-3)

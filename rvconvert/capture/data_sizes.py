@@ -13,29 +13,35 @@ __all__ = ["COUNTS", "DataSizes", "splits"]
 _BY_VALUES = frozenset("nonzero argwhere masked_select unique unique_consecutive _unique2 bincount".split())
 _ROWS = frozenset("unbind __iter__ split chunk tensor_split vsplit split_with_sizes".split())
 _IN_PLACE = frozenset("setitem __setitem__ index_put index_copy scatter masked_scatter masked_fill".split())
+_PADDED = frozenset(("_pad_packed_sequence",))
 COUNTS = frozenset("numel nelement __len__".split())
 
 
 class DataSizes:
-    """Which nodes have a first size that depends on the values of others."""
+    """Which nodes have a size that depends on the values of others: the first one, or any."""
 
     def __init__(self) -> None:
         self._deciding: dict[fx.Node, fx.Node | None] = {}
+        self._of_any_dim: set[fx.Node] = set()
 
     def note(self, node: fx.Node, name: str, args: tuple[Any, ...]) -> None:
         """Told of a call, with what is given to it as tensors."""
         sources = node.all_input_nodes
         if not sources:
             return
+        if name in _PADDED:
+            self._of_any_dim.add(node)
         repeats = args[1] if name == "repeat_interleave" and len(args) > 1 else None
         indices = args[1] if name == "__getitem__" else ()
         if name in _BY_VALUES or (name == "where" and len(args) == 1):
             self._deciding[node] = sources[0]
+        elif name == "_pack_padded_sequence" and len(sources) > 1:
+            self._deciding[node] = sources[1]  # the lengths, where these are a tensor
         elif isinstance(repeats, torch.Tensor) or any(map(_is_mask, indices if isinstance(indices, tuple) else (indices,))):
             self._deciding[node] = sources[-1]
 
-    def deciding(self, node: fx.Node) -> fx.Node | None:
-        """What decides how many rows a value has; None if that is known from the sizes of the inputs."""
+    def deciding(self, node: fx.Node, dim: int = 0) -> fx.Node | None:
+        """What decides a size of a value, that of its rows by default; None if it is known from the sizes of the inputs."""
         todo = [node]
         while todo:
             each = todo[-1]
@@ -48,7 +54,9 @@ class DataSizes:
                 todo += missing
                 continue
             self._deciding[each] = next((found for n in sources if (found := self._deciding[n]) is not None), None)
-        return self._deciding[node]
+            if any(n in self._of_any_dim for n in sources):
+                self._of_any_dim.add(each)
+        return self._deciding[node] if dim == 0 or node in self._of_any_dim else None
 
     @staticmethod
     def _sources(node: fx.Node) -> list[fx.Node]:

@@ -124,6 +124,7 @@ class _Recorder(TorchFunctionMode, Handler):
         self.alive: list[Any] = []
         self.writers: dict[int, fx.Node] = {}  # of tensors that are stale since
         self.data_sizes = DataSizes()
+        self.sizes_asked: list[tuple[list[fx.Node], fx.Node | None, str]] = []  # of these: nodes, what decides one, the place
         self.views: dict[int, tuple[torch.Tensor, Any]] = {}  # what a view was indexed from, and by what; None: it was reshaped
         self.paths = {id(module): path for path, module in root.named_modules(remove_duplicate=True)}
         self.numbers = {id(module): number for number, module in enumerate(root.modules())}
@@ -305,17 +306,7 @@ class _Recorder(TorchFunctionMode, Handler):
         value = func(*_plain(args), **_plain(kwargs))
         tensor = args[0]
         if prop in ("shape", "size"):
-
-            def make(dim: int, size: int) -> TracedInt:
-                node = self.add("call_method", "size", (self.node_of(tensor), dim), {})
-                if dim not in (0, -tensor.ndim):  # a recording serves one size of every other dimension
-                    return TracedInt(size, node, ignored)
-                decided = self.data_sizes.deciding(self.node_of(tensor)) is not None
-                return TracedInt(size, node, (lambda name: self.note_size(self.node_of(tensor), name)) if decided else self.fixed)
-
-            if isinstance(value, torch.Size):
-                return traced_size(value, make)
-            return make(untraced(args[1] if len(args) > 1 else kwargs["dim"]), value)
+            return self.size(tensor, value, untraced(args[1] if len(args) > 1 else kwargs.get("dim")))
         if not isinstance(value, torch.Tensor) or prop in ("grad", "_base"):
             return value
         node = self.add("call_function", getattr, (self.node_of(tensor), prop), {})
@@ -323,6 +314,28 @@ class _Recorder(TorchFunctionMode, Handler):
         self.inherit(node)
         self.track(value, node)
         return value
+
+    def size(self, tensor: torch.Tensor, value: Any, dim: int | None) -> Any:
+        """One size of a tensor, or all of them, as numbers that a graph knows."""
+        of, asked, dims = self.node_of(tensor), [], []
+
+        def make(dim: int, size: int) -> TracedInt:
+            node = self.add("call_method", "size", (of, dim), {})
+            asked.append(node)
+            dims.append(dim % tensor.ndim)
+            if self.data_sizes.deciding(of, dim % tensor.ndim) is not None:
+                return TracedInt(size, node, lambda name: self.note_size(of, name, dim % tensor.ndim))
+            # A recording serves one size of every other dimension, so only the batch's can be fixed by mistake.
+            return TracedInt(size, node, self.fixed if dim in (0, -tensor.ndim) else ignored)
+
+        made = traced_size(value, make) if dim is None else make(dim, value)
+        decided = [each for each in dims if self.data_sizes.deciding(of, each) is not None]
+        if decided:
+            frame = user_frame()
+            if frame is not None and "range" in frame.f_code.co_names:  # which takes an int without a word
+                self.note_size(of, "range", decided[0])
+            self.sizes_asked.append((asked, self.data_sizes.deciding(of, decided[0]), self.line()))
+        return made
 
     def broadcast(self, tensors: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
         """Each by itself, or a plain scale would be as random as the location beside it."""
@@ -341,9 +354,9 @@ class _Recorder(TorchFunctionMode, Handler):
         if not where(user_frame())[1].startswith("assert") and not _runs("torch/distributions"):
             self.recording.reads.append((node, self.line(), name not in _REPORTS))
 
-    def note_size(self, node: fx.Node | None, name: str) -> None:
+    def note_size(self, node: fx.Node | None, name: str, dim: int = 0) -> None:
         """Python knows how many rows a value has: it knows the values that decide that, if any do."""
-        deciding = None if node is None else self.data_sizes.deciding(node)
+        deciding = None if node is None else self.data_sizes.deciding(node, dim)
         if deciding is not None:
             self.note_read(deciding, name)
 
@@ -928,7 +941,16 @@ def _recorded(
         recording.kept.append(kept)
         leaves += found
     recording.graph.output(tuple(recorder.argument(leaf) for leaf in leaves))
+    # What is asked for and is in no operation, Python has used: items[:n], math.log(n).
+    for sizes, deciding, place in recorder.sizes_asked:
+        if not any(map(_is_used, sizes)):
+            recording.reads.append((deciding, place, True))
     return result
+
+
+def _is_used(number: fx.Node) -> bool:
+    """A tensor is made of a number, or of what is worked out of it."""
+    return any("rule" in user.meta or "shape" in user.meta or user.op == "output" or _is_used(user) for user in number.users)
 
 
 def _own_state(module: nn.Module) -> dict[str, Any]:
