@@ -21,7 +21,18 @@ from rvconvert.calibration import renew
 from rvconvert.capture import intercept
 from rvconvert.capture.graph_calls import autocast_state, set_autocast
 from rvconvert.capture.module_state import put_back, tensors_written, unchanged
-from rvconvert.capture.python_state import ARGUMENT, NUMBERS, OTHERS, Moving, Place, Scope, is_opaque, read_now, unused_arguments
+from rvconvert.capture.python_state import (
+    ARGUMENT,
+    NUMBERS,
+    OTHERS,
+    Moving,
+    Place,
+    Scope,
+    held_by,
+    is_opaque,
+    read_now,
+    unused_arguments,
+)
 from rvconvert.capture.recorder import own_copies, record
 from rvconvert.capture.replay import each_mode, replay_differs
 from rvconvert.core.random_variable import RandomVariable, moments_later, random_variables
@@ -39,7 +50,7 @@ from rvconvert.program.roles import Roles, assign
 from rvconvert.rules.noise import all_entering
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from rvconvert.capture.recording import Kept, Recording
     from rvconvert.options import Options
@@ -54,6 +65,7 @@ _OFTEN = (
     "its arguments by which Python decides, differ. Give a number that changes with every call, min(1, step / 1000), worked out, "
     "or as a tensor, torch.tensor(step); pad lengths to some sizes"
 )
+_MANY_STEPS = 10**6  # past any warm-up
 _MOST_NUMBERS = 16  # kinds of call that differ in what is no tensor, before that is said
 MOST_PROGRAMS = 64  # kept for each model; the one used longest ago goes
 
@@ -536,7 +548,8 @@ class Conversion:
     def samples_in_other_mode(self, examined: Examined, name: str, model: nn.Module, args: Any, kwargs: Any) -> bool:
         """True where the method draws nothing now but does otherwise.
 
-        In the other mode (``if self.training: ...``), with gradients, or without what may be left out (``encode_only=True``).
+        In the other mode (``if self.training: ...``), with gradients, without what may be left out (``encode_only=True``), or
+        later, as a flag or a count of steps on the model may say.
         """
         if not isinstance(examined.refusal, NoReparameterizationError):
             return False
@@ -551,6 +564,16 @@ class Conversion:
                 with torch.enable_grad(), contextlib.suppress(Exception):  # of the model's own code
                     if self.examine(name, model, given, named).refusal is None:
                         return True
+        modules = _modules_of(model)
+        own = [
+            (modules[each.owner], each.name) for each in examined.recording.places if type(each.owner) is int and each.owner >= 0
+        ]
+        told = [(module, attribute, vars(module).get(attribute)) for module, attribute in own]
+        for module, attribute, value in [each for each in told if type(each[2]) in (bool, int)][:_MOST_NUMBERS]:
+            later = not value if type(value) is bool else _MANY_STEPS
+            with torch.enable_grad(), contextlib.suppress(Exception), _told(module, attribute, later):
+                if self.examine(name, model, args, kwargs).refusal is None:
+                    return True
         return False
 
     def examine(
@@ -569,12 +592,14 @@ class Conversion:
         grad = torch.is_grad_enabled()
         registry = self.settings.registry
         again: list[str] = []
+        by_hooks = held_by(hook for m in model.modules() for hook in (*m._forward_pre_hooks.values(), *m._forward_hooks.values()))
         if any(map(is_lazy, model.parameters())):
             self.build(name, model, args, kwargs)
         moving = self.that_can_move(moving, model, method, args, kwargs)
         read = Moving(moving)
         with unchanged(model), torch.enable_grad():
             recording, _ = record(model, method, args, kwargs, registry, told=grad, moving=read)
+        outside = recording.outside
         counted = recording.counted - moving - self.still
         if counted:  # self.steps += 1
             recording.restore()
@@ -624,6 +649,9 @@ class Conversion:
         report = report_graph(recording, roles, self.plain_class.__name__, name, self.settings, attaches=self.attaches)
         if refusal is not None:
             report = dataclasses.replace(report, refusal=str(refusal))
+        if recording.once or refusal is not None:  # the call itself is still to come
+            outside.put_back()
+        by_hooks.put_back()
         return Examined(recording, roles, report, refusal, bool(again), moving)
 
     def that_can_move(self, moving: frozenset[Place], model: nn.Module, method: Any, args: Any, kwargs: Any) -> frozenset[Place]:
@@ -733,6 +761,17 @@ def _kinds(leaves: list[Any], *, batch: bool) -> tuple[Any, ...]:
 
 
 _WALKED: weakref.WeakKeyDictionary[nn.Module, tuple[list[nn.Module], list[list[Any]] | None]] = weakref.WeakKeyDictionary()
+
+
+@contextlib.contextmanager
+def _told(module: nn.Module, name: str, value: Any) -> Iterator[None]:
+    """Within, a plain attribute of a module has another value."""
+    held = vars(module)[name]
+    vars(module)[name] = value
+    try:
+        yield
+    finally:
+        vars(module)[name] = held
 
 
 def _modules_of(model: nn.Module) -> list[nn.Module]:

@@ -1089,3 +1089,61 @@ def test_a_global_layer_or_function_may_be_another_one_later(monkeypatch):
     for name, value in (("criterion", nn.L1Loss()), ("activation", torch.tanh)):
         monkeypatch.setitem(globals(), name, value)
         torch.testing.assert_close(rv(x), vae(x), rtol=1e-3, atol=0)
+
+
+STEPS = 0
+HISTORY = collections.deque(maxlen=100)
+SCHEDULE = types.SimpleNamespace(step=0, seen={"steps": []})
+
+
+def _global_number():
+    global STEPS
+    STEPS += 1
+    return STEPS
+
+
+def _deque():
+    HISTORY.append(1)
+    return len(HISTORY)
+
+
+def _object():
+    SCHEDULE.step += 1
+    SCHEDULE.seen["steps"].append(SCHEDULE.step)
+    return len(SCHEDULE.seen["steps"])
+
+
+def _closure():
+    calls = []
+
+    def advance():
+        calls.append(1)
+        return len(calls)
+
+    return advance
+
+
+class Advancing(VAE):
+    def __init__(self, advance):
+        super().__init__()
+        self.advance = advance
+
+    def forward(self, x):
+        return self.reconstruct(x), self.advance()
+
+
+@pytest.mark.parametrize("advance", [_global_number, _deque, _object, _closure()])
+def test_what_is_outside_the_model_is_advanced_by_calls_and_by_no_recording(advance):
+    model, x = rvconvert.convert(Advancing(advance)), torch.rand(5, 6)
+    first = advance()
+    assert [model(x)[1] for _ in range(3)] == [first + 1, first + 2, first + 3]
+    assert model(torch.rand(4, 6))[1] == first + 4
+    assert rvconvert.plan(Advancing(advance), example_inputs=x) and advance() == first + 5
+
+
+def test_a_hook_fires_once_a_call():
+    model, seen = rvconvert.convert(VAE()), []
+    model.encoder.register_forward_hook(lambda module, args, out: seen.append(out.shape[0]))
+    for n in (5, 4, 5):
+        model(torch.rand(n, 6))
+    assert seen == [5, 4, 5]

@@ -347,3 +347,44 @@ def test_a_transform_of_torch_func_inside_is_refused_with_its_line(name, mode):
 
     with pytest.raises(TracingError, match=r"(?s)torch\.vmap and.*test_refusals\.py:\d+:.*Write it for the whole batch"):
         rvconvert.convert(Transforming(), covariance=mode)(torch.rand(5, 6))
+
+
+class WarmedUp(nn.Module):
+    """Decodes the mean for its first steps, or while a flag says so."""
+
+    def __init__(self):
+        super().__init__()
+        self.encoder, self.decoder, self.warm, self.steps = nn.Linear(6, 4), nn.Linear(2, 6), False, 100
+
+    def forward(self, x):
+        mu, logvar = self.encoder(x).chunk(2, 1)
+        return self.decoder(mu if self.warm or self.steps < 100 else mu + torch.randn_like(mu) * (0.5 * logvar).exp())
+
+
+@pytest.mark.parametrize(("name", "value"), [("warm", True), ("steps", 3)])
+def test_a_model_that_samples_later_is_served(name, value):
+    rv, x = rvconvert.convert(WarmedUp()), torch.rand(3, 6)
+    before = getattr(rv, name)
+    setattr(rv, name, value)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        torch.testing.assert_close(rv(x), rv.decoder(rv.encoder(x).chunk(2, 1)[0]))
+    assert getattr(rv, name) == value and any("attaches no variance penalty" in str(each.message) for each in said)
+    setattr(rv, name, before)
+    rv(x)
+    assert rv.last_penalty > 0
+
+
+class Decoder(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.dec = nn.Linear(2, 6)
+
+    def forward(self, z):
+        return self.dec(z)
+
+
+def test_a_bare_decoder_is_told_how_to_convert_it():
+    with pytest.raises(ConversionError) as refused:
+        rvconvert.convert(Decoder())(torch.rand(3, 2))
+    assert "rvconvert.convert(model, random_inputs=('z',))" in str(refused.value)

@@ -37,6 +37,7 @@ __all__ = [
     "ReadByName",
     "Scope",
     "following",
+    "held_by",
     "is_opaque",
     "is_watched",
     "random_state",
@@ -156,13 +157,14 @@ class ReadByName:
         self.enclosed: dict[types.CodeType, dict[str, tuple[Any, Hashable]]] = {}  # of functions with variables of another's
         self.seeds = False  # some of it names what sets the state of torch's generators
         self.within: set[Any] = set()  # code of functions that are made in the run, of its own variables
+        self.held = Contents()  # of what is outside the model, before the run
 
     def __call__(self, frame: types.FrameType, event: str, argument: Any) -> None:
         code = frame.f_code
         if event != "call" or (code in self.codes and self.enclosed.get(code, True)) or not self.is_recorded():
             return
         if code in self.codes:  # others of its functions held nothing so far that may change
-            self.enclosed[code] = _held(frame)
+            self.enclose(frame)
             return
         self.codes.add(code)
         self.within.update(each for each in code.co_consts if isinstance(each, types.CodeType))
@@ -170,7 +172,13 @@ class ReadByName:
             self.seeds = self.seeds or not _SEEDS.isdisjoint(code.co_names)
             self.note(_globals_of(frame.f_globals, code))
             if code not in self.within and set(code.co_freevars) - {"__class__"}:
-                self.enclosed[code] = _held(frame)
+                self.enclose(frame)
+
+    def enclose(self, frame: types.FrameType) -> None:
+        """Hold what a function that is called closes over."""
+        held = self.enclosed[frame.f_code] = _held(frame)
+        for value, _ in held.values():
+            self.held.keep(value)
 
     def find_enclosed(self) -> None:
         """Note the variables that functions of the codes seen close over, of all in one walk through what Python has."""
@@ -196,6 +204,7 @@ class ReadByName:
         for place in places:
             if place not in self.values:
                 self.values[place] = read_now((place,), ())[0]
+                self.held.keep_place(place)
 
     def draws(self) -> bool:
         """A generator of random numbers is among what was read."""
@@ -204,6 +213,76 @@ class ReadByName:
     def changed(self) -> list[Place]:
         """What is no longer as it was when it was read first."""
         return [place for place, was in self.values.items() if read_now((place,), ())[0] != was]
+
+
+class Contents:
+    """What containers and objects of Python hold, and names outside the model, to be put back after a run on the side."""
+
+    def __init__(self) -> None:
+        self.found: dict[int, tuple[Any, Any]] = {}
+        self.names: dict[Place, Any] = {}
+
+    def keep_place(self, place: Place) -> None:
+        """Of a scope: the name's value, and what that holds."""
+        value = _value(place, ())
+        self.names[place] = value
+        self.keep(value)
+
+    def keep(self, value: Any, depth: int = _DEPTH) -> None:
+        """What a value holds now, and what its contents hold, as far down as is looked."""
+        own = hasattr(value, "__dict__") and not isinstance(value, _CONTAINERS) and not is_opaque(value)
+        if depth == 0 or id(value) in self.found or not (own or isinstance(value, (list, dict, set, collections.deque))):
+            return
+        holder = vars(value) if own else value
+        if len(holder) > _MOST:
+            return
+        content = dict(holder) if isinstance(holder, dict) else list(holder)
+        self.found[id(value)] = holder, content
+        for each in content.values() if isinstance(content, dict) else content:
+            self.keep(each, depth - 1)
+
+    def put_back(self) -> None:
+        """Let all be as it was."""
+        for place, value in self.names.items():
+            if isinstance(place.owner, Scope) and _value(place, ()) is not value:
+                _rebind(place.owner.of, place.name, value)
+        for holder, content in self.found.values():
+            if _is_as_it_was(holder, content):
+                continue
+            holder.clear()
+            if isinstance(holder, (dict, set)):
+                holder.update(content)
+            else:
+                holder.extend(content)
+
+
+def held_by(functions: Iterable[Any]) -> Contents:
+    """What functions, such as hooks, hold and read outside the model."""
+    found = Contents()
+    for function in functions:
+        if isinstance(function, types.MethodType):
+            found.keep(function.__self__)
+            function = function.__func__
+        if isinstance(function, types.FunctionType):
+            for place in _globals_of(function.__globals__, function.__code__):
+                found.keep_place(place)
+            for cell in function.__closure__ or ():
+                found.keep(_content(cell))
+        else:
+            found.keep(function)
+    return found
+
+
+def _is_as_it_was(holder: Any, content: Any) -> bool:
+    now, was = (list(each.items()) if isinstance(each, dict) else [(x, x) for x in each] for each in (holder, content))
+    return len(now) == len(was) and all(a is c and b is d for (a, b), (c, d) in zip(now, was, strict=True))
+
+
+def _rebind(of: dict[str, Any] | types.CellType, name: str, value: Any) -> None:
+    if isinstance(of, dict):
+        of[name] = value
+    else:
+        of.cell_contents = value
 
 
 @contextlib.contextmanager

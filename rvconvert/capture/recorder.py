@@ -926,6 +926,7 @@ def _recorded(
                 _TRANSFORM.format(f"{short_place(f'{own[-1].filename}:{own[-1].lineno}')}: {own[-1].line}")
             ) from error
     recording.places |= dict.fromkeys(read.values)
+    recording.outside = read.held
     if random_state() != drawn:
         recording.once.append("Python draws random numbers of its own, by random or numpy.random")
     if read.draws():

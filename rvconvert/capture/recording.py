@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from rvconvert.capture.python_state import Contents
 from rvconvert.core.tree import Structure
 
 if TYPE_CHECKING:
@@ -67,6 +68,7 @@ class Recording:
         decided: of the numbers that the graph reads anew at each call, those by which Python has decided.
         builds: the method made parameters, which the model had not before.
         backward_hooks: paths of the modules called that have such hooks.
+        outside: what the method read of Python outside the model, as it was before.
     """
 
     graph: fx.Graph
@@ -95,6 +97,7 @@ class Recording:
     decided: set[Place] = field(default_factory=set)
     builds: bool = False
     backward_hooks: list[str] = field(default_factory=list)
+    outside: Contents = field(default_factory=Contents)
 
     def equals(self, other: Recording) -> bool:
         """Both have the same graph, of the same constants."""

@@ -410,6 +410,11 @@ def _why_unreadable(path: Path, error: Exception, allow_pickle: bool) -> str:
             )
     if "weights_only" in text.lower() and not allow_pickle and not isinstance(error, (EOFError, OSError)):
         return f"{path} holds more than tensors and plain data, or is no torch file; it was not read ({_cause(text)})"
+    if isinstance(error, (AttributeError, ImportError)):  # a whole model, pickled as ``__main__.VAE`` by python train.py
+        return (
+            f"{path} holds objects of code that cannot be imported here ({_first_line(error)}); where that runs, save the "
+            "weights alone: torch.save(model.state_dict(), path)"
+        )
     return f"{path} is damaged or cut off ({_first_line(error)}); copy or download it again"
 
 

@@ -92,10 +92,9 @@ def _nothing_to_convert(
         named = f"    rvconvert.convert(model, {methods}latent=({drawn[0].rpartition('/')[2]!r},))"
         advice.insert(0 if methods else len(advice), named)  # another method was tried already
     for path, module in model.named_modules():
-        decoder = path and any(part in path.rpartition(".")[2].lower() for part in ("dec", "gen"))
-        if decoder and not isinstance(module, torch.jit.ScriptModule):
-            argument = _first_argument(module)
-            advice.append(f"    rvconvert.convert(model.{path}, random_inputs=({argument!r},))  # a bare decoder")
+        if _is_decoder(path, module) and not isinstance(module, torch.jit.ScriptModule):
+            argument, what = _first_argument(module), f"model.{path}" if path else "model"
+            advice.append(f"    rvconvert.convert({what}, random_inputs=({argument!r},))  # a bare decoder")
             break
     if noise := _noise_among(recording, method):
         advice.insert(0, f"    rvconvert.convert(model, random_inputs=({noise!r},))  # where it is noise")
@@ -137,6 +136,15 @@ def read_refusal(label: str, place: str) -> ConversionError:
 def _chooses(node: fx.Node) -> bool:
     rule = node.meta.get("rule")
     return rule is not None and rule.name in ("argmin", "argmax")
+
+
+def _is_decoder(path: str, module: nn.Module) -> bool:
+    """By its name; the model itself, of no path, by that of its class or of what it takes."""
+    if path:
+        return any(part in path.rpartition(".")[2].lower() for part in ("dec", "gen"))
+    name = type(module).__name__.lower()
+    named = ("decoder" in name and "encoder" not in name) or "generator" in name
+    return named or _first_argument(module) in ("z", "latent", "latents", "noise", "eps")
 
 
 def _first_argument(module: nn.Module) -> str:
