@@ -329,6 +329,7 @@ def test_a_mask_of_the_part_that_does_not_vary_picks(covariance):
 TRANSFORMS = {
     "a loss of each example": lambda m, z, x: torch.vmap(lambda a, b: (a - b).square().mean())(m.decoder(z), x).mean(),
     "a decoder": lambda m, z, x: torch.vmap(m.decoder)(z),
+    "an ensemble": lambda m, z, x: torch.vmap(lambda scale: m.decoder(z) * scale)(torch.rand(3, 1)).mean(0),
     "a Jacobian": lambda m, z, x: (m.decoder(z), torch.vmap(torch.func.jacrev(m.decoder))(z.detach())),
 }
 

@@ -441,6 +441,8 @@ class _Recorder(TorchFunctionMode, Handler):
         ):
             func, node_args, node_kwargs = torch.Tensor.expand_as, (node_args[1], node_args[0]), {}
             rule = self.registry.find(func)
+        if torch._C._functorch.peek_interpreter_stack() is not None:
+            fx.node.map_arg((node_args, node_kwargs), self.refuse_random)
         draw = DRAWS.get(func)
         node = self.node_for(func, node_args, node_kwargs, bool(mutated and draw is None))
         node.meta["rule"], node.meta["function"] = rule, func
@@ -466,6 +468,12 @@ class _Recorder(TorchFunctionMode, Handler):
         elif name in _RESHAPES and not mutated and result is not plain_args[0] and _storage(result) == _storage(plain_args[0]):
             self.views[id(result)] = plain_args[0], None
         return result
+
+    def refuse_random(self, node: fx.Node) -> fx.Node:
+        """A transform of torch.func gives each value more dimensions than its node has."""
+        if node in self.recording.depends:
+            raise TracingError(_TRANSFORM.format(self.line()))
+        return node
 
     def like(self, value: Any) -> Any:
         """What is asked of a random value as for its shape and type, in its place: the answer is not random."""

@@ -65,6 +65,9 @@ def row_for(operation: str, rule: Rule | None, place: dict[str, Any], *, functio
             reason="whole numbers made of a random variable: a mean of them would be another one",
             hint='rvconvert.convert(model, covariance="sampled")  # makes them on each path',
         )
+    if operation == "getattr":  # x.real of what has no rule
+        hint = 'rvconvert.convert(model, covariance="sampled")'
+        return Row(operation, "unsupported", **place, reason="an attribute that has no moments", hint=hint)
     target = operation if "." in operation and not operation.startswith("Tensor.") else f"torch.{operation}"
     return Row(
         operation,
