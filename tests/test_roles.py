@@ -2915,3 +2915,30 @@ def test_probabilities_that_a_law_works_out_have_no_l_c_beside_its_logits(kind: 
     rv = rvconvert.convert(VAE(result, False))
     assert penalty_of(rv, x) == pytest.approx(penalty_of(alone, x))
     torch.testing.assert_close(rv(x).probs.sum(-1), torch.ones(8))
+
+
+@pytest.mark.parametrize("covariance", ["independent", "calibrated"])
+def test_a_posterior_made_of_its_prior_has_the_plain_model_s_divergence(covariance: str) -> None:
+    """A ladder: q(z1 | x, z2) is the product of what x says and of p(z1 | z2), whose mean and variance both vary with z2."""
+
+    class Precisions(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.bottom, self.top, self.prior, self.decoder = nn.Linear(8, 6), nn.Linear(8, 4), nn.Linear(2, 6), nn.Linear(3, 8)
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            mean, logvar = self.top(x).chunk(2, 1)
+            p, p_var = self.prior(mean + torch.randn_like(mean) * (0.5 * logvar).exp()).chunk(2, 1)
+            q, q_var = self.bottom(x).chunk(2, 1)
+            p_var, q_var = F.softplus(p_var), F.softplus(q_var)
+            var = 1 / (1 / p_var + 1 / q_var)
+            mean = (q / q_var + p / p_var) * var
+            divergence = 0.5 * ((mean - p) ** 2 / p_var + var / p_var - 1 + p_var.log() - var.log()).sum(1)
+            return self.decoder(mean + torch.randn_like(var) * var.sqrt()), divergence.mean()
+
+    vae, x = Precisions(), torch.rand(16, 8, generator=torch.Generator().manual_seed(1))
+    rv = rvconvert.convert(vae, covariance=covariance)
+    with torch.no_grad():
+        plain, found = (torch.stack([model(x)[1] for _ in range(300)]) for model in (vae, rv))
+    assert found.mean() == pytest.approx(float(plain.mean()), rel=0.05)

@@ -351,7 +351,9 @@ class ScoredGraph(DecodedGraph):
                 leads.add(node)
         related: set[fx.Node] = set()
         for node in self.nodes:
-            if node in scores and (self.relates(node) or any(n in related for n in node.all_input_nodes)):
+            if node in scores and (
+                self.relates(node) or self.is_apart_from_own_prior(node) or any(n in related for n in node.all_input_nodes)
+            ):
                 related.add(node)
         free = scores - leads
         exponentials = {n for n in free if self.is_exponential(n)}
@@ -366,6 +368,29 @@ class ScoredGraph(DecodedGraph):
             or self.is_over_own_scale(n)
             or self.is_quadratic(n)
         )
+
+    def is_apart_from_own_prior(self, node: fx.Node) -> bool:
+        """A difference of a posterior's location from what it is made of beside others: of q(z1 | x, z2) from p(z1 | z2)."""
+        operands = self.random_in(node)
+        if self.rule_name(node) not in DIFFERENCES or len(operands) != 2:
+            return False
+        first, second = map(self.roots_of, operands)
+        several = len(first | second) > 1 and not first.isdisjoint(second)
+        return several and any(n in self.parameters_of(self.latents) for n in operands)
+
+    def roots_of(self, node: fx.Node) -> set[fx.Node]:
+        """The random values that ``node`` is an elementwise function of, as far back as layers and draws."""
+        found, todo, seen = set(), [node], set()
+        while todo:
+            each = todo.pop()
+            if each in seen:
+                continue
+            seen.add(each)
+            if self.is_kind(each, Elementwise) or (self.is_kind(each, Shape) and "part" not in each.meta):
+                todo += self.random_in(each)
+            else:
+                found.add(each)
+        return found
 
     def is_over_own_scale(self, node: fx.Node) -> bool:
         """What a draw is made of over the scale that it was drawn with, which is random itself: log q(z2 | z1) of z2 ~ q."""
