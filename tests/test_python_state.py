@@ -1093,7 +1093,7 @@ def test_a_global_layer_or_function_may_be_another_one_later(monkeypatch):
 
 STEPS = 0
 HISTORY = collections.deque(maxlen=100)
-SCHEDULE = types.SimpleNamespace(step=0, seen={"steps": []})
+PROGRESS = types.SimpleNamespace(step=0, seen={"steps": []})
 
 
 def _global_number():
@@ -1108,9 +1108,9 @@ def _deque():
 
 
 def _object():
-    SCHEDULE.step += 1
-    SCHEDULE.seen["steps"].append(SCHEDULE.step)
-    return len(SCHEDULE.seen["steps"])
+    PROGRESS.step += 1
+    PROGRESS.seen["steps"].append(PROGRESS.step)
+    return len(PROGRESS.seen["steps"])
 
 
 def _closure():

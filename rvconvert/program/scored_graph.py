@@ -376,6 +376,7 @@ class ScoredGraph(DecodedGraph):
             return False
         first, second = map(self.roots_of, operands)
         several = len(first | second) > 1 and not first.isdisjoint(second)
+        several = several and (first | second).isdisjoint(self.latents)  # of a draw and its location a rule makes the noise
         return several and any(n in self.parameters_of(self.latents) for n in operands)
 
     def roots_of(self, node: fx.Node) -> set[fx.Node]:
