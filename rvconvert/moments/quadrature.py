@@ -167,21 +167,26 @@ def _summed(f, mean, var, kinks, increment, slope=None, moving=True):
     return found if sums is None else (*found, *sums.partials(moments, s, ratio))
 
 
-def _by_blocks(run, f, mean, var, kinks, increment, *more):
-    """``run`` on some examples at a time, where what f closes over serves each of them."""
+def by_rows(run: Callable[..., tuple[Tensor, ...]], mean: Tensor, *more: Any) -> tuple[Tensor, ...]:
+    """``run(mean, *more)`` on some examples at a time: of what is shaped as ``mean`` on their rows, of all else on the whole."""
     rows = max(1, BLOCK * len(mean) // max(1, mean.numel())) if mean.ndim else 1
-    if mean.ndim == 0 or rows >= len(mean) or f(mean[:1]).shape != mean[:1].shape:
-        return run(f, mean, var, kinks, increment, *more)
+    if mean.ndim == 0 or rows >= len(mean):
+        return run(mean, *more)
 
-    def part(x, i):
+    def part(x: Any, i: int) -> Any:
         whole = not isinstance(x, Tensor) or x.ndim < mean.ndim or len(x) == 1
         return x if whole else x[i : i + rows]
 
-    parts = [
-        run(f, part(mean, i), part(var, i), [part(kink, i) for kink in kinks], increment, *(part(x, i) for x in more))
-        for i in range(0, len(mean), rows)
-    ]
+    parts = [run(*(part(x, i) for x in (mean, *more))) for i in range(0, len(mean), rows)]
     return tuple(torch.cat(each) for each in zip(*parts, strict=True))
+
+
+def _by_blocks(run, f, mean, var, kinks, increment, *more):
+    """``run`` on some examples at a time, where what f closes over serves each of them."""
+    if mean.ndim == 0 or f(mean[:1]).shape != mean[:1].shape:
+        return run(f, mean, var, kinks, increment, *more)
+    n = len(kinks)
+    return by_rows(lambda m, v, *rest: run(f, m, v, list(rest[:n]), increment, *rest[n:]), mean, var, *kinks, *more)
 
 
 def _recomputed(f, mean, var, kinks, increment, moving=True):

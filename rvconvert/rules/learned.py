@@ -10,16 +10,19 @@ What a chain of operations makes of x is read off by calling it on a symbol for 
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 from collections.abc import Callable, Hashable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from rvconvert.core.registry import REGISTRY
 from rvconvert.moments import leaky_relu, wave
 from rvconvert.moments.composed import composed_moments
+from rvconvert.moments.quadrature import by_rows
 
 __all__ = ["learned_moments"]
 
@@ -68,7 +71,12 @@ class Wave(NamedTuple):
         return self._replace(slope=self.slope * factor, offset=self.offset * factor, height=self.height * factor)
 
     def moments(self, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
-        out, out_var = wave(mean, var, self.slope, self.height, self.rate, self.phase)
+        given = mean, var, self.slope, self.height, self.rate, self.phase
+        if torch.is_grad_enabled():  # of twenty steps nothing is kept: gradients run them again
+            run = functools.partial(checkpoint, wave, use_reentrant=False, preserve_rng_state=False)
+        else:
+            run = wave
+        out, out_var = by_rows(run, *given)
         return out + self.offset, out_var
 
 
