@@ -558,6 +558,9 @@ LEVELS = {
     "two thresholds": lambda x: (x > 0).float() + (x > 1).float(),
     "between": lambda x: ((x > -1) & (x < 1)).float() - 0.5 * (x > 2).to(torch.float32),
     "a residual": lambda x: (x > 0).type(torch.float32) - x,
+    "right": lambda x: ((x > 0.5) == torch.tensor([True, False, True, True, False])).float(),
+    "wrong": lambda x: ((x > 0.5).float() != 1).float(),
+    "equal": lambda x: ((x > 0.5) == (x < 1)).float(),
     "straight through": lambda x: (x > 0.5).float() - x.detach() + x,
 }
 

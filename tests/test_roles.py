@@ -2942,3 +2942,16 @@ def test_a_posterior_made_of_its_prior_has_the_plain_model_s_divergence(covarian
     with torch.no_grad():
         plain, found = (torch.stack([model(x)[1] for _ in range(300)]) for model in (vae, rv))
     assert found.mean() == pytest.approx(float(plain.mean()), rel=0.05)
+
+
+@pytest.mark.parametrize("detached", [False, True])
+def test_an_accuracy_inside_is_the_probability_of_being_right(detached: bool) -> None:
+    def result(y: Tensor, x: Tensor, *_: Any) -> Any:
+        return y, (((y.detach() if detached else y) > 0) == (x > 0.5)).float().mean()
+
+    vae, x = VAE(result, False), torch.rand(64, 12, generator=torch.Generator().manual_seed(1))
+    rv = rvconvert.convert(vae)
+    with torch.no_grad():
+        plain = torch.stack([vae(x)[1] for _ in range(200)]).mean()
+    assert float(rv(x)[1]) == pytest.approx(float(plain), abs=0.03)
+    assert penalty_of(rv, x) == pytest.approx(penalty_of(rvconvert.convert(VAE(lambda y, *_: y, False)), x))

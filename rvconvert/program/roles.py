@@ -158,6 +158,8 @@ class _Assignment(ScoredGraph):
         """Where decoded values enter a loss, or a network that is ``compared``."""
         found = []
         for source, user in dict.fromkeys([*self.frontier(), *compared]):
+            if self.compares(source):  # an accuracy is no loss
+                continue
             at = self.meets_input(source, user)
             found.append(_Edge(*((source, user) if at is None else self.whole(source, user, at)), at))
         return found

@@ -390,10 +390,15 @@ for _name in ("gt", "ge", "lt", "le", "greater", "less", "greater_equal", "less_
 
 
 def _equality(value: float) -> Any:
-    """Two variables are equal with probability 0, unless neither varies."""
+    """Two variables are equal with probability 0, unless neither varies or both are indicators."""
 
     def probability(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Tensor]:
         (a, b), _, _ = bind(("input", "other"), args, kwargs)
+        if all(map(_is_indicator, unique(args, kwargs))):
+            (none, one), (other_none, other_one) = map(_indicated, (a, b))
+            p = none * other_none + one * other_one
+            p = p if value else 1 - p
+            return p, p * (1 - p)
         (a, a_var), (b, b_var) = moments(a), moments(b)
         varies: Any = ((0 if a_var is None else a_var) + (0 if b_var is None else b_var)) > 0
         p = torch.where(varies | (a != b), 1 - value, value).to(varies.device, unique(args, kwargs)[0].dtype)
@@ -408,6 +413,23 @@ for _name, _value in (("eq", 1.0), ("ne", 0.0), ("not_equal", 0.0)):
         Elementwise(_equality(_value), _equality(_value)),
         Exactness.EXACT_IF_INDEPENDENT,
         "a continuous variable meets another value with probability 0",
+    )
+
+
+def _is_indicator(x: RandomVariable) -> bool:
+    """A function with the values 0 and 1 alone, as a comparison is, wherever it is asked."""
+    if x.origin is None:
+        return False
+    values = (x.origin.function(x.origin.parent.mean.new_tensor(at)) for at in (-3.1, 0.21, 0.77, 2.9))
+    return all(bool(((each == 0) | (each == 1)).all()) for each in values)
+
+
+def _indicated(x: Any) -> tuple[Any, Any]:
+    """The probabilities of 0 and of 1."""
+    return (
+        (1 - x.mean, x.mean)
+        if isinstance(x, RandomVariable)
+        else (torch.as_tensor(x).eq(0) * 1.0, torch.as_tensor(x).eq(1) * 1.0)
     )
 
 
