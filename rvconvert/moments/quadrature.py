@@ -193,9 +193,8 @@ def _recomputed(f, mean, var, kinks, increment, moving=True):
     return checkpoint(_summed, f, mean, var, kinks, increment, None, moving, use_reentrant=False, preserve_rng_state=False)
 
 
-def _slope(f: Function, at: Tensor) -> Tensor:
-    """f'(at), of an elementwise f; 0 where it has none, as an indicator."""
-    value = f(at)
+def _slope(value: Tensor, at: Tensor) -> Tensor:
+    """f'(at), of the ``value`` f(at) of an elementwise f; 0 where it has none, as an indicator."""
     slope = torch.autograd.grad(value.sum(), at, allow_unused=True)[0] if value.requires_grad else None
     return torch.zeros_like(at) if slope is None else slope
 
@@ -245,9 +244,9 @@ class Detached(torch.autograd.Function):
         return tangent.clone()
 
 
-def _is_detached_inside(f: Function, at: Tensor) -> bool:
-    """Its gradients are not those of its values, as of a straight-through estimator."""
-    todo = [f(at).grad_fn]
+def _is_detached_inside(value: Tensor) -> bool:
+    """Its gradients are not those of a function's values, as of a straight-through estimator."""
+    todo = [value.grad_fn]
     while todo:
         node = todo.pop()
         if type(node).__name__ == "DetachedBackward":
@@ -275,7 +274,8 @@ def quadrature(
             return _by_blocks(_recomputed, f, mean, var, kinks, increment)
         if mean.requires_grad or var.requires_grad:
             at = mean.detach().requires_grad_()
-            if _is_detached_inside(f, at.flatten()[:1].view([1] * at.ndim)):
+            value = f(at)
+            if _is_detached_inside(value):
                 return _by_blocks(_recomputed, f, mean, var, kinks, increment, False)
-            return _Integrated.apply(mean, var, _slope(f, at), f, kinks, increment)
+            return _Integrated.apply(mean, var, _slope(value, at), f, kinks, increment)
     return _by_blocks(_summed, f, mean, var, kinks, increment)

@@ -420,7 +420,8 @@ def _is_indicator(x: RandomVariable) -> bool:
     """A function with the values 0 and 1 alone, as a comparison is, wherever it is asked."""
     if x.origin is None:
         return False
-    values = (x.origin.function(x.origin.parent.mean.new_tensor(at)) for at in (-3.1, 0.21, 0.77, 2.9))
+    with torch.no_grad():
+        values = [x.origin.function(torch.full_like(x.origin.parent.mean, at)) for at in (-3.1, 0.21, 0.77, 2.9)]
     return all(bool(((each == 0) | (each == 1)).all()) for each in values)
 
 

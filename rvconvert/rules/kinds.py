@@ -601,8 +601,9 @@ def _of_floats(function: Function) -> Function:
 def _as_numbers(x: RandomVariable) -> RandomVariable:
     """Truth values, which comparisons give, as the numbers that are added and multiplied; any other variable itself."""
     origin = x.origin
-    if origin is None or origin.function(origin.parent.mean.new_zeros(())).is_floating_point():
-        return x
+    with torch.no_grad():
+        if origin is None or origin.function(origin.parent.mean).is_floating_point():
+            return x
     key = None if origin.key is None else ("numbers", origin.key)
     return x.with_moments(x.mean, x.var).derived(origin=replace(origin, function=_of_floats(origin.function), key=key))
 
