@@ -65,7 +65,6 @@ _OFTEN = (
     "its arguments by which Python decides, differ. Give a number that changes with every call, min(1, step / 1000), worked out, "
     "or as a tensor, torch.tensor(step); pad lengths to some sizes"
 )
-_MANY_STEPS = 10**6  # past any warm-up
 _MOST_NUMBERS = 16  # kinds of call that differ in what is no tensor, before that is said
 MOST_PROGRAMS = 64  # kept for each model; the one used longest ago goes
 
@@ -549,7 +548,7 @@ class Conversion:
         """True where the method draws nothing now but does otherwise.
 
         In the other mode (``if self.training: ...``), with gradients, without what may be left out (``encode_only=True``), or
-        later, as a flag or a count of steps on the model may say.
+        later, as a flag on the model may say.
         """
         if not isinstance(examined.refusal, NoReparameterizationError):
             return False
@@ -568,10 +567,9 @@ class Conversion:
         own = [
             (modules[each.owner], each.name) for each in examined.recording.places if type(each.owner) is int and each.owner >= 0
         ]
-        told = [(module, attribute, vars(module).get(attribute)) for module, attribute in own]
-        for module, attribute, value in [each for each in told if type(each[2]) in (bool, int)][:_MOST_NUMBERS]:
-            later = not value if type(value) is bool else _MANY_STEPS
-            with torch.enable_grad(), contextlib.suppress(Exception), _told(module, attribute, later):
+        flags = [(module, attribute) for module, attribute in own if type(vars(module).get(attribute)) is bool]
+        for module, attribute in flags[:_MOST_NUMBERS]:
+            with torch.enable_grad(), contextlib.suppress(Exception), _flipped(module, attribute):
                 if self.examine(name, model, args, kwargs).refusal is None:
                     return True
         return False
@@ -764,14 +762,13 @@ _WALKED: weakref.WeakKeyDictionary[nn.Module, tuple[list[nn.Module], list[list[A
 
 
 @contextlib.contextmanager
-def _told(module: nn.Module, name: str, value: Any) -> Iterator[None]:
-    """Within, a plain attribute of a module has another value."""
-    held = vars(module)[name]
-    vars(module)[name] = value
+def _flipped(module: nn.Module, flag: str) -> Iterator[None]:
+    """Within, a flag of a module is the other way round."""
+    vars(module)[flag] = not vars(module)[flag]
     try:
         yield
     finally:
-        vars(module)[name] = held
+        vars(module)[flag] = not vars(module)[flag]
 
 
 def _modules_of(model: nn.Module) -> list[nn.Module]:
