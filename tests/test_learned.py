@@ -26,6 +26,13 @@ FUNCTIONS = {
     "a x tanh(softplus(b x))": lambda x, a, b: a * (x * torch.tanh(F.softplus(b * x))),
     "0.5 x (1 + tanh(b x))": lambda x, a, b: 0.5 * x * (1 + torch.tanh(b * x)),
 }
+GATED = {
+    "x ((x > 0) + a (x <= 0))": lambda x, a: x * ((x > 0) + a * (x <= 0)),
+    "x + a (x > 0)": lambda x, a: x + a * (x > 0),
+    "x (1 - (x > 0) a)": lambda x, a: x * (1 - (x > 0) * a),
+    "2 (x > 0) + x": lambda x, a: (x > 0) * 2.0 + a * x,
+    "x sigmoid(0 x)": lambda x, a: a * x * torch.sigmoid(0.0 * x),
+}
 OTHERS = {
     "a x + sigmoid(x)": lambda x, a, b: a * x + torch.sigmoid(x),
     "softplus(a x) - relu(b x)": lambda x, a, b: F.softplus(a * x) - torch.relu(b * x),
@@ -98,3 +105,33 @@ def test_slopes_of_0_give_0():
     y = torch.maximum(zero * rvconvert.RandomVariable(mean, var), zero * rvconvert.RandomVariable(mean, var) * 2)
     assert (y.mean == 0).all() and (y.var == 0).all()
     assert all(each.isfinite().all() for each in torch.autograd.grad(y.mean.sum() + y.var.sum(), (mean, var, zero)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("name", GATED)
+def test_what_a_comparison_gates_is_integrated(name, dtype):
+    mean, var, a, _ = given(dtype, 1.0)
+    y = GATED[name](rvconvert.RandomVariable(mean, var), a)
+    z = torch.linspace(-9, 9, 20001, dtype=torch.float64)[:, None, None]
+    weight, values = torch.softmax(-z * z / 2, 0), GATED[name](mean.detach().double() + z, a.detach().double())
+    out = (weight * values).sum(0)
+    torch.testing.assert_close(y.mean.double(), out, rtol=0, atol=2e-3)
+    torch.testing.assert_close(y.var.double(), (weight * (values - out).square()).sum(0), rtol=2e-2, atol=2e-3)
+
+
+@pytest.mark.parametrize("rate", [1e-3, 1e-4, 1e-7])
+def test_a_snake_of_a_small_rate_keeps_its_digits(rate):
+    """x + sin²(a x)/a is x + a x² in the limit, of slope E[x²] in a."""
+    a = torch.full((3,), rate, requires_grad=True)
+    mean, var = torch.tensor([0.7, 1.0, -2.0]), torch.tensor([1.0, 0.3, 0.1])
+    for snake in (lambda x: x + torch.sin(a * x) ** 2 / a, lambda x: x + (1 - torch.cos(2 * a * x)) / (2 * a)):
+        y = snake(rvconvert.RandomVariable(mean, var))
+        torch.testing.assert_close(y.mean, mean + rate * (mean**2 + var), rtol=0, atol=1e-4 * rate + 2e-7)
+        torch.testing.assert_close(torch.autograd.grad(y.mean.sum(), a)[0], mean**2 + var, rtol=5e-3, atol=0)
+
+
+def test_equal_lines_share_the_gradient_of_their_maximum():
+    a, b = (torch.ones(3, requires_grad=True) for _ in "ab")
+    x = rvconvert.RandomVariable(torch.tensor([-1.0, 0.5, 2.0]), torch.ones(3))
+    found = torch.autograd.grad(torch.maximum(a * x, b * x).mean.sum(), (a, b))
+    torch.testing.assert_close(found, (x.mean / 2, x.mean / 2))

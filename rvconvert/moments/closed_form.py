@@ -67,20 +67,32 @@ def cos(mean: Tensor, var: Tensor) -> Moments:
 
 @at_least_float32
 def wave(
-    mean: Tensor, var: Tensor, slope: float | Tensor, height: Tensor, rate: float | Tensor, phase: float | Tensor
+    mean: Tensor,
+    var: Tensor,
+    slope: float | Tensor,
+    height: float | Tensor,
+    rate: float | Tensor,
+    phase: float | Tensor,
+    turns: int = 0,
+    raised: bool = False,
 ) -> Moments:
-    """slope x + height cos(rate x + phase), exact; any of the four broadcasts and gets its gradient.
+    """slope x + height cos(rate x + phase + turns pi/2), exact; the first four broadcast and get their gradients.
 
-    With t = rate² v and M the mean of the angle, the variance is that of the line of best fit and of what it leaves:
+    ``raised``: height (1 + cos(...)), as the square of a sine is, without cancellation. With t = rate² v and M the mean of the
+    angle, the variance is that of the line of best fit and of what it leaves:
 
         v (slope - height rate e^(-t/2) sin M)² + height² e^-t ((sinh t - t) + (t - 1 + e^-t) cos² M).
     """
     angle, t = rate * mean + phase, rate * rate * var
     shrink, loss = torch.exp(-0.5 * t), torch.expm1(-t)
     cosine, sine = shrink * torch.cos(angle), shrink * torch.sin(angle)
+    cosine, sine = ((cosine, sine), (-sine, cosine), (-cosine, -sine), (sine, -cosine))[turns % 4]
+    expected = 1 + cosine if raised else cosine
+    if raised and turns % 4 == 2:
+        expected = 2 * shrink * torch.sin(0.5 * angle).square() - torch.expm1(-0.5 * t)
     small = t < 0.05
     near = torch.where(small, t, 0.0)  # where the differences would be lost to rounding
     odd = torch.where(small, near**3 / 6 * (1 + near.square() / 20) * (1 + loss), -0.5 * torch.expm1(-2 * t) - t * (1 + loss))
     even = torch.where(small, near.square() / 2 * (1 - near / 3 * (1 - near / 4 * (1 - near / 5))), t + loss)
     gain = slope - height * rate * sine
-    return slope * mean + height * cosine, gain.square() * var + height * height * (odd + cosine.square() * even)
+    return slope * mean + height * expected, gain.square() * var + height * height * (odd + cosine.square() * even)

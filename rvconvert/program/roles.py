@@ -297,7 +297,7 @@ class _Assignment(ScoredGraph):
         """Decoded values that leave, without latents, the parameters of these and of their priors, and divergences of these."""
         parameters = self.parameters_of(self.latents)
         own = [n for n in leaves if n in parameters or any(self.stem(part) in parameters for part in self.all_parts(n))]
-        own += [n for n in leaves if n not in own and (self.is_latent(n) or self.is_divergence(n, parameters))]
+        own += [n for n in leaves if n not in own and (self.is_latent(n) or self.is_divergence(n))]
         rest = [n for n in leaves if n not in own]
         shapes = {n.meta.get("shape") for n in own}
         behind = {n: {draw for draw in self.latents if self.behind(draw, n)} for n in rest}
@@ -327,8 +327,9 @@ class _Assignment(ScoredGraph):
             for draw in self.latents
         )
 
-    def is_divergence(self, node: fx.Node, parameters: set[fx.Node]) -> bool:
-        """Made, without a draw and through no layer, of a posterior's ``parameters`` among others: a map of KL divergences."""
+    def is_divergence(self, node: fx.Node) -> bool:
+        """Made, through no layer, of the parameters of a draw that is not behind it, among others: a map of KL divergences."""
+        parameters = self.parameters_of(draw for draw in self.latents if not self.behind(draw, node))
         carried = self.forward_of(self.latents, stop=self.decodes)
         todo, seen = [node], {node}
         while todo:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import math
 from collections.abc import Callable, Hashable
 from typing import Any, NamedTuple
 
@@ -59,19 +58,21 @@ class Slopes(NamedTuple):
 
 
 class Wave(NamedTuple):
-    """``slope`` x + ``offset`` + ``height`` cos(``rate`` x + ``phase``)."""
+    """``slope`` x + ``offset`` + ``height`` cos(``rate`` x + ``phase`` + ``turns`` pi/2), or ``raised``, height (1 + cos)."""
 
     slope: Factor
     offset: Factor
     height: Factor = 0.0
     rate: Factor = 0.0
     phase: Factor = 0.0
+    turns: int = 0
+    raised: bool = False
 
     def times(self, factor: Factor) -> Wave:
         return self._replace(slope=self.slope * factor, offset=self.offset * factor, height=self.height * factor)
 
     def moments(self, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
-        given = mean, var, self.slope, self.height, self.rate, self.phase
+        given = mean, var, self.slope, self.height, self.rate, self.phase, self.turns, self.raised
         if torch.is_grad_enabled():  # of twenty steps nothing is kept: gradients run them again
             run = functools.partial(checkpoint, wave, use_reentrant=False, preserve_rng_state=False)
         else:
@@ -133,8 +134,9 @@ class _Symbol(Tensor):
         given = [x.form if isinstance(x, _Symbol) else x for x in args]
         named = {key: value for key, value in (kwargs or {}).items() if key != "inplace"}
         form = None
-        with contextlib.suppress(TypeError):  # a step takes what its function would not
-            form = step(*given, **named) if step is not None else None
+        if step is not None and (name == "where" or not any(isinstance(x, _Sign) for x in given)):
+            with contextlib.suppress(TypeError, ZeroDivisionError):  # a step takes what its function would not
+                form = step(*given, **named)
         if form is None:
             form = _of_numbers(func, rule, given, named)
         dtype = next(x.dtype for x in args if isinstance(x, _Symbol))
@@ -186,7 +188,7 @@ def _times(a: Any, b: Any) -> Form | None:
 def _by_line(line: Any, other: Any) -> Form | None:
     """slope x f(rate x) is slope/rate times another function of rate x."""
     slope = _slope(line)
-    if slope is None or not isinstance(other, Scaled):
+    if slope is None or not isinstance(other, Scaled) or _equal(other.rate, 0):
         return None
     factor = other.factor if slope is other.rate else other.factor * (slope / other.rate)
     return Scaled(factor, other.rate, lambda u: u * other.function(u), ("times", other.key))
@@ -207,7 +209,12 @@ def _plus(a: Any, b: Any) -> Form | None:
     first, second = (_as_wave(x) if _is_form(x) else Wave(0.0, x) for x in (a, b))
     if first is None or second is None or (_has_height(first) and _has_height(second)):
         return None
-    whole = first if _has_height(first) else second
+    whole, other = (first, second) if _has_height(first) else (second, first)
+    if not whole.raised and all(_equal(x, 0) for x in (other.slope, whole.slope, whole.offset)):
+        if _equal(other.offset, whole.height):
+            return whole._replace(raised=True)
+        if _equal(other.offset, -whole.height):  # 1 - cos
+            return whole._replace(height=-whole.height, turns=whole.turns + 2, raised=True)
     return whole._replace(slope=first.slope + second.slope, offset=first.offset + second.offset)
 
 
@@ -215,20 +222,23 @@ def _minus(a: Any, b: Any) -> Form | None:
     return None if isinstance(b, Scaled) else _plus(a, b.times(-1.0) if _is_form(b) else -b)
 
 
+def _equal(a: Any, b: Any) -> bool:
+    return isinstance(a, (int, float)) and isinstance(b, (int, float)) and a == b
+
+
 def _has_height(form: Wave) -> bool:
     return isinstance(form.height, Tensor) or form.height != 0
 
 
 def _square(a: Any) -> Form | None:
-    if not isinstance(a, Wave) or any(isinstance(x, Tensor) or x for x in (a.slope, a.offset)):
+    if not isinstance(a, Wave) or a.raised or any(isinstance(x, Tensor) or x for x in (a.slope, a.offset)):
         return None
-    half = a.height * a.height / 2
-    return Wave(0.0, half, half, 2 * a.rate, 2 * a.phase)
+    return Wave(0.0, 0.0, a.height * a.height / 2, 2 * a.rate, 2 * a.phase, 2 * a.turns, raised=True)
 
 
-def _cosine(a: Any, phase: float = 0.0) -> Form | None:
+def _cosine(a: Any, turns: int = 0) -> Form | None:
     form = _as_wave(a)
-    return None if form is None or _has_height(form) else Wave(0.0, 0.0, 1.0, form.slope, form.offset + phase)
+    return None if form is None or _has_height(form) else Wave(0.0, 0.0, 1.0, form.slope, form.offset, turns)
 
 
 def _largest(a: Any, b: Any) -> Form | None:
@@ -246,8 +256,8 @@ def _smallest(a: Any, b: Any) -> Form | None:
 def _extreme(a: Any, b: Any, *, most: bool) -> Factor:
     if not isinstance(a, Tensor) and not isinstance(b, Tensor):
         return max(a, b) if most else min(a, b)
-    tensor, other = (a, b) if isinstance(a, Tensor) else (b, a)
-    return torch.clamp(tensor, min=other) if most else torch.clamp(tensor, max=other)
+    like = a if isinstance(a, Tensor) else b
+    return (torch.maximum if most else torch.minimum)(*(torch.as_tensor(x, dtype=like.dtype, device=like.device) for x in (a, b)))
 
 
 def _above(a: Any, b: Any) -> _Sign | None:
@@ -300,7 +310,7 @@ _STEPS: dict[str, Callable[..., Any]] = {
     "neg": lambda a: None if isinstance(a, Scaled) else a.times(-1.0),
     "square": _square,
     "pow": lambda a, b: _square(a) if isinstance(b, (int, float)) and b == 2 else None,
-    "sin": lambda a: _cosine(a, -math.pi / 2),
+    "sin": lambda a: _cosine(a, -1),
     "cos": _cosine,
     "relu": lambda a: _largest(a, _line(0.0)),
     "maximum": _largest,
