@@ -2972,3 +2972,24 @@ def test_a_reconstruction_that_a_parameter_of_the_posterior_enters_has_l_c(name:
         F.mse_loss(rv(x)[0], x).backward()
         found.append(rv.decoder.weight.grad)
     assert not torch.allclose(*found, atol=1e-6)
+
+
+@pytest.mark.parametrize("normalises", [False, True])
+def test_of_a_reconstruction_in_two_units_that_of_the_input_has_l_c(normalises: bool) -> None:
+    class InUnits(VAE):
+        def forward(self, x: Tensor) -> Any:
+            mu, logvar = self.encoder((x - 120) / 60 if normalises else x).chunk(2, -1)
+            y = self.decoder(mu + torch.randn_like(mu) * (0.5 * logvar).exp())
+            return y, y * 60 + 120
+
+    x = 60 * torch.rand(8, 12) + 90
+    values = rvconvert.convert(InUnits(None, False), output="distribution", attach=False)(x)  # type: ignore[arg-type]
+    rv = rvconvert.convert(InUnits(None, False))  # type: ignore[arg-type]
+    assert penalty_of(rv, x) == pytest.approx(float(rvconvert.variance_penalty(values[normalises])))
+
+
+def test_what_a_comparison_gates_is_a_reconstruction() -> None:
+    x = torch.rand(8, 12)
+    values = rvconvert.convert(VAE(lambda y, *_: (y, y * (y > 0)), False), output="distribution", attach=False)(x)
+    rv = rvconvert.convert(VAE(lambda y, *_: (y, y * (y > 0)), False))
+    assert penalty_of(rv, x) == pytest.approx(float(rvconvert.variance_penalty(values[1])))

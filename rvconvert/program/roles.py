@@ -9,7 +9,7 @@ first meets an input or a loss, its last elementwise functions included.
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from rvconvert.program.latents import find_latents, named_latents
 from rvconvert.program.recorded_graph import asks_of, batch_of, rank_of, size_of
@@ -398,11 +398,23 @@ class _Assignment(ScoredGraph):
         """``source`` as a picture has it: in steps, which have no gradient, or in another unit or range."""
         if not self.same(source, node) or self.joins_others(source, node):
             return False
+        through = self.forward_of((source,), stop=lambda n: self.compares(n) or self.rule_name(n) in _STEPS)
+        if node not in through:  # all that is made of it goes by steps, which have no gradient
+            return True
         way = [n for n in self.between(source, node) if not self.is_kind(n, Shape)]
         others = {n for each in way for n in each.all_input_nodes if n not in self.random}
         fixed = not others & self.raw and not any(n.meta.get("requires_grad") for n in others)
-        stepped = any(self.compares(n) or self.rule_name(n) in _STEPS for n in way)
-        return stepped or (fixed and bool(way) and all(self.rule_name(n) in RESCALINGS for n in way))
+        rescaled = fixed and bool(way) and all(self.rule_name(n) in RESCALINGS for n in way)
+        return rescaled and not self.scales_of(way) & self.scales_of(self.raw)  # else in the unit that inputs came in
+
+    def scales_of(self, nodes: Iterable[fx.Node]) -> set[Any]:
+        """Numbers and buffers by which values are rescaled."""
+        found: set[Any] = set()
+        for node in nodes:
+            if self.rule_name(node) in RESCALINGS:
+                found.update(abs(x) for x in node.args if isinstance(x, (int, float)) and not isinstance(x, bool))
+                found.update(n.target for n in node.all_input_nodes if n.op == "get_attr")
+        return found
 
     def is_excerpt(self, source: fx.Node, node: fx.Node) -> bool:
         """Some elements of ``source`` as they are, an example for a plot."""
