@@ -369,7 +369,7 @@ class _Recorder(TorchFunctionMode, Handler):
         if _tensors(value):
             node = self.node_for(func, self.argument(args), self.argument(kwargs), False)
             node.meta["rule"] = rule
-            self.data_sizes.note(node, rule.name, _plain(args))
+            self.data_sizes.note(node, rule.name, _plain(args), kwargs)
             self.inherit(node)
             self.track(value, node)
             return value
@@ -447,7 +447,7 @@ class _Recorder(TorchFunctionMode, Handler):
         node = self.node_for(func, node_args, node_kwargs, bool(mutated and draw is None))
         node.meta["rule"], node.meta["function"] = rule, func
         node.meta["mutates"] = bool(mutated)
-        self.data_sizes.note(node, name, plain_args)
+        self.data_sizes.note(node, name, plain_args, plain_kwargs)
         if splits(name, plain_args, plain_kwargs):
             self.note_size(node, name)
         if writes:
@@ -950,6 +950,7 @@ def _recorded(
         recording.kept.append(kept)
         leaves += found
     recording.graph.output(tuple(recorder.argument(leaf) for leaf in leaves))
+    recording.sized_by_values = recorder.data_sizes.of_values
     # What is asked for and is in no operation, Python has used: items[:n], math.log(n).
     for sizes, deciding, place in recorder.sizes_asked:
         if not any(map(_is_used, sizes)):

@@ -68,6 +68,7 @@ class Recording:
         decided: of the numbers that the graph reads anew at each call, those by which Python has decided.
         builds: the method made parameters, which the model had not before.
         backward_hooks: paths of the modules called that have such hooks.
+        sized_by_values: as many rows as a mask selects are in it.
         outside: what the method read of Python outside the model, as it was before.
     """
 
@@ -97,6 +98,7 @@ class Recording:
     decided: set[Place] = field(default_factory=set)
     builds: bool = False
     backward_hooks: list[str] = field(default_factory=list)
+    sized_by_values: bool = False
     outside: Contents = field(default_factory=Contents)
 
     def equals(self, other: Recording) -> bool:

@@ -79,6 +79,10 @@ def replay_differs(run: Run, recording: Recording, model: nn.Module, method: Any
                 return f"an output differs by {(a - b).abs().max().item():.2g}"
         return None
 
+    if recording.sized_by_values:
+        difference = compare([x[torch.arange(len(x), device=x.device) // 2] if x.ndim else x for x in leaves])
+        if difference is not None:
+            return f"a size that values decide is part of the recorded graph ({difference})"
     smaller = None
     batch = {x.shape[0] for x in leaves if x.ndim}
     if 1 in batch:
