@@ -1113,6 +1113,26 @@ def _object():
     return len(PROGRESS.seen["steps"])
 
 
+class Clock:
+    __slots__ = ("ticks",)
+    total = 0
+
+
+CLOCK, TICKS = Clock(), np.zeros(2, dtype=np.int64)
+CLOCK.ticks = 0
+
+
+def _class_and_slots():
+    Clock.total += 1
+    CLOCK.ticks += 1
+    return Clock.total + CLOCK.ticks - Clock.total
+
+
+def _array():
+    TICKS[1] += 1
+    return int(TICKS[1])
+
+
 def _closure():
     calls = []
 
@@ -1132,7 +1152,7 @@ class Advancing(VAE):
         return self.reconstruct(x), self.advance()
 
 
-@pytest.mark.parametrize("advance", [_global_number, _deque, _object, _closure()])
+@pytest.mark.parametrize("advance", [_global_number, _deque, _object, _class_and_slots, _array, _closure()])
 def test_what_is_outside_the_model_is_advanced_by_calls_and_by_no_recording(advance):
     model, x = rvconvert.convert(Advancing(advance)), torch.rand(5, 6)
     first = advance()
@@ -1141,9 +1161,15 @@ def test_what_is_outside_the_model_is_advanced_by_calls_and_by_no_recording(adva
     assert rvconvert.plan(Advancing(advance), example_inputs=x) and advance() == first + 5
 
 
+def _count(counted, name, module, args, out):
+    counted[name] += 1
+
+
 def test_a_hook_fires_once_a_call():
     model, seen = rvconvert.convert(VAE()), []
     model.encoder.register_forward_hook(lambda module, args, out: seen.append(out.shape[0]))
+    counted = collections.Counter()
+    model.encoder.register_forward_hook(functools.partial(_count, counted, "encoder"))
     for n in (5, 4, 5):
         model(torch.rand(n, 6))
-    assert seen == [5, 4, 5]
+    assert seen == [5, 4, 5] and counted == {"encoder": 3}

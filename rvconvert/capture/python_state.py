@@ -230,15 +230,12 @@ class Contents:
 
     def keep(self, value: Any, depth: int = _DEPTH) -> None:
         """What a value holds now, and what its contents hold, as far down as is looked."""
-        own = hasattr(value, "__dict__") and not isinstance(value, _CONTAINERS) and not is_opaque(value)
-        if depth == 0 or id(value) in self.found or not (own or isinstance(value, (list, dict, set, collections.deque))):
+        content = None if depth == 0 or id(value) in self.found else _contents(value)
+        if content is None or len(content) > _LARGEST:
             return
-        holder = vars(value) if own else value
-        if len(holder) > _MOST:
-            return
-        content = dict(holder) if isinstance(holder, dict) else list(holder)
-        self.found[id(value)] = holder, content
-        for each in content.values() if isinstance(content, dict) else content:
+        self.found[id(value)] = value, content
+        within = content.values() if isinstance(content, dict) else content if isinstance(content, list) else ()
+        for each in within if len(content) <= _MOST else ():
             self.keep(each, depth - 1)
 
     def put_back(self) -> None:
@@ -246,20 +243,52 @@ class Contents:
         for place, value in self.names.items():
             if isinstance(place.owner, Scope) and _value(place, ()) is not value:
                 _rebind(place.owner.of, place.name, value)
-        for holder, content in self.found.values():
-            if _is_as_it_was(holder, content):
-                continue
-            holder.clear()
-            if isinstance(holder, (dict, set)):
-                holder.update(content)
-            else:
-                holder.extend(content)
+        for value, content in self.found.values():
+            _put_back(value, content)
+
+
+def _contents(value: Any) -> Any:
+    """Of a container a list or a dictionary, of an object or a class of the person's the fields, of an array a copy."""
+    if isinstance(value, np.ndarray):
+        return value.copy() if value.ndim and value.nbytes <= _LARGEST else None
+    if isinstance(value, (dict, list, set, collections.deque)):
+        return dict(value) if isinstance(value, dict) else list(value)
+    if is_opaque(value) and not (isinstance(value, type) and _is_own(value)):
+        return None
+    return dict(_fields(value) if isinstance(value, type) else fields_of(value)) or None
+
+
+def _put_back(value: Any, content: Any) -> None:
+    if isinstance(value, np.ndarray):
+        value[...] = content
+    elif isinstance(value, dict):
+        if not _is_as_it_was(value, content):
+            value.clear()
+            value.update(content)
+    elif isinstance(value, (list, set, collections.deque)):
+        if not _is_as_it_was(value, content):
+            value.clear()
+            value.update(content) if isinstance(value, set) else value.extend(content)
+    else:
+        now, set_field = (_fields(value), setattr) if isinstance(value, type) else (fields_of(value), object.__setattr__)
+        for name, each in content.items():
+            if name not in now or now[name] is not each:
+                set_field(value, name, each)
+        for name in now.keys() - content.keys():
+            delattr(value, name)
 
 
 def held_by(functions: Iterable[Any]) -> Contents:
     """What functions, such as hooks, hold and read outside the model."""
     found = Contents()
-    for function in functions:
+    todo = list(functions)
+    while todo:
+        function = todo.pop()
+        if isinstance(function, functools.partial):
+            todo.append(function.func)
+            for each in (*function.args, *function.keywords.values()):
+                found.keep(each)
+            continue
         if isinstance(function, types.MethodType):
             found.keep(function.__self__)
             function = function.__func__
