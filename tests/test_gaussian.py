@@ -664,3 +664,26 @@ def test_exponentials_over_another_sum_are_no_softmax():
         h / h.exp().sum(1, keepdim=True),
     ):
         assert not torch.allclose(made.var, torch.softmax(h, 1).var)
+
+
+TWICE = {
+    "relu": F.relu,
+    "prelu": lambda x: F.prelu(x, torch.full((1,), 0.3, dtype=x.dtype)),
+    "where": lambda x: torch.where(x > 0, x, torch.full((1,), 0.3, dtype=x.dtype) * x),
+    "hardswish": F.hardswish,
+    "hardswish by hand": lambda x: x * F.relu6(x + 3) / 6,
+    "silu": F.silu,
+}
+
+
+@named("name", TWICE)
+def test_gradients_have_gradients(name):
+    found = []
+    for dtype in (torch.float32, torch.float64):
+        m = torch.linspace(-4, 4, 34, dtype=dtype, requires_grad=True)
+        v = torch.linspace(0.3, 2, 34, dtype=dtype, requires_grad=True)
+        y = TWICE[name](rvconvert.RandomVariable(m, v))
+        first = torch.autograd.grad(y.mean.square().sum() + y.var.sum(), (m, v), create_graph=True)
+        found.append(torch.autograd.grad(sum(x.square().sum() for x in first), (m, v)))
+    for single, double in zip(*found, strict=True):
+        torch.testing.assert_close(single.double(), double, rtol=5e-2, atol=3e-2)

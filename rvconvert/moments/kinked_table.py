@@ -210,7 +210,7 @@ def _hardswish_partials(mean: Tensor, var: Tensor, table: Tensor, shape: Shape) 
     gain = affine(gain.add_(u, alpha=1 / 3).mul_(far), -1, 0.5)
     by_mean = by_mean.mul_(far).addcmul_(gain, curvature, value=4)
     by_var = by_var.addcmul_(gain, torch.addcmul(gain, far, gain_by_var))
-    return Partials(gain, curvature.mul_(inverse), by_mean.mul_(inverse).mul_(var), by_var)
+    return Partials(gain, curvature * inverse, by_mean.mul_(inverse).mul_(var), by_var)
 
 
 _KERNELS, _HARDSWISH = Kernels(_kernel, _partials), Kernels(_hardswish_kernel, _hardswish_partials)
