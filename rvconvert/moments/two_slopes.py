@@ -212,7 +212,8 @@ class _TwoSlopes(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_mean, grad_var):
         if torch.is_grad_enabled():  # for a graph of the backward pass: tables are read in place
-            made = _two_slopes_backward(*(x.double() for x in (*ctx.saved_tensors, grad_mean, grad_var)), None)
+            mean, var, c = (x.double() for x in ctx.saved_tensors)
+            made = _two_slopes_backward(mean, var, c, grad_mean.double(), grad_var.double(), None)
             return tuple(x.to(grad_mean.dtype) for x in made)
         constants = _two_slopes_backward, (_table(_RECTIFIED, grad_mean),)
         return fused(in_images, *ctx.saved_tensors, grad_mean, grad_var, constants=constants)
