@@ -2957,18 +2957,18 @@ def test_an_accuracy_inside_is_the_probability_of_being_right(detached: bool) ->
     assert penalty_of(rv, x) == pytest.approx(penalty_of(rvconvert.convert(VAE(lambda y, *_: y, False)), x))
 
 
-PLACED: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
+ENTERED: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
     "a residual": lambda y, mu, std: y + mu.repeat(1, 3),
     "a gain": lambda y, mu, std: y * std.mean(1, keepdim=True),
     "a skip": lambda y, mu, std: y + mu[:, :1],
 }
 
 
-@pytest.mark.parametrize("name", PLACED)
+@pytest.mark.parametrize("name", ENTERED)
 def test_a_reconstruction_that_a_parameter_of_the_posterior_enters_has_l_c(name: str) -> None:
     x, found = torch.rand(8, 12), []
     for penalty in (50.0, 0.0):
-        rv = rvconvert.convert(VAE(lambda y, x, z, mu, std, m: (PLACED[name](y, mu, std), m.head(y)), False), penalty=penalty)
+        rv = rvconvert.convert(VAE(lambda y, x, z, mu, std, m: (ENTERED[name](y, mu, std), m.head(y)), False), penalty=penalty)
         F.mse_loss(rv(x)[0], x).backward()
         found.append(rv.decoder.weight.grad)
     assert not torch.allclose(*found, atol=1e-6)
