@@ -83,16 +83,19 @@ def wave(
 
         v (slope - height rate e^(-t/2) sin M)² + height² e^-t ((sinh t - t) + (t - 1 + e^-t) cos² M).
     """
-    angle, t = rate * mean + phase, rate * rate * var
-    shrink, loss = torch.exp(-0.5 * t), torch.expm1(-t)
-    cosine, sine = shrink * torch.cos(angle), shrink * torch.sin(angle)
+    half, t = 0.5 * (rate * mean + phase), rate * rate * var
+    drop = torch.expm1(-0.5 * t)  # of which the other exponentials are made
+    shrink, loss = 1 + drop, drop * (2 + drop)
+    of_half = torch.sin(half)
+    lifted = of_half * of_half * 2  # 1 - cos of the angle
+    cosine, sine = shrink * (1 - lifted), shrink * (2 * of_half * torch.cos(half))
     cosine, sine = ((cosine, sine), (-sine, cosine), (-cosine, -sine), (sine, -cosine))[turns % 4]
     expected = 1 + cosine if raised else cosine
     if raised and turns % 4 == 2:
-        expected = 2 * shrink * torch.sin(0.5 * angle).square() - torch.expm1(-0.5 * t)
+        expected = shrink * lifted - drop
     small = t < 0.05
     near = torch.where(small, t, 0.0)  # where the differences would be lost to rounding
-    odd = torch.where(small, near**3 / 6 * (1 + near.square() / 20) * (1 + loss), -0.5 * torch.expm1(-2 * t) - t * (1 + loss))
+    odd = torch.where(small, near**3 / 6 * (1 + near.square() / 20) * (1 + loss), -0.5 * loss * (2 + loss) - t * (1 + loss))
     even = torch.where(small, near.square() / 2 * (1 - near / 3 * (1 - near / 4 * (1 - near / 5))), t + loss)
     gain = slope - height * rate * sine
     return slope * mean + height * expected, gain.square() * var + height * height * (odd + cosine.square() * even)
