@@ -14,8 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import rvconvert
 from rvconvert import moments as gaussian
 from rvconvert.moments import composed
-from rvconvert.moments.known import known
 from rvconvert.moments.quadrature import quadrature
+from rvconvert.moments.recognized import recognized
 from rvconvert.moments.table import Grid
 
 _path = Path(__file__).parents[1] / "benchmarks" / "accuracy.py"
@@ -498,10 +498,10 @@ KINKED = {
 
 @named("name", KINKED)
 def test_a_function_with_kinks_is_known_by_its_values(name, monkeypatch):
-    monkeypatch.setattr(composed, "_known", {})
+    monkeypatch.setattr(composed, "_recognized", {})
     m, v = (torch.tensor(a, dtype=torch.float32, requires_grad=True) for a in GRID)
     y = KINKED[name](rvconvert.RandomVariable(m, v))
-    assert any(composed._known.values())
+    assert any(composed._recognized.values())
     m64, v64 = (torch.tensor(a, dtype=torch.float64, requires_grad=True) for a in GRID)
     expected = KINKED[name](rvconvert.RandomVariable(m64, v64))
     torch.testing.assert_close(y.mean.double(), expected.mean, rtol=1e-4, atol=2e-5)
@@ -516,7 +516,7 @@ def test_a_function_with_kinks_is_known_by_its_values(name, monkeypatch):
     "function", [F.softsign, torch.sign, lambda x: x.relu().square(), lambda x: F.threshold(x, 0.5, 0.0), lambda x: x.abs().exp()]
 )
 def test_what_torch_does_not_have_is_not_taken_for_it(function):
-    assert known(function, (0.0,)) is None and known(function, (0.0, 0.5)) is None
+    assert recognized(function, (0.0,)) is None and recognized(function, (0.0, 0.5)) is None
 
 
 BOUNDED = {

@@ -32,6 +32,7 @@ __all__ = [
     "GENERATORS",
     "NUMBERS",
     "OTHERS",
+    "Contents",
     "Moving",
     "Place",
     "ReadByName",
@@ -261,14 +262,10 @@ def _contents(value: Any) -> Any:
 def _put_back(value: Any, content: Any) -> None:
     if isinstance(value, np.ndarray):
         value[...] = content
-    elif isinstance(value, dict):
+    elif isinstance(value, (dict, list, set, collections.deque)):
         if not _is_as_it_was(value, content):
             value.clear()
-            value.update(content)
-    elif isinstance(value, (list, set, collections.deque)):
-        if not _is_as_it_was(value, content):
-            value.clear()
-            value.update(content) if isinstance(value, set) else value.extend(content)
+            (value.update if isinstance(value, (dict, set)) else value.extend)(content)
     else:
         now, set_field = (_fields(value), setattr) if isinstance(value, type) else (fields_of(value), object.__setattr__)
         for name, each in content.items():

@@ -124,7 +124,7 @@ class _Recorder(TorchFunctionMode, Handler):
         self.alive: list[Any] = []
         self.writers: dict[int, fx.Node] = {}  # of tensors that are stale since
         self.data_sizes = DataSizes()
-        self.sizes_asked: list[tuple[list[fx.Node], fx.Node | None, str]] = []  # of these: nodes, what decides one, the place
+        self.sizes_asked: list[tuple[list[fx.Node], fx.Node, str]] = []  # of these: nodes, what decides one, the place
         self.views: dict[int, tuple[torch.Tensor, Any]] = {}  # what a view was indexed from, and by what; None: it was reshaped
         self.paths = {id(module): path for path, module in root.named_modules(remove_duplicate=True)}
         self.numbers = {id(module): number for number, module in enumerate(root.modules())}
@@ -317,24 +317,25 @@ class _Recorder(TorchFunctionMode, Handler):
 
     def size(self, tensor: torch.Tensor, value: Any, dim: int | None) -> Any:
         """One size of a tensor, or all of them, as numbers that a graph knows."""
-        of, asked, dims = self.node_of(tensor), [], []
+        of, asked, deciding = self.node_of(tensor), [], []
 
         def make(dim: int, size: int) -> TracedInt:
             node = self.add("call_method", "size", (of, dim), {})
             asked.append(node)
-            dims.append(dim % tensor.ndim)
-            if self.data_sizes.deciding(of, dim % tensor.ndim) is not None:
-                return TracedInt(size, node, lambda name: self.note_size(of, name, dim % tensor.ndim))
+            place = dim % tensor.ndim
+            by = self.data_sizes.deciding(of, place)
+            if by is not None:
+                deciding.append(by)
+                return TracedInt(size, node, lambda name: self.note_read(by, name))
             # A recording serves one size of every other dimension, so only the batch's can be fixed by mistake.
-            return TracedInt(size, node, self.fixed if dim in (0, -tensor.ndim) else ignored)
+            return TracedInt(size, node, self.fixed if place == 0 else ignored)
 
         made = traced_size(value, make) if dim is None else make(dim, value)
-        decided = [each for each in dims if self.data_sizes.deciding(of, each) is not None]
-        if decided:
+        if deciding:
             frame = user_frame()
             if frame is not None and "range" in frame.f_code.co_names:  # which takes an int without a word
-                self.note_size(of, "range", decided[0])
-            self.sizes_asked.append((asked, self.data_sizes.deciding(of, decided[0]), self.line()))
+                self.note_read(deciding[0], "range")
+            self.sizes_asked.append((asked, deciding[0], self.line()))
         return made
 
     def broadcast(self, tensors: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
@@ -354,9 +355,9 @@ class _Recorder(TorchFunctionMode, Handler):
         if not where(user_frame())[1].startswith("assert") and not _runs("torch/distributions"):
             self.recording.reads.append((node, self.line(), name not in _REPORTS))
 
-    def note_size(self, node: fx.Node | None, name: str, dim: int = 0) -> None:
+    def note_size(self, node: fx.Node | None, name: str) -> None:
         """Python knows how many rows a value has: it knows the values that decide that, if any do."""
-        deciding = None if node is None else self.data_sizes.deciding(node, dim)
+        deciding = None if node is None else self.data_sizes.deciding(node)
         if deciding is not None:
             self.note_read(deciding, name)
 

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from rvconvert.moments.compilation import is_traced
-from rvconvert.moments.known import known
 from rvconvert.moments.quadrature import quadrature
+from rvconvert.moments.recognized import recognized
 from rvconvert.moments.smooth_table import Smooth, table_moments
 from rvconvert.moments.table import integrals
 
@@ -27,9 +27,9 @@ Function = Callable[[Tensor], Tensor]
 _MOST = 16  # tables, of 21 MB each: a function whose numbers change with every step is not to have one for each
 _WIDTHS = tuple(0.1 * 1.15**k for k in range(34))
 _POINTS = 1024
-_MOST_KNOWN = 256
+_MOST_RECOGNIZED = 256
 _found: dict[Hashable, Smooth | None] = {}
-_known: dict[Hashable, Callable[[Tensor, Tensor], Moments] | None] = {}
+_recognized: dict[Hashable, Callable[[Tensor, Tensor], Moments] | None] = {}
 _lock = threading.RLock()
 
 
@@ -56,7 +56,7 @@ def composed_moments(
     found = None
     if key is not None and mean.dtype == torch.float32 and not is_traced():
         if kinks:
-            moments = _kept(_known, _MOST_KNOWN, key, lambda: known(function, kinks))
+            moments = _kept(_recognized, _MOST_RECOGNIZED, key, lambda: recognized(function, kinks))
             found = moments and moments(mean, var)
         else:
             curve = _kept(_found, _MOST, key, lambda: fitted(function))

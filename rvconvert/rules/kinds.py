@@ -199,6 +199,7 @@ class Collapse:
 
 
 _SELECTS = frozenset("__getitem__ getitem masked_select".split())
+_CASTS = frozenset("float double half bfloat16 to type type_as".split())  # which make numbers of truth values
 _KEEPS_ORDER = frozenset("expand expand_as broadcast_to view view_as reshape reshape_as flatten squeeze".split())
 _TRANSPOSE = frozenset("t transpose swapaxes swapdims permute adjoint movedim moveaxis".split())
 
@@ -229,7 +230,7 @@ class Shape:
             return self.call(func, substitute(present, lambda x: x.mean), rest, options)
         mean = self.call(func, {n: substitute(v, lambda x: x.mean) for n, v in present.items()}, rest, options)
         if mean is like.mean:  # x.float() of what is float already, x.contiguous(): the variable itself
-            return _as_numbers(like)
+            return _as_numbers(like) if getattr(func, "__name__", "") in _CASTS else like
         name = getattr(func, "__name__", "")
         if name in _KEEPS_ORDER and mean.shape == like.shape and isinstance(present.get("input"), RandomVariable):
             return like  # so is what is viewed as what it is
@@ -685,8 +686,8 @@ class Elementwise:
                     return first_order(function, (parent,), {})
                 shape = torch.broadcast_shapes(parent.shape, *_shapes(args, kwargs))
                 of = (parent.mean.expand(shape), parent.var.expand(shape))
-                found = composed_moments(key, _of_floats(function), *of, kinks, read=learned_moments, wide=chain is not None)
-                mean, var = found
+                wide = chain is not None
+                mean, var = composed_moments(key, _of_floats(function), *of, kinks, read=learned_moments, wide=wide)
                 low, high = lies
                 # Which rounding may leave by some millionths.
                 return mean.clamp(low, high) if math.isfinite(low) or math.isfinite(high) else mean, var

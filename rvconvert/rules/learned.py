@@ -241,16 +241,14 @@ def _cosine(a: Any, turns: int = 0) -> Form | None:
     return None if form is None or _has_height(form) else Wave(0.0, 0.0, 1.0, form.slope, form.offset, turns)
 
 
-def _largest(a: Any, b: Any) -> Form | None:
+def _largest(a: Any, b: Any, *, most: bool = True) -> Form | None:
     if not (isinstance(a, Slopes) and isinstance(b, Slopes)):
         return None
-    return Slopes(_extreme(a.above, b.above, most=True), _extreme(a.below, b.below, most=False))
+    return Slopes(_extreme(a.above, b.above, most=most), _extreme(a.below, b.below, most=not most))
 
 
 def _smallest(a: Any, b: Any) -> Form | None:
-    if not (isinstance(a, Slopes) and isinstance(b, Slopes)):
-        return None
-    return Slopes(_extreme(a.above, b.above, most=False), _extreme(a.below, b.below, most=True))
+    return _largest(a, b, most=False)
 
 
 def _extreme(a: Any, b: Any, *, most: bool) -> Factor:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 _FAR = 50.0  # from a kink, where an exponential is at its end
 
 
-def known(function: Callable[[Tensor], Tensor], kinks: Sequence[float]) -> Callable[[Tensor, Tensor], Moments] | None:
+def recognized(function: Callable[[Tensor], Tensor], kinks: Sequence[float]) -> Callable[[Tensor, Tensor], Moments] | None:
     """Moments of a function that is, but for a place and a scale, one of torch's; None if it is none.
 
     Args:
