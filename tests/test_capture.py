@@ -211,6 +211,7 @@ CONTROL: dict[str, Callable[..., Any]] = {
     "unpacked shape": lambda y, x, mu, z: y.view(*x.shape),
     "numpy scalar": lambda y, x, mu, z: y.reshape(-1, np.prod([2, 3])),
     "len": lambda y, x, mu, z: y / len(x),
+    "numel": lambda y, x, mu, z: y / x.numel() + torch.arange(y.nelement()).view_as(y),
     "flag": lambda y, x, mu, z, double=False: y * 2 if double else y,
     "write": lambda y, x, mu, z: written(y),
     "isinstance": lambda y, x, mu, z: y * 2 if isinstance(y, torch.Tensor) else None,
@@ -312,6 +313,20 @@ def test_a_model_that_asks_whether_gradients_are_on(matters: bool) -> None:
     with torch.no_grad():
         torch.testing.assert_close(rv(x), vae(x))
     assert rvconvert.plan(vae, example_inputs=x).lifetime == ("once" if matters else "kept")
+
+
+@pytest.mark.parametrize("law", [torch.distributions.Categorical, torch.distributions.OneHotCategorical])
+def test_a_law_that_checks_its_sample_serves_every_batch_by_one_recording(law: Any) -> None:
+    def result(y: Tensor, x: Tensor, mu: Tensor, z: Tensor) -> Tensor:
+        given = law(logits=x).mode
+        return law(logits=y).log_prob(given)
+
+    vae = VAE(lambda mu, std: mu + 0.0 * torch.randn_like(std), result)
+    x = torch.rand(5, 6)
+    rv = rvconvert.convert(vae)
+    for batch in (x, x[:2], x[:1]):
+        torch.testing.assert_close(rv(batch), vae(batch))
+    assert len(rvconvert.converted.conversion_of(rv).programs) == 1
 
 
 def test_python_that_decides_by_a_value_is_recorded_at_each_call() -> None:
@@ -969,7 +984,7 @@ COUNTED: dict[str, tuple[bool, Callable[..., Tensor]]] = {  # whether Python kno
     "mean": (False, lambda f, mu, y: F.cross_entropy(f(mu[y >= 0]), y[y >= 0], reduction="sum") / (1 + (y >= 0).sum())),
     "shape": (False, lambda f, mu, y: f(mu[y >= 0]).sum() / (mu[y >= 0].shape[0] + 1) + f(mu)[y >= 0].chunk(3, 1)[1].sum()),
     "len": (True, lambda f, mu, y: F.cross_entropy(f(mu[y >= 0]), y[y >= 0], reduction="sum") / max(len(y[y >= 0]), 1)),
-    "numel": (True, lambda f, mu, y: f(mu[y >= 0]).sum() / (y[y >= 0].numel() + 1)),
+    "numel": (False, lambda f, mu, y: f(mu[y >= 0]).sum() / (y[y >= 0].numel() + 1)),
     "a branch": (True, lambda f, mu, y: f(mu[(y >= 0).nonzero()[:, 0]]).mean() if (y >= 0).nonzero().size(0) > 2 else mu.sum()),
     "a loop over classes": (True, lambda f, mu, y: torch.stack([f(mu[y == c]).mean() for c in torch.unique(y)]).sum()),
     "a length": (True, lambda f, mu, y: F.cross_entropy(f(mu[y >= 0]), torch.ones(len(mu[y >= 0]), dtype=torch.long))),
@@ -1026,3 +1041,5 @@ def test_as_many_steps_as_the_longest_of_a_packed_batch_are_counted_at_each_call
     rv = rvconvert.convert(vae)
     for lengths in ([3, 2, 1], [7, 1, 2], [1, 1, 1]):
         torch.testing.assert_close(rv(x, torch.tensor(lengths)), vae(x, torch.tensor(lengths)), rtol=0, atol=5e-3)
+    more = torch.rand(5, 7, 5), torch.tensor([3, 7, 1, 2, 7])  # whose order torch counts for itself
+    torch.testing.assert_close(rv(*more), vae(*more), rtol=0, atol=5e-3)

@@ -16,7 +16,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributions import Bernoulli, Categorical, Independent, MixtureSameFamily, Normal, kl_divergence
+from torch.distributions import (
+    Bernoulli,
+    Categorical,
+    Independent,
+    MixtureSameFamily,
+    Multinomial,
+    Normal,
+    OneHotCategorical,
+    kl_divergence,
+)
 
 import rvconvert
 from rvconvert import ConversionError
@@ -111,6 +120,12 @@ LINEAR: dict[str, Result] = {
     "per element": lambda y, x, z, mu, std, m: (y - x) ** 2,
     "per example": lambda y, x, z, mu, std, m: ((y - x) ** 2).sum(1),
     "per example, log-softmax": lambda y, x, z, mu, std, m: -(F.log_softmax(y, 1) * x).sum(1),
+    "log-softmax by hand": lambda y, x, z, mu, std, m: -((y - y.logsumexp(1, keepdim=True)) * x).sum(1).mean(),
+    "Categorical": lambda y, x, z, mu, std, m: -Categorical(logits=y).log_prob(x.argmax(1)).mean(),
+    "OneHotCategorical": lambda y, x, z, mu, std, m: (
+        -OneHotCategorical(logits=y).log_prob(F.one_hot(x.argmax(1), 12).float()).mean()
+    ),
+    "Multinomial": lambda y, x, z, mu, std, m: -Multinomial(12, logits=y, validate_args=False).log_prob((9 * x).round()).mean(),
     "mse_loss per element": lambda y, x, z, mu, std, m: F.mse_loss(y, x, reduction="none"),
     "log_prob": lambda y, x, z, mu, std, m: -Normal(y, 0.5).log_prob(x).sum(1),
     "of several results, one": lambda y, x, z, mu, std, m: torch.max(y.unsqueeze(0), 0)[0],

@@ -16,7 +16,7 @@ import torch
 from torch import fx, nn
 from torch.overrides import TorchFunctionMode
 
-from rvconvert.capture.data_sizes import COUNTS, DataSizes, splits
+from rvconvert.capture.data_sizes import DataSizes, splits
 from rvconvert.capture.graph_calls import (
     apply_function,
     assign_mean,
@@ -262,8 +262,8 @@ class _Recorder(TorchFunctionMode, Handler):
         return node
 
     def fixed(self, name: str) -> None:
-        """Told where Python fixes a batch size."""
-        if not where(user_frame())[1].startswith("assert"):
+        """Told where Python fixes a batch size; an assertion or torch's own check decides nothing but an error."""
+        if not where(user_frame())[1].startswith("assert") and not _runs("torch/distributions", "_validate_sample"):
             self.recording.fixed.append(self.line())
 
     def inherit(self, node: fx.Node) -> None:
@@ -281,6 +281,8 @@ class _Recorder(TorchFunctionMode, Handler):
         name = getattr(func, "__name__", "")
         if func in _TENSOR_PROPERTIES or name == "size":
             return self.property(func, args, kwargs)
+        if name in ("numel", "nelement") and args and args[0].ndim and id(args[0]) not in self.tensors:
+            return functools.reduce(operator.mul, self.size(args[0], args[0].shape, None))
         rule = self.registry.find(func)
         if rule is not None and isinstance(rule.kind, Read) and name != "item":
             return self.read(func, rule, args, kwargs)
@@ -415,7 +417,7 @@ class _Recorder(TorchFunctionMode, Handler):
         if name == "register_hook":
             self.recording.once.append(f"a hook on a tensor: {self.line()}")
         elif not mutated and (not _tensors(result) or name == "__deepcopy__"):
-            if name in COUNTS:
+            if name == "__len__":
                 self.note_size(self.nodes.get(id(args[0])), name)
             return result  # a question whose answer is no tensor
         if func is torch.Tensor.__setitem__ and self.is_written_back(*plain_args):
@@ -780,11 +782,11 @@ _RESHAPES = frozenset("view view_as reshape reshape_as flatten unflatten squeeze
 _IMMEDIATE = (bool, int, float, complex, str, torch.dtype, torch.device, torch.memory_format, torch.layout)
 
 
-def _runs(package: str) -> bool:
-    """True while code of this package of torch runs, called by the model."""
+def _runs(package: str, function: str = "") -> bool:
+    """True while code of this package of torch runs, called by the model; or this function of it."""
     frame = sys._getframe(2)
     while frame.f_back is not None and frame.f_code.co_filename.startswith(INTERNAL):
-        if package in frame.f_code.co_filename.replace("\\", "/"):
+        if package in frame.f_code.co_filename.replace("\\", "/") and function in ("", frame.f_code.co_name):
             return True
         frame = frame.f_back
     return False

@@ -141,7 +141,7 @@ def _rows(node: fx.Node, roles: Roles, settings: Settings) -> Iterable[Row]:
 def _sizes(graph: fx.Graph) -> set[fx.Node]:
     """Sizes of tensors and the arithmetic on them and on reported numbers, which say nothing of moments."""
     found: set[fx.Node] = set()
-    reported = {node for node in graph.nodes if node.target == "item"}
+    reported = {node for node in graph.nodes if node.target == "item" or "number" in node.meta}
     for node in graph.nodes:
         inputs = node.all_input_nodes
         arithmetic = getattr(node.target, "__module__", "") == "_operator" or node.target in (int, float, torch.Size)

@@ -15,7 +15,7 @@ __all__ = ["RESCALINGS", "SUBTRACTING", "ScoredGraph"]
 RESCALINGS = frozenset("mul multiply add sub subtract rsub div true_divide divide clamp clip clamp_min clamp_max".split())
 # Errors, log-likelihoods and their like are no activation of a last layer: a reconstruction ends before them.
 _LOGARITHMS = frozenset("log log1p log2 log10 log_softmax logsigmoid".split())
-_ERRORS = frozenset("pow square abs neg".split()) | _LOGARITHMS
+_ERRORS = frozenset("pow square abs neg logsumexp".split()) | _LOGARITHMS
 _EXTREMA = frozenset("max min amax amin maximum minimum".split())
 _EXPONENTIALS = frozenset("exp expm1".split())
 _SUMMING = frozenset("softmax log_softmax logsumexp logaddexp".split())
