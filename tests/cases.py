@@ -238,6 +238,8 @@ case("sort", lambda w, x: torch.sort(x, 0), batch=None, label="dim", **_APART)
 case("topk", lambda w, x: torch.topk(x, 2), **_APART)
 case("kthvalue", lambda w, x: torch.kthvalue(x, 2), **_APART)
 by_name("argmax argmin argsort", unary, **_APART)
+for _name in "bool byte char short int long".split():
+    case(_name, lambda w, x, to=_name: getattr(x > 0, to)(), **_APART)
 
 # ---- softmax and attention ---------------------------------------------------------------------------------------
 

@@ -114,6 +114,11 @@ LINEAR: dict[str, Result] = {
     "a copy for a log, with a loss": lambda y, x, z, mu, std, m: {"recon": y.detach(), "loss": F.mse_loss(y, x)},
     "a copy without a gradient, with a loss": lambda y, x, z, mu, std, m: (without_gradient(y), ((y - x) ** 2).mean()),
     "a picture of it, with a loss": lambda y, x, z, mu, std, m: ((y > 0).float(), F.mse_loss(y, x)),
+    "a picture in bytes, with a loss": lambda y, x, z, mu, std, m: ((255 * y).clamp(0, 255).byte(), F.mse_loss(y, x)),
+    "an accuracy in whole numbers, with a loss": lambda y, x, z, mu, std, m: (
+        F.mse_loss(y, x),
+        ((y > 0.5).long() == (x > 0.5).to(torch.int64)).float().mean(),
+    ),
     "add with alpha": lambda y, x, z, mu, std, m: torch.add(y, x, alpha=-1).square().mean(),
     "by hand": lambda y, x, z, mu, std, m: ((x - y) ** 2).sum(1).mean(),
     "by hand, absolute": lambda y, x, z, mu, std, m: (y - x).abs().mean(),

@@ -25,9 +25,6 @@ if TYPE_CHECKING:
 __all__ = ["node_row", "refuse_unsupported", "report_graph"]
 
 
-_INTEGERS = frozenset("long int short bool byte char one_hot".split())
-
-
 def row_for(operation: str, rule: Rule | None, place: dict[str, Any], *, function: bool = False) -> Row:
     """The row of a random operation: with its rule, or with why there is none and a stub to paste."""
     if rule is not None:
@@ -57,14 +54,6 @@ def row_for(operation: str, rule: Rule | None, place: dict[str, Any], *, functio
             hint='use the nn.Module that it was made of, or rvconvert.convert(model, covariance="sampled")',
         )
     short = operation.rsplit(".", 1)[-1].strip("_") or "operation"
-    if short in _INTEGERS:
-        return Row(
-            operation,
-            "unsupported",
-            **place,
-            reason="whole numbers made of a random variable: a mean of them would be another one",
-            hint='rvconvert.convert(model, covariance="sampled")  # makes them on each path',
-        )
     if operation == "getattr":  # x.real of what has no rule
         hint = 'rvconvert.convert(model, covariance="sampled")'
         return Row(operation, "unsupported", **place, reason="an attribute that has no moments", hint=hint)

@@ -94,6 +94,8 @@ def assign(recording: Recording, named: Iterable[str] = (), *, paths: bool = Fal
 
 
 _PICKS = frozenset("argmax argmin argsort".split())
+_CASTS = frozenset("to type type_as byte char short int long".split())
+_WHOLE = frozenset(f"torch.{name}" for name in "uint8 int8 int16 int32 int64".split())
 _COUNTS = ("_pack_padded_sequence", "_pad_packed_sequence")  # of whose results one says how many sequences go on
 _STEPS = frozenset("round floor ceil trunc fix sign sgn heaviside".split())
 _EFFECTS = ("register_hook", "retain_grad")
@@ -464,14 +466,16 @@ class _Assignment(ScoredGraph):
         return frozenset(found)
 
     def indices(self) -> frozenset[fx.Node]:
-        """What argmax and its kin give, and what is made of that and of nothing else that is random."""
+        """What argmax and its kin give, whole numbers, and what is made of these and of nothing else that is random."""
         found: set[fx.Node] = set()
         for node in self.nodes:
             sources = self.random_in(node)
             if node not in self.random or not sources:
                 continue
             picked = self.rule_name(node) in _PICKS or "part" in node.meta
-            if all(n in found for n in sources) or (picked and str(node.meta.get("dtype")) == "torch.int64"):
+            dtype = str(node.meta.get("dtype"))
+            whole = (picked and dtype == "torch.int64") or (self.rule_name(node) in _CASTS and dtype in _WHOLE)
+            if whole or all(n in found for n in sources):
                 found.add(node)
         return frozenset(found)
 

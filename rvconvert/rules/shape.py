@@ -8,9 +8,9 @@ import torch
 from torch import nn
 
 from rvconvert.core.random_variable import RandomVariable, random_variables
-from rvconvert.core.registry import Exactness, operation_name
+from rvconvert.core.registry import Exactness
 from rvconvert.errors import UnsupportedOperationError
-from rvconvert.rules.kinds import Composite, Metadata, Read, Shape, add_rule, picking
+from rvconvert.rules.kinds import Composite, Metadata, Read, Shape, add_rule, is_truth, picking
 
 _QUESTIONS = (
     "size dim ndimension numel nelement stride is_contiguous is_floating_point is_complex element_size get_device "
@@ -74,21 +74,48 @@ for _name in _VIEWS:
     add_rule(_name, Shape(same=_name in _SAME), Exactness.EXACT, modules=_MODULES.get(_name, ()), keeps_latent=True)
 
 
+def _whole(x: RandomVariable, dtype: torch.dtype) -> Any:
+    """Whole numbers, a picture's or a category's, of the mean; of truth values what is more likely."""
+    if x.settings.strict:
+        raise UnsupportedOperationError(
+            f"{dtype} made of a random variable is another one with each draw; without strict=True it is that of the mean, and "
+            'covariance="sampled" makes it on each path'
+        )
+    if is_truth(x):
+        return x if dtype == torch.bool else (x.mean > 0.5).to(dtype)
+    return torch.ne(x, 0) if dtype == torch.bool else x.mean.to(dtype)  # type: ignore[call-overload]
+
+
 class _Cast(Shape):
-    """To another type or device; to an integral one there is no way, for that reads values."""
+    """To another type or device."""
 
     def __call__(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         result = super().__call__(func, args, kwargs)
-        if isinstance(result, torch.Tensor) and isinstance(args[0], RandomVariable):
-            raise UnsupportedOperationError(
-                f"{operation_name(func)} turns a random variable into {result.dtype}, which holds values, not moments; "
-                "take x.mean there, or leave that part of the model out of the conversion (methods=...)"
-            )
-        return result
+        whole = isinstance(result, torch.Tensor) and isinstance(args[0], RandomVariable)
+        return _whole(args[0], result.dtype) if whole else result
 
 
 for _name in ("to", "type", "type_as"):
     add_rule(_name, _Cast(), Exactness.EXACT, keeps_latent=True)
+
+
+def _whole_as(dtype: torch.dtype) -> Any:
+    def body(input: Any, memory_format: Any = None) -> Any:
+        return _whole(input, dtype)
+
+    return body
+
+
+_WHOLE = {
+    "bool": torch.bool,
+    "byte": torch.uint8,
+    "char": torch.int8,
+    "short": torch.int16,
+    "int": torch.int32,
+    "long": torch.int64,
+}
+for _name, _dtype in _WHOLE.items():
+    add_rule(_name, Composite(_whole_as(_dtype)), Exactness.APPROXIMATE, "whole numbers are those of the mean")
 
 for _name in ("cat", "concat", "concatenate", "stack", "hstack", "vstack", "dstack", "column_stack"):
     add_rule(_name, Shape(("tensors",), ("tensors",)), Exactness.EXACT, keeps_latent=True)
