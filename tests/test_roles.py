@@ -3013,3 +3013,81 @@ def test_what_a_comparison_gates_is_a_reconstruction() -> None:
     values = rvconvert.convert(VAE(lambda y, *_: (y, y * (y > 0)), False), output="distribution", attach=False)(x)
     rv = rvconvert.convert(VAE(lambda y, *_: (y, y * (y > 0)), False))
     assert penalty_of(rv, x) == pytest.approx(float(rvconvert.variance_penalty(values[1])))
+
+
+class FedBack(nn.Module):
+    """Each step reads what the one before gave; the loss is inside, or the whole leaves."""
+
+    def __init__(self, cell: str, whole: str) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.encoder, self.cell, self.decoder = nn.Linear(3, 4), getattr(nn, cell)(5, 6), nn.Linear(6, 3)
+        self.whole, self.scored = whole, True
+
+    def step(self, given: Tensor, state: Any) -> Any:
+        if isinstance(self.cell, nn.RNNCellBase):
+            state = self.cell(given, state)
+            return state[0] if isinstance(state, tuple) else state, state
+        steps, state = self.cell(given[None], state)
+        return steps[0], state
+
+    def forward(self, x: Tensor) -> Any:
+        mu, logvar = self.encoder(x.mean(1)).chunk(2, -1)
+        z = mu + torch.randn_like(mu) * (0.5 * logvar).exp()
+        given, state, steps = torch.zeros_like(x[:, 0]), None, []
+        for _ in range(x.shape[1]):
+            hidden, state = self.step(torch.cat([z, given], -1), state)
+            steps.append(self.decoder(hidden))
+            given = steps[-1].softmax(-1) if self.whole == "tokens" else steps[-1]
+        y = torch.stack(steps, 1)
+        y = y.cumsum(1) if self.whole == "summed" else y
+        if not self.scored:
+            return y
+        return F.cross_entropy(y.flatten(0, 1), x.argmax(-1).flatten()) if self.whole == "tokens" else F.mse_loss(y, x)
+
+
+@pytest.mark.parametrize("whole", ["steps", "summed", "tokens"])
+@pytest.mark.parametrize("cell", ["GRUCell", "LSTMCell", "GRU", "LSTM"])
+def test_steps_that_are_fed_back_have_one_l_c(cell: str, whole: str) -> None:
+    x = torch.rand(4, 5, 3, generator=torch.Generator().manual_seed(1))
+    vae = FedBack(cell, whole)
+    found = [penalty_of(rvconvert.convert(vae), x)]
+    vae.scored = False
+    found.append(penalty_of(rvconvert.convert(vae), x))
+    assert found[0] == pytest.approx(found[1])
+
+
+class WorldModel(nn.Module):
+    """Observations and rewards, of which the loss takes a part."""
+
+    def __init__(self, part: str, heads: bool, returned: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        width = 8 if part in ("whole", "next") else 4
+        self.encoder, self.decoder, self.reward = nn.Linear(8, 6), nn.Linear(3, width), nn.Linear(3, 1)
+        self.part, self.heads, self.returned = part, heads, returned
+
+    def forward(self, x: Tensor, r: Tensor) -> Any:
+        given, target = x, x
+        if self.part == "next":
+            given, target, r = x[:, :-1], x[:, 1:], r[:, 1:]
+        elif self.part == "crop":
+            target = x[..., 2:6]
+        elif self.part == "half":
+            target = F.avg_pool1d(x, 2)
+        mu, logvar = self.encoder(given).chunk(2, -1)
+        z = mu + torch.randn_like(mu) * (0.5 * logvar).exp()
+        y, reward = self.decoder(z), self.reward(z).squeeze(-1)
+        if self.returned:
+            return (y, reward, (reward - r).square()) if self.heads else y
+        return F.mse_loss(y, target) + (F.mse_loss(reward, r) if self.heads else 0)
+
+
+@pytest.mark.parametrize("returned", [False, True])
+@pytest.mark.parametrize("part", ["whole", "next", "crop", "half"])
+def test_a_reward_beside_a_part_of_the_observations_has_no_l_c(part: str, returned: bool) -> None:
+    if returned and part in ("crop", "half"):
+        pytest.skip("nothing tells what it is held against")
+    given = torch.rand(4, 5, 8, generator=torch.Generator().manual_seed(1)), torch.rand(4, 5)
+    found = [penalty_of(rvconvert.convert(WorldModel(part, heads, returned)), *given) for heads in (True, False)]
+    assert found[0] == pytest.approx(found[1])

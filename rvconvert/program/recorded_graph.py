@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import operator
 from typing import TYPE_CHECKING, NamedTuple
 
 from torch import fx, nn
@@ -347,6 +348,14 @@ class RecordedGraph:
             return True
         kinds = ((shape[:dim] + shape[dim + 1 :], shape[dim]) for dim in range(1, len(shape)))  # logits of tokens, of levels
         return any((given, count) in self.kinds or (given, None) in self.kinds for given, count in kinds)
+
+    def inputs_like(self, node: fx.Node) -> list[fx.Node]:
+        """Inputs of as many numbers, or that a value is as long as in all dimensions but one, as the frames but the first are."""
+        shape = node.meta.get("shape", ())
+        given = [n for n in self.inputs if rank_of(n) >= 2]
+        whole = [n for n in given if size_of(n) == size_of(node)]
+        parts = [n for n in given if len(n.meta["shape"]) == len(shape) and sum(map(operator.ne, n.meta["shape"], shape)) == 1]
+        return whole or [n for n in parts if size_of(n) > size_of(node)]
 
     @functools.cached_property
     def kinds(self) -> set[tuple[tuple[int, ...], int | None]]:

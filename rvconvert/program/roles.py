@@ -167,9 +167,9 @@ class _Assignment(ScoredGraph):
         return found
 
     def is_decoded_beside(self, node: fx.Node, meeting: set[fx.Node]) -> bool:
-        """Of an input's size, or a step, or made of what meets an input, or what that is made of."""
+        """Of an input's size, or of a part's, or made of what meets an input, or what that is made of."""
         related = any(self.behind(n, node) or self.behind(node, n) or self.are_one(n, node) for n in meeting)
-        return self.fits_an_input(node) or related
+        return self.fits_an_input(node) or bool(self.inputs_like(node)) or related
 
     def leaves(self, leaving: list[fx.Node], compared: list[tuple[fx.Node, fx.Node]]) -> list[fx.Node]:
         """Reconstructions among what leaves."""
@@ -275,9 +275,10 @@ class _Assignment(ScoredGraph):
                 elif first not in fits:
                     dropped.add(first)
         # As large as an input that no layer reads, a label, beside a larger one that is read.
-        read = {n for n in fits if any(size_of(each) == size_of(n) and self.is_read(each) for each in self.inputs)}
+        read = self.read(leaves)
         largest = max(map(size_of, read), default=0)
-        kept = [n for n in leaves if n not in dropped and not (n in fits - read and size_of(n) < largest)]
+        labels = {n for n in leaves if n not in read and self.inputs_like(n) and size_of(n) < largest}
+        kept = [n for n in leaves if n not in dropped and n not in labels]
         least = min((size_of(n) for n in kept if n in fits), default=0)  # fewer numbers beside it are a score: logits of classes
         return [n for n in kept if size_of(n) >= least]
 
@@ -353,10 +354,11 @@ class _Assignment(ScoredGraph):
         least = min((size_of(n) for n in (*(n for n, _ in fitting), *leaves) if self.fits_an_input(n)), default=0)
         places = {at for _, at in fitting}  # a term of it meets the input where it does
         small = {n for n, _, at in edges if at is not None and size_of(n) < least and not self.fits_an_input(n)}
-        # What is held against an input that no layer reads, a label or a reward, beside a larger one that is read.
-        read = {n for n, at in fitting if self.meets_what_is_read(at)}
+        # What is held against an input that no layer reads, a label or a reward, or a part of one, beside a larger one that is.
+        held = fitting + [(n, at) for n, _, at in edges if at is not None and self.fits_a_part(n, at)]
+        read = {n for n, at in held if self.meets_what_is_read(at)} | self.read(leaves)
         largest = max(map(size_of, read), default=0)
-        targets = {n for n, _ in fitting if n not in read and size_of(n) < largest}
+        targets = {n for n, _ in held if n not in read and size_of(n) < largest}
         return (small - {n for n, _, at in edges if at in places}) | targets | self.heads_of_steps(edges)
 
     def heads_of_steps(self, edges: list[_Edge]) -> set[fx.Node]:
@@ -372,6 +374,10 @@ class _Assignment(ScoredGraph):
         met = [n for n in at.all_input_nodes if n in self.raw and self.is_step_of_input(n)]
         return rank_of(node) >= 2 and any(size_of(n) == size_of(node) for n in met)
 
+    def fits_a_part(self, node: fx.Node, at: fx.Node) -> bool:
+        """As many numbers as it meets ``at`` a place, made of an input without a layer: the next frames, half the resolution."""
+        return any(n in self.raw and rank_of(n) >= 2 and size_of(n) == size_of(node) for n in at.all_input_nodes)
+
     def inputs_met(self, at: fx.Node) -> set[fx.Node]:
         """The inputs that a value meets ``at`` a place."""
         met = [n for n in at.all_input_nodes if n in self.raw]
@@ -380,6 +386,10 @@ class _Assignment(ScoredGraph):
     def meets_what_is_read(self, at: fx.Node) -> bool:
         """A layer, an encoder's, reads an input that a value meets at ``at``."""
         return any(map(self.is_read, self.inputs_met(at)))
+
+    def read(self, values: list[fx.Node]) -> set[fx.Node]:
+        """Of ``values``, those that are like an input that a layer reads."""
+        return {n for n in values if any(map(self.is_read, self.inputs_like(n)))}
 
     def is_read(self, given: fx.Node) -> bool:
         """A layer acts on an input on its way to a latent, or nothing does, so that one does not know."""

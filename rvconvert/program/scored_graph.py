@@ -296,7 +296,8 @@ class ScoredGraph(DecodedGraph):
             behind = self.values_in(value)[0]
             mixed = size_of(behind) == size_of(value) and self.joins_others(source, behind)
             value, end = (behind, value) if mixed else (value, end)
-        way = self.between(source, value)
+        carried = self.forward_of((source,), stop=self.decodes)  # not by way of a further step, to which it is fed back
+        way = [n for n in self.between(source, value) if n in carried]
         errors = any((self.rule_name(n) in _ERRORS or _is_square(n)) and not self.is_compared_logarithm(n) for n in way)
         apart = errors or any(self.is_loss(n) or self.is_one_of_several(n) for n in way)
         # Terms of one likelihood take one value: x / exp(y) + y.
