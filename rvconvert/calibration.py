@@ -264,17 +264,25 @@ def renew(conversion: Conversion, name: str, model: nn.Module, args: tuple[Any, 
     if conversion.options.random_inputs and not random_variables(args, kwargs):  # a decoder of the prior's samples
         return
     mode = "training" if model.training else "evaluation"
+    reads = not (every and torch.is_grad_enabled())
+    if mode == "training" and reads and not gains.has(mode, name) and gains.has("evaluation", name):
+        gains.use("evaluation")  # calibrated, and left in train mode
+        return
     gains.use(mode)
     if not every:
         return
     if mode == "evaluation":
-        missing = not any(key.startswith(f"{name}/") for key in gains.evaluation)
-        if gains.stale or missing:
+        if gains.stale or not gains.has(mode, name):
             gains.start(mode)
             measure(conversion, name, model, args, kwargs, EVALUATION_PAIRS, 0)
             gains.evaluation = {**gains.evaluation, **gains.fresh}
             gains.stale = False
-    elif torch.is_grad_enabled():
+    elif reads:
+        if not gains.has(mode, name):
+            gains.start(mode)
+            measure(conversion, name, model, args, kwargs, EVALUATION_PAIRS, 0)
+            gains.training = {**gains.training, **gains.fresh}
+    else:
         due = gains.is_due(name, every)
         if due:
             gains.renewed[name] = gains.steps

@@ -120,6 +120,19 @@ def test_a_variance_that_is_wrong_by_a_known_factor_is_put_right():
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("calibrate", [True, False])
+@pytest.mark.parametrize("recalibrate", [20, 0])
+def test_a_model_left_in_train_mode_reads_what_was_measured(trained, calibrate, recalibrate):
+    if not (calibrate or recalibrate):
+        pytest.skip("nothing has measured, and nothing is to")
+    _, true = true_moments(trained, IMAGES[128:], 2000)
+    model = converted(copy.deepcopy(trained), recalibrate=recalibrate).train()
+    if calibrate:
+        rvconvert.calibrate(model, IMAGES[:128])
+    assert 0.85 < model(IMAGES[128:])[0].var.sum() / true.sum() < 1.15
+
+
+@torch.no_grad()
 def test_calibrating_changes_nothing_but_the_gains(trained):
     model = converted(copy.deepcopy(trained), example_inputs=IMAGES[:4]).train()
     before = copy.deepcopy(model.state_dict())

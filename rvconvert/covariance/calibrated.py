@@ -261,9 +261,13 @@ class Gains:
 
     # --- measuring ------------------------------------------------------------------------------
 
+    def has(self, mode: str, name: str) -> bool:
+        """Whether a method has gains of this mode."""
+        return any(key.startswith(f"{name}/") for key in (self.training if mode == "training" else self.evaluation))
+
     def is_due(self, name: str, every: int) -> bool:
         """Whether a method's training gains are to be measured, having none, or none of the last ``every`` steps."""
-        if not any(key.startswith(f"{name}/") for key in self.training):
+        if not self.has("training", name):
             return True
         last = self.renewed.get(name, (self.steps - 1) // every * every)  # of a file: at a multiple
         return self.steps >= last + every
