@@ -44,13 +44,13 @@ from rvconvert.places import short_place
 from rvconvert.program.gains import gain_keys
 from rvconvert.program.plan import refuse_unsupported, report_graph
 from rvconvert.program.recorded_graph import Posterior
-from rvconvert.program.refusal import read_refusal, refusal
+from rvconvert.program.refusal import may_draw, read_refusal, refusal
 from rvconvert.program.rewrite import compile_graph, to_random_variables
 from rvconvert.program.roles import Roles, assign
 from rvconvert.rules.noise import all_entering
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
 
     from rvconvert.capture.recording import Kept, Recording
     from rvconvert.options import Options
@@ -118,6 +118,7 @@ class Conversion:
         # Arguments that a method's code never mentions.
         self.ignored = {name: unused_arguments(self.own.get(name) or getattr(plain_class, name)) for name in options.methods}
         self.last_penalty: torch.Tensor | None = None
+        self.penalised_by = ""  # the method that it is of
         self._penalty: torch.Tensor | None = None  # of the call under way
         self.penalty_scale: float = 1.0
         self.gains = Gains()  # of covariance="calibrated"
@@ -191,6 +192,10 @@ class Conversion:
         numbers = self.numbers(name, args, kwargs) if program.numbers else {}
         with contextlib.nullcontext() if torch.compiler.is_compiling() else moments_later():
             results = program.run(model, *leaves, *[numbers[each] for each in program.numbers])
+        if self._penalty is not None:
+            self.penalised_by = name
+        elif self.penalised_by == name and model.training and torch.is_grad_enabled() and not self.options.random_inputs:
+            self.last_penalty = None  # a warm-up; but not where a decoder takes a prior's samples too
         self.keep(program, model, results)
         if not program.penalised and model.training and torch.is_grad_enabled():
             self.warn_without_penalty(name, encodes=program.encodes)
@@ -548,7 +553,7 @@ class Conversion:
         """True where the method draws nothing now but does otherwise.
 
         In the other mode (``if self.training: ...``), with gradients, without what may be left out (``encode_only=True``), or
-        later, as a flag on the model may say.
+        later, as a flag or a count of epochs on the model may say.
         """
         if not isinstance(examined.refusal, NoReparameterizationError):
             return False
@@ -563,16 +568,7 @@ class Conversion:
                 with torch.enable_grad(), contextlib.suppress(Exception):  # of the model's own code
                     if self.examine(name, model, given, named).refusal is None:
                         return True
-        modules = _modules_of(model)
-        own = [
-            (modules[each.owner], each.name) for each in examined.recording.places if type(each.owner) is int and each.owner >= 0
-        ]
-        flags = [(module, attribute) for module, attribute in own if type(vars(module).get(attribute)) is bool]
-        for module, attribute in flags[:_MOST_NUMBERS]:
-            with torch.enable_grad(), contextlib.suppress(Exception), _flipped(module, attribute):
-                if self.examine(name, model, args, kwargs).refusal is None:
-                    return True
-        return False
+        return may_draw(examined.recording, model, self.plain_class, name)
 
     def examine(
         self,
@@ -759,16 +755,6 @@ def _kinds(leaves: list[Any], *, batch: bool) -> tuple[Any, ...]:
 
 
 _WALKED: weakref.WeakKeyDictionary[nn.Module, tuple[list[nn.Module], list[list[Any]] | None]] = weakref.WeakKeyDictionary()
-
-
-@contextlib.contextmanager
-def _flipped(module: nn.Module, flag: str) -> Iterator[None]:
-    """Within, a flag of a module is the other way round."""
-    vars(module)[flag] = not vars(module)[flag]
-    try:
-        yield
-    finally:
-        vars(module)[flag] = not vars(module)[flag]
 
 
 def _modules_of(model: nn.Module) -> list[nn.Module]:

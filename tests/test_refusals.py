@@ -350,28 +350,50 @@ def test_a_transform_of_torch_func_inside_is_refused_with_its_line(name, mode):
         rvconvert.convert(Transforming(), covariance=mode)(torch.rand(5, 6))
 
 
-class WarmedUp(nn.Module):
-    """Decodes the mean while a flag says so."""
+def reparameterized(mu, logvar):
+    return mu + torch.randn_like(mu) * (0.5 * logvar).exp()
 
-    def __init__(self):
+
+class Reparameterization(nn.Module):
+    def forward(self, mu, logvar):
+        return reparameterized(mu, logvar)
+
+
+class WarmedUp(nn.Module):
+    """Decodes the mean while a flag or a count of epochs says so."""
+
+    def __init__(self, draws):
         super().__init__()
-        self.encoder, self.decoder, self.warm = nn.Linear(6, 4), nn.Linear(2, 6), False
+        self.encoder, self.decoder, self.warm, self.epoch = nn.Linear(6, 4), nn.Linear(2, 6), False, 2
+        self.layer, self.draws = Reparameterization(), draws
+
+    def draw(self, mu, logvar):
+        return mu + torch.randn_like(mu) * (0.5 * logvar).exp()
 
     def forward(self, x):
         mu, logvar = self.encoder(x).chunk(2, 1)
-        return self.decoder(mu if self.warm else mu + torch.randn_like(mu) * (0.5 * logvar).exp())
+        if self.warm or self.epoch < 2:
+            return self.decoder(mu)
+        if self.draws == "method":
+            return self.decoder(self.draw(mu, logvar))
+        return self.decoder(self.layer(mu, logvar) if self.draws == "layer" else reparameterized(mu, logvar))
 
 
-def test_a_model_that_samples_later_is_served():
-    rv, x = rvconvert.convert(WarmedUp()), torch.rand(3, 6)
-    rv.warm = True
+@pytest.mark.parametrize("draws", ["method", "function", "layer"])
+@pytest.mark.parametrize(("attribute", "now", "later"), [("warm", True, False), ("epoch", 0, 2)])
+def test_a_model_that_samples_later_is_served(attribute, now, later, draws):
+    rv, x = rvconvert.convert(WarmedUp(draws)), torch.rand(3, 6)
+    setattr(rv, attribute, now)
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         torch.testing.assert_close(rv(x), rv.decoder(rv.encoder(x).chunk(2, 1)[0]))
-    assert rv.warm and any("attaches no variance penalty" in str(each.message) for each in said)
-    rv.warm = False
+    assert getattr(rv, attribute) == now and any("attaches no variance penalty" in str(each.message) for each in said)
+    setattr(rv, attribute, later)
     rv(x)
     assert rv.last_penalty > 0
+    setattr(rv, attribute, now)
+    rv(x)
+    assert rv.last_penalty is None
 
 
 class Decoder(nn.Module):
