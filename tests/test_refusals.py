@@ -409,3 +409,26 @@ def test_a_bare_decoder_is_told_how_to_convert_it():
     with pytest.raises(ConversionError) as refused:
         rvconvert.convert(Decoder())(torch.rand(3, 2))
     assert "rvconvert.convert(model, random_inputs=('z',))" in str(refused.value)
+
+
+class TimeFirst(nn.Module):
+    def __init__(self, result):
+        super().__init__()
+        self.encoder, self.decoder, self.result = nn.Linear(2, 6), nn.Linear(3, 2), result
+
+    def forward(self, x):
+        mu, logvar = self.encoder(x.mean(0)).chunk(2, -1)
+        steps = (self.decoder(mu + torch.randn_like(mu) * (0.5 * logvar).exp()) for _ in range(len(x)))
+        return self.result(steps, x)
+
+
+def test_a_generator_is_no_result():
+    with pytest.raises(TracingError, match=r"TimeFirst\.forward gives a generator.*give a list"):
+        rvconvert.convert(TimeFirst(lambda steps, x: steps))(torch.rand(4, 5, 2))
+
+
+def test_a_run_on_half_a_batch_warns_of_nothing():
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        rvconvert.convert(TimeFirst(lambda steps, x: F.mse_loss(torch.stack(list(steps)), x)))(torch.rand(4, 5, 2))
+    assert not [each for each in said if "target size" in str(each.message)]

@@ -3091,3 +3091,33 @@ def test_a_reward_beside_a_part_of_the_observations_has_no_l_c(part: str, return
     given = torch.rand(4, 5, 8, generator=torch.Generator().manual_seed(1)), torch.rand(4, 5)
     found = [penalty_of(rvconvert.convert(WorldModel(part, heads, returned)), *given) for heads in (True, False)]
     assert found[0] == pytest.approx(found[1])
+
+
+class Words(nn.Module):
+    """A text's tokens and its bag of words are decoded beside each other."""
+
+    def __init__(self, bag: bool, shifted: bool, returned: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.table, self.encoder, self.head = nn.Embedding(12, 6), nn.GRU(6, 8, batch_first=True), nn.Linear(8, 8)
+        self.decoder, self.out, self.bag = nn.GRU(10, 8, batch_first=True), nn.Linear(8, 12), nn.Linear(4, 12)
+        self.has_bag, self.shifted, self.returned = bag, shifted, returned
+
+    def forward(self, x: Tensor) -> Any:
+        mu, logvar = self.head(self.encoder(self.table(x))[1][0]).chunk(2, 1)
+        z = mu + torch.randn_like(mu) * (0.5 * logvar).exp()
+        given, target = (x[:, :-1], x[:, 1:]) if self.shifted else (x, x)
+        steps = torch.cat([self.table(given), z[:, None].expand(-1, given.shape[1], -1)], 2)
+        tokens, bag = self.out(self.decoder(steps)[0]), self.bag(z)
+        if self.returned:
+            return (tokens, bag) if self.has_bag else tokens
+        of_tokens = F.cross_entropy(tokens.flatten(0, 1), target.flatten(), reduction="sum")
+        return of_tokens - F.log_softmax(bag, 1).gather(1, target).sum() if self.has_bag else of_tokens
+
+
+@pytest.mark.parametrize("returned", [False, True])
+@pytest.mark.parametrize("shifted", [False, True])
+def test_a_bag_of_words_beside_the_words_has_no_l_c(shifted: bool, returned: bool) -> None:
+    x = torch.randint(12, (4, 6), generator=torch.Generator().manual_seed(1))
+    found = [penalty_of(rvconvert.convert(Words(bag, shifted, returned)), x) for bag in (True, False)]
+    assert found[0] == pytest.approx(found[1])

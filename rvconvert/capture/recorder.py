@@ -936,6 +936,8 @@ def _recorded(
             raise TracingError(
                 _TRANSFORM.format(f"{short_place(f'{own[-1].filename}:{own[-1].lineno}')}: {own[-1].line}")
             ) from error
+    if inspect.isgenerator(result):
+        raise TracingError(f"{method.__qualname__} gives a generator, which runs only as it is read: give a list, or a tuple")
     recording.places |= dict.fromkeys(read.values)
     recording.outside = read.held
     if random_state() != drawn:

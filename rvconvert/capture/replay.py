@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -52,7 +53,8 @@ def replay_differs(run: Run, recording: Recording, model: nn.Module, method: Any
     other = other_values(leaves)
 
     def results(call: Callable[..., Any], inputs: list[torch.Tensor]) -> list[Any]:
-        with unchanged(model, recording.written), torch.enable_grad():
+        with unchanged(model, recording.written), torch.enable_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of sizes that only this run has
             torch.manual_seed(1)
             return [x for x in call(*(x.clone() for x in inputs)) if isinstance(x, torch.Tensor)]
 

@@ -377,6 +377,12 @@ class RecordedGraph:
             found |= {(given.meta["shape"][:1], count) for count in counts if count}  # of a bag of words
         return found
 
+    def is_bag(self, node: fx.Node) -> bool:
+        """A number for each kind of word, of a text that is an input."""
+        shape = node.meta.get("shape", ())
+        text = any(rank_of(n) >= 2 and n.meta["shape"][:1] == shape[:1] for n in self.inputs)
+        return len(shape) == 2 and text and (shape[:1], shape[1]) in self.kinds
+
     def _rows(self, embedding: fx.Node) -> int:
         """How many rows the table of an embedding has."""
         if embedding.op == "call_module":

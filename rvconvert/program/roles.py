@@ -279,6 +279,8 @@ class _Assignment(ScoredGraph):
         largest = max(map(size_of, read), default=0)
         labels = {n for n in leaves if n not in read and self.inputs_like(n) and size_of(n) < largest}
         kept = [n for n in leaves if n not in dropped and n not in labels]
+        bags = self.bags([n for n in kept if n in fits])
+        kept = [n for n in kept if n not in bags]
         least = min((size_of(n) for n in kept if n in fits), default=0)  # fewer numbers beside it are a score: logits of classes
         return [n for n in kept if size_of(n) >= least]
 
@@ -351,6 +353,8 @@ class _Assignment(ScoredGraph):
     def heads(self, edges: list[_Edge], leaves: list[fx.Node]) -> set[fx.Node]:
         """Of the values that meet inputs, those of fewer numbers than a reconstruction that meets others: logits, a reward."""
         fitting = [(n, at) for n, _, at in edges if at is not None and self.fits_an_input(n)]
+        bags = self.bags([*(n for n, _ in fitting), *leaves])
+        fitting = [(n, at) for n, at in fitting if n not in bags]
         least = min((size_of(n) for n in (*(n for n, _ in fitting), *leaves) if self.fits_an_input(n)), default=0)
         places = {at for _, at in fitting}  # a term of it meets the input where it does
         small = {n for n, _, at in edges if at is not None and size_of(n) < least and not self.fits_an_input(n)}
@@ -359,7 +363,12 @@ class _Assignment(ScoredGraph):
         read = {n for n, at in held if self.meets_what_is_read(at)} | self.read(leaves)
         largest = max(map(size_of, read), default=0)
         targets = {n for n, _ in held if n not in read and size_of(n) < largest}
-        return (small - {n for n, _, at in edges if at in places}) | targets | self.heads_of_steps(edges)
+        return (small - {n for n, _, at in edges if at in places}) | targets | bags | self.heads_of_steps(edges)
+
+    def bags(self, fitting: list[fx.Node]) -> set[fx.Node]:
+        """Bags of words beside the words of a text."""
+        bags = {n for n in fitting if self.is_bag(n)}
+        return bags if any(n not in bags for n in fitting) else set()
 
     def heads_of_steps(self, edges: list[_Edge]) -> set[fx.Node]:
         """The same where inputs are met step by step, ``x[:, t]``: the head's target is an input of its own, as a reward is."""
