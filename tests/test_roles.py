@@ -3121,3 +3121,31 @@ def test_a_bag_of_words_beside_the_words_has_no_l_c(shifted: bool, returned: boo
     x = torch.randint(12, (4, 6), generator=torch.Generator().manual_seed(1))
     found = [penalty_of(rvconvert.convert(Words(bag, shifted, returned)), x) for bag in (True, False)]
     assert found[0] == pytest.approx(found[1])
+
+
+def test_every_term_of_a_loss_takes_a_sum_of_parts_at_its_mean() -> None:
+    """A trend and a season are summed, and the loss holds their means over time and over channels against the input's too."""
+
+    class Series(VAE):
+        inside = True
+
+        def forward(self, x: Tensor) -> Any:
+            mu, logvar = self.encoder(x.flatten(1)).chunk(2, 1)
+            z = mu + torch.randn_like(mu) * (0.5 * logvar).exp()
+            season = self.decoder(z).view(-1, 2, 6).gather(2, (torch.arange(6) // 3).expand(len(x), 2, 6))
+            trend = torch.matmul(self.prior(z).view(-1, 2, 2), torch.linspace(0, 1, 12).view(2, 6))
+            y = trend.transpose(1, 2) + season.transpose(1, 2)
+            return self.loss(y, x) if self.inside else y
+
+        @staticmethod
+        def loss(y: Tensor, x: Tensor) -> Tensor:
+            return ((x - y) ** 2).sum() + sum(((x.mean(d) - y.mean(d)) ** 2).sum() for d in (1, 2))
+
+    x = torch.rand(4, 6, 2, generator=torch.Generator().manual_seed(1))
+    vae = Series(lambda *_: None, False)
+    rv = rvconvert.convert(vae)
+    found = rv(x)
+    vae.inside = False
+    outside = rvconvert.convert(vae)
+    torch.testing.assert_close(found, vae.loss(outside(x), x))
+    torch.testing.assert_close(rv.last_penalty, outside.last_penalty)

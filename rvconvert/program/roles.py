@@ -163,8 +163,12 @@ class _Assignment(ScoredGraph):
             if self.compares(source):  # an accuracy is no loss
                 continue
             at = self.meets_input(source, user)
-            found.append(_Edge(*((source, user) if at is None else self.whole(source, user, at)), at))
-        return found
+            value, end = (source, user) if at is None else self.whole(source, user, at)
+            found.append(_Edge(value, end, at))
+            if value is not source:  # which other terms of the loss take too
+                others = [n for n in value.users if n in self.scoring and n is not end and not self.decodes(n)]
+                found += [_Edge(value, n, self.meets_input(value, n)) for n in others]
+        return list(dict.fromkeys(found))
 
     def is_decoded_beside(self, node: fx.Node, meeting: set[fx.Node]) -> bool:
         """Of an input's size, or of a part's, or made of what meets an input, or what that is made of."""
