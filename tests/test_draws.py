@@ -17,7 +17,7 @@ import rvconvert
 from rvconvert import ConversionError, RandomVariable
 from rvconvert.core.random_variable import Settings
 from rvconvert.core.registry import operation_name
-from rvconvert.rules.draws import DRAWS
+from rvconvert.rules.draws import DRAWS, one_hot_categorical_like
 from tests.drawn import with_draws
 
 K = 12
@@ -53,6 +53,7 @@ CALLS: dict[Any, list[Callable[[Any], Any]]] = {
     torch.Tensor.bernoulli: [lambda f: f(_P), lambda f: f(_empty(), 0.3)],
     torch.Tensor.bernoulli_: [lambda f: f(_empty()), lambda f: f(_empty(), 0.3), lambda f: f(_empty(), _P)],
     F.gumbel_softmax: [lambda f: f(_RATE), lambda f: f(_RATE, tau=0.5), lambda f: f(_RATE, 0.7, True, dim=1)],
+    one_hot_categorical_like: [lambda f: f(torch.multinomial(_RATE, 1).squeeze(1), _RATE)],
     torch._standard_gamma: [lambda f: f(_RATE)],
     torch._sample_dirichlet: [lambda f: f(_RATE)],
     torch.poisson: [lambda f: f(_RATE)],
@@ -69,6 +70,11 @@ CALLS: dict[Any, list[Callable[[Any], Any]]] = {
 EACH = [
     pytest.param(func, call, id=f"{operation_name(func)}-{i}") for func, calls in CALLS.items() for i, call in enumerate(calls)
 ]
+
+
+def _dtype(plain: Tensor) -> torch.dtype:
+    """Of moments: those of whole numbers, one-hot vectors, are none."""
+    return plain.dtype if plain.is_floating_point() else torch.get_default_dtype()
 
 
 def _table() -> dict[Any, Any]:
@@ -103,7 +109,7 @@ def test_moments_of_the_draw_itself(func, call):
         draws = torch.stack([call(func).double() for _ in range(8000)])
     x = call(lambda *args, **kwargs: draw.random_variable(*args, **kwargs, settings=Settings()))
     plain = call(func)
-    assert isinstance(x, RandomVariable) and x.shape == plain.shape and x.dtype == plain.dtype and x.latent
+    assert isinstance(x, RandomVariable) and x.shape == plain.shape and x.dtype == _dtype(plain) and x.latent
     error = 5 * draws.std(0) / len(draws) ** 0.5
     approximate = 0.05 if func is F.gumbel_softmax else 0.0
     assert ((x.mean - draws.mean(0)).abs() <= error + approximate * draws.std(0) + 1e-6).all()
@@ -117,7 +123,7 @@ def test_a_draw_at_its_mean_has_the_shape_the_type_and_the_write_of_the_draw(fun
     plain = call(func)
     seen = []
     value = call(lambda *args, **kwargs: seen.append(args) or draw.at_mean(func, args, kwargs))
-    assert value.shape == plain.shape and value.dtype == plain.dtype
+    assert value.shape == plain.shape and value.dtype == (_dtype(plain) if draw.can_be_latent else plain.dtype)
     if operation_name(func).endswith("_"):
         assert value is seen[0][0]
     if draw.can_be_latent:
@@ -500,3 +506,74 @@ def test_a_function_of_a_gamma_draw_has_the_variance_of_its_law(law):
     (given,) = torch.autograd.grad(y.var.sum(), model.encoder.weight)
     (by_hand,) = torch.autograd.grad(expected.sum(), vae.encoder.weight)
     torch.testing.assert_close(given, by_hand, rtol=1e-2, atol=1e-4)
+
+
+def _one_hot(logits):
+    index = torch.multinomial(logits.softmax(-1).flatten(0, 1), 1).view(logits.shape[:-1])
+    return F.one_hot(index, logits.shape[-1]).to(logits.dtype)
+
+
+ONE_HOT: dict[str, Callable[[Any], Any]] = {
+    "OneHotCategoricalStraightThrough": lambda logits: D.OneHotCategoricalStraightThrough(logits=logits).rsample(),
+    "Independent": lambda logits: D.Independent(D.OneHotCategoricalStraightThrough(logits=logits), 1).rsample(),
+    "straight through by hand": lambda logits: (
+        D.OneHotCategorical(logits=logits).sample() + (p := logits.softmax(-1)) - p.detach()
+    ),
+    "one_hot": lambda logits: _one_hot(logits) + (p := logits.softmax(-1)) - p.detach(),
+    "a column": lambda logits: (
+        F.one_hot(torch.multinomial(logits.softmax(-1).view(-1, 4), 1)[:, 0], 4).view(logits.shape)
+        + (p := logits.softmax(-1))
+        - p.detach()
+    ),
+    "no gradient": _one_hot,
+}
+
+
+class Categories(nn.Module):
+    """A discrete latent of three variables, as of a world model."""
+
+    def __init__(self, law: Callable[[Any], Any]) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.law, self.encoder = law, nn.Linear(8, 12)
+        self.decoder = nn.Sequential(nn.Linear(12, 32), nn.Tanh(), nn.Linear(32, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.decoder(self.law(3 * self.encoder(x).view(-1, 3, 4)).flatten(1))
+
+
+@pytest.mark.parametrize("mode", ["independent", "calibrated", "sampled", "lowrank"])
+@pytest.mark.parametrize("name", ONE_HOT)
+def test_one_hot_categories_have_the_moments_and_the_gradient_of_the_plain_model(name, mode):
+    vae, x = Categories(ONE_HOT[name]), torch.randn(64, 8, generator=torch.Generator().manual_seed(1))
+    torch.manual_seed(2)
+    drawn = torch.stack([vae(x) for _ in range(1500)])
+    options = {"sampled": {"pairs": 64}, "lowrank": {"rank": 64}}.get(mode, {})
+    rv = rvconvert.convert(vae, covariance=mode, output="distribution", **options)
+    y = rv(x)
+    assert float(y.var.sum() / drawn.var(0).sum()) == pytest.approx(1, abs=0.15)
+    assert (y.mean - drawn.mean(0)).abs().mean() < 0.25 * drawn.std(0).mean()
+    if name != "no gradient":
+        (plain,) = torch.autograd.grad(drawn.mean(0).sum(), vae.encoder.weight)
+        (found,) = torch.autograd.grad(y.mean.sum(), rv.encoder.weight)
+        assert (found - plain).norm() < 0.25 * plain.norm()
+    for batch in (x[:2], x.repeat(2, 1)):
+        assert rv(batch).shape == batch.shape
+    assert len(rvconvert.converted.conversion_of(rv).programs) == 1
+
+
+def test_a_one_hot_category_that_a_decoder_takes_back_is_no_latent():
+    class Sentence(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.encoder, self.decoder = nn.Linear(4, 4), nn.Linear(6, 4)
+
+        def forward(self, x):
+            mu, logvar = self.encoder(x).chunk(2, 1)
+            z = mu + torch.randn_like(mu) * (0.5 * logvar).exp()
+            logits = self.decoder(torch.cat([z, torch.zeros_like(x)], 1))
+            return self.decoder(torch.cat([z, _one_hot(logits[:, None])[:, 0]], 1))
+
+    rows = rvconvert.plan(Sentence(), example_inputs=torch.rand(5, 4))
+    assert [row.operation for row in rows if row.role == "latent"] == ["torch.randn_like"]

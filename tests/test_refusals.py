@@ -63,7 +63,7 @@ class StudentT(Base):
 class Index(Base):
     def forward(self, x):
         index = torch.multinomial(self.posterior(x)[0].softmax(-1), 1)[:, 0]
-        return self.decoder(F.one_hot(index, 3).float())
+        return self.decoder(torch.eye(3)[index])
 
 
 class OneHot(Base):

@@ -11,6 +11,7 @@ import rvconvert
 from rvconvert import ConversionError, Options, RandomVariable
 from rvconvert.core.random_variable import Settings
 from rvconvert.covariance.sampled import SampledVariable, antithetic_normal, orthogonal_normal
+from rvconvert.rules.draws import randn, standard_gamma
 
 
 class Decoder(nn.Module):
@@ -218,3 +219,15 @@ def test_variance_agrees_with_monte_carlo_where_independence_does_not():
             ratio[covariance] = float(rv(RandomVariable(mean, var)).var.sum() / true)
     assert 0.93 < ratio["sampled"] < 1.07
     assert ratio["independent"] < 0.5
+
+
+@pytest.mark.parametrize("law", ["even", "drawn one by one"])
+def test_two_pairs_are_enough_for_an_unbiased_variance(law):
+    """Of an even function, and of a law without a quantile function, ``var`` lacks a half and a quarter."""
+    settings = Settings(covariance="sampled", pairs=2, seed=0)
+    if law == "even":
+        x = randn(20000, 1, settings=settings).square()
+    else:
+        x = standard_gamma(torch.full((20000, 1), 2.0), settings=settings)
+    assert float(x.unbiased_var().mean()) == pytest.approx(2, rel=0.05)
+    assert float(x.var.mean()) == pytest.approx(1 if law == "even" else 1.5, rel=0.05)

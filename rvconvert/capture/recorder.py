@@ -47,7 +47,7 @@ from rvconvert.core.random_variable import RandomVariable, is_in_place
 from rvconvert.core.tree import flatten
 from rvconvert.errors import TracingError
 from rvconvert.places import short_place
-from rvconvert.rules.draws import DRAWS
+from rvconvert.rules.draws import CATEGORICAL, DRAWS, one_hot_categorical_like
 from rvconvert.rules.kinds import Metadata, Read, out_of_place
 from rvconvert.rules.shape import setitem
 
@@ -446,6 +446,9 @@ class _Recorder(TorchFunctionMode, Handler):
             rule = self.registry.find(func)
         if torch._C._functorch.peek_interpreter_stack() is not None:
             fx.node.map_arg((node_args, node_kwargs), self.refuse_random)
+        probs = self.categories(node_args[0]) if name == "one_hot" else None
+        if probs is not None and probs.meta["shape"][-1] == result.shape[-1]:
+            func, rule, node_args, node_kwargs = one_hot_categorical_like, None, (node_args[0], probs), {}
         draw = DRAWS.get(func)
         node = self.node_for(func, node_args, node_kwargs, bool(mutated and draw is None))
         node.meta["rule"], node.meta["function"] = rule, func
@@ -471,6 +474,17 @@ class _Recorder(TorchFunctionMode, Handler):
         elif name in _RESHAPES and not mutated and result is not plain_args[0] and _storage(result) == _storage(plain_args[0]):
             self.views[id(result)] = plain_args[0], None
         return result
+
+    def categories(self, index: fx.Node) -> fx.Node | None:
+        """The probabilities that an index was drawn from, one of each row."""
+        while "draw" not in index.meta:
+            name = getattr(index.meta.get("rule"), "name", "")
+            column = name == "getitem" and index.args[1] == (slice(None), 0)
+            if not (column or name in _KEEPS_ROWS) or not isinstance(index.args[0], fx.Node):
+                return None
+            index = index.args[0]
+        one = index.meta["draw"].law is CATEGORICAL and index.args[1:2] == (1,)
+        return index.args[0] if one and isinstance(index.args[0], fx.Node) else None
 
     def refuse_random(self, node: fx.Node) -> fx.Node:
         """A transform of torch.func gives each value more dimensions than its node has."""
@@ -778,6 +792,7 @@ def _times(value: Any, factor: float) -> Any:
 
 
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.DataParallel)
+_KEEPS_ROWS = frozenset("T t view reshape flatten squeeze unsqueeze".split())
 _RESHAPES = frozenset("view view_as reshape reshape_as flatten unflatten squeeze unsqueeze".split())
 _IMMEDIATE = (bool, int, float, complex, str, torch.dtype, torch.device, torch.memory_format, torch.layout)
 

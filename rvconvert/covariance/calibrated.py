@@ -239,7 +239,7 @@ class Gains:
         """One operation's value on its way: multiplied by its gain, or measured."""
         if self._phase == "truth":
             if isinstance(value, SampledVariable) and value.is_floating_point():
-                self._truth[key] = value.var.detach()
+                self._truth[key] = value.unbiased_var().detach()
             return value
         if type(value) is not RandomVariable or value.numel() == 0:
             return value

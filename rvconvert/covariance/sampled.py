@@ -93,6 +93,13 @@ class SampledVariable(RandomVariable):
         values = self._paths_as_float()
         return squared(values - values.mean(0)).mean(0)
 
+    def unbiased_var(self) -> Tensor:
+        """Variance without what ``var`` lacks, of two pairs or more; paths that are drawn one by one have no odd part."""
+        ahead, behind = self._paths_as_float().unflatten(0, (2, -1))
+        if len(ahead) == 1:
+            return self.var
+        return squared((ahead - behind) / 2).mean(0) + ((ahead + behind) / 2).var(0)
+
     def _paths_as_float(self) -> Tensor:
         paths = self.paths
         return paths if paths.is_floating_point() or paths.is_complex() else paths.to(torch.get_default_dtype())

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from rvconvert.program.recorded_graph import LOCATIONS, PRODUCTS, WRITES, Posterior, asks_of, rank_of
-from rvconvert.rules.draws import INTEGER
+from rvconvert.rules.draws import INTEGER, ONE_HOT
 from rvconvert.rules.kinds import Elementwise, Shape
 
 if TYPE_CHECKING:
@@ -123,11 +123,12 @@ class _Walk:
     def draws(self, node: fx.Node) -> None:
         """A draw, which has parameters of its own if the input reaches its arguments."""
         graph, own = self.graph, frozenset((node,))
-        placed = _NONE.union(*(self.posterior.get(n, _NONE) for n in node.all_input_nodes))
+        placed = _NONE.union(*(self.posterior.get(n, _NONE) for n in node.all_input_nodes if not asks_of(node, n)))
         by_input = any(n in graph.learned or n in self.posterior for n in node.all_input_nodes if not asks_of(node, n))
         if any(n in self.values and not asks_of(node, n) for n in node.all_input_nodes):
             self.predicted.add(node)
-            by_input = by_input and node.meta["draw"].can_be_latent  # not a token that a decoder takes back
+            draw = node.meta["draw"]
+            by_input = by_input and draw.can_be_latent and draw.law is not ONE_HOT  # not a token that a decoder takes back
         self.noise[node], self.posterior[node] = (_NONE, placed | own) if by_input else (own, placed)
         if by_input:
             for held in (self.drawn, self.settled, self.located):

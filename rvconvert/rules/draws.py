@@ -23,7 +23,7 @@ from rvconvert.rules.noise import known_moments, standard_normal, standard_unifo
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-__all__ = ["DRAWS", "Draw", "Law"]
+__all__ = ["CATEGORICAL", "DRAWS", "ONE_HOT", "Draw", "Law", "one_hot_categorical_like"]
 
 
 @dataclass(frozen=True)
@@ -63,10 +63,11 @@ CAUCHY = Law(
     "torch.distributions.StudentT(5, loc, scale).rsample()",
     mean=lambda input, median=0.0, sigma=1.0, **_: torch.full_like(input, median),
 )
+ONE_HOT = Law("one-hot categorical", _ALONE)
 CATEGORICAL = Law(
     "categorical",
     refusal="an index has no mean and no gradient; F.gumbel_softmax(logits, hard=True) draws the same category as a one-hot "
-    "vector that has both",
+    "vector that has both, and F.one_hot(index, n) has a mean",
 )
 INTEGER = Law("integers", refusal="an integer draw is an index or a count, not a latent; it is drawn as it is")
 
@@ -254,6 +255,24 @@ def gumbel_softmax(
     return _latent(one_hot - soft.detach() + soft)
 
 
+def one_hot_categorical_like(index: Tensor, probs: Tensor) -> Tensor:
+    """One-hot vectors of the categories ``index`` that were drawn from the rows of ``probs``, one of each."""
+    return F.one_hot(index, probs.shape[-1])
+
+
+def one_hot_categorical(index: Tensor, probs: Any, *, settings: Settings) -> RandomVariable:
+    """The same as a random variable: its mean has no gradient, which a model adds by itself, straight through."""
+    weights = _at_mean(probs)
+    weights = weights / weights.sum(-1, keepdim=True)
+    p = weights.reshape(*index.shape, weights.shape[-1])
+
+    def sampler(n: int, generator: torch.Generator | None) -> Tensor:
+        drawn = torch.multinomial(weights.detach().reshape(-1, weights.shape[-1]), n, True, generator=generator)
+        return F.one_hot(drawn.T, weights.shape[-1]).to(p.dtype).reshape(n, *p.shape)
+
+    return known_moments(p.detach(), p * (1 - p), sampler, settings, Bernoulli(p.detach()))
+
+
 # ---- laws without a quantile function ---------------------------------------------------------------------------------
 
 
@@ -335,6 +354,7 @@ _ROWS: list[tuple[Callable[..., Any], Law, Callable[..., RandomVariable]]] = [
     (torch.Tensor.bernoulli, BERNOULLI, bernoulli),
     (torch.Tensor.bernoulli_, BERNOULLI, bernoulli_),
     (F.gumbel_softmax, GUMBEL_SOFTMAX, gumbel_softmax),
+    (one_hot_categorical_like, ONE_HOT, one_hot_categorical),
     (torch._standard_gamma, GAMMA, standard_gamma),
     (torch._sample_dirichlet, DIRICHLET, dirichlet),
     (torch.poisson, POISSON, poisson),
