@@ -264,11 +264,8 @@ def renew(conversion: Conversion, name: str, model: nn.Module, args: tuple[Any, 
     if conversion.options.random_inputs and not random_variables(args, kwargs):  # a decoder of the prior's samples
         return
     mode = "training" if model.training else "evaluation"
-    reads = not (every and torch.is_grad_enabled())
-    if mode == "training" and reads and not gains.has(mode, name) and gains.has("evaluation", name):
-        gains.use("evaluation")  # calibrated, and left in train mode
-        return
-    gains.use(mode)
+    calibrated_only = not every and not gains.has(mode, name)  # and left in train mode
+    gains.use("evaluation" if calibrated_only else mode)
     if not every:
         return
     if mode == "evaluation":
@@ -277,7 +274,7 @@ def renew(conversion: Conversion, name: str, model: nn.Module, args: tuple[Any, 
             measure(conversion, name, model, args, kwargs, EVALUATION_PAIRS, 0)
             gains.evaluation = {**gains.evaluation, **gains.fresh}
             gains.stale = False
-    elif reads:
+    elif not torch.is_grad_enabled():
         if not gains.has(mode, name):
             gains.start(mode)
             measure(conversion, name, model, args, kwargs, EVALUATION_PAIRS, 0)

@@ -7,6 +7,7 @@ import dataclasses
 import inspect
 import itertools
 import logging
+import operator
 import types
 import warnings
 import weakref
@@ -44,13 +45,13 @@ from rvconvert.places import short_place
 from rvconvert.program.gains import gain_keys
 from rvconvert.program.plan import refuse_unsupported, report_graph
 from rvconvert.program.recorded_graph import Posterior
-from rvconvert.program.refusal import may_draw, read_refusal, refusal
+from rvconvert.program.refusal import read_refusal, refusal
 from rvconvert.program.rewrite import compile_graph, to_random_variables
 from rvconvert.program.roles import Roles, assign
 from rvconvert.rules.noise import all_entering
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from rvconvert.capture.recording import Kept, Recording
     from rvconvert.options import Options
@@ -118,7 +119,6 @@ class Conversion:
         # Arguments that a method's code never mentions.
         self.ignored = {name: unused_arguments(self.own.get(name) or getattr(plain_class, name)) for name in options.methods}
         self.last_penalty: torch.Tensor | None = None
-        self.penalised_by = ""  # the method that it is of
         self._penalty: torch.Tensor | None = None  # of the call under way
         self.penalty_scale: float = 1.0
         self.gains = Gains()  # of covariance="calibrated"
@@ -192,10 +192,6 @@ class Conversion:
         numbers = self.numbers(name, args, kwargs) if program.numbers else {}
         with contextlib.nullcontext() if torch.compiler.is_compiling() else moments_later():
             results = program.run(model, *leaves, *[numbers[each] for each in program.numbers])
-        if self._penalty is not None:
-            self.penalised_by = name
-        elif self.penalised_by == name and model.training and torch.is_grad_enabled() and not self.options.random_inputs:
-            self.last_penalty = None  # a warm-up; but not where a decoder takes a prior's samples too
         self.keep(program, model, results)
         if not program.penalised and model.training and torch.is_grad_enabled():
             self.warn_without_penalty(name, encodes=program.encodes)
@@ -568,7 +564,16 @@ class Conversion:
                 with torch.enable_grad(), contextlib.suppress(Exception):  # of the model's own code
                     if self.examine(name, model, given, named).refusal is None:
                         return True
-        return may_draw(examined.recording, model, self.plain_class, name)
+        modules = _modules_of(model)
+        own = [
+            (modules[each.owner], each.name) for each in examined.recording.places if type(each.owner) is int and each.owner >= 0
+        ]
+        known = [(module, attribute) for module, attribute in own if type(vars(module).get(attribute)) in (bool, int, float)]
+        for module, attribute in known[:_MOST_NUMBERS]:
+            with torch.enable_grad(), contextlib.suppress(Exception), _contrary(module, attribute):
+                if self.examine(name, model, args, kwargs).refusal is None:
+                    return True
+        return False
 
     def examine(
         self,
@@ -755,6 +760,28 @@ def _kinds(leaves: list[Any], *, batch: bool) -> tuple[Any, ...]:
 
 
 _WALKED: weakref.WeakKeyDictionary[nn.Module, tuple[list[nn.Module], list[list[Any]] | None]] = weakref.WeakKeyDictionary()
+
+
+def _on_the_other_side(value: float) -> Any:
+    """A number that is told to be on the other side of what it is compared with."""
+    base = type(value)
+
+    def contrary(compare: Callable[[Any, Any], bool]) -> Callable[[Any, Any], bool]:
+        return lambda own, other: not compare(base(own), other)
+
+    methods = {f"__{name}__": contrary(getattr(operator, name)) for name in ("lt", "le", "gt", "ge")}
+    return type("Contrary", (base,), methods)(value)
+
+
+@contextlib.contextmanager
+def _contrary(module: nn.Module, attribute: str) -> Iterator[None]:
+    """Within, a flag of a module is the other way round, and a number on the other side of what it is compared with."""
+    held = vars(module)[attribute]
+    vars(module)[attribute] = not held if type(held) is bool else _on_the_other_side(held)
+    try:
+        yield
+    finally:
+        vars(module)[attribute] = held
 
 
 def _modules_of(model: nn.Module) -> list[nn.Module]:

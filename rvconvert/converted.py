@@ -28,7 +28,7 @@ class ConvertedModel:
 
     @property
     def last_penalty(self) -> torch.Tensor | None:
-        """L_c of the last call that had one, a scalar; None before the first one, and after a step of training without it."""
+        """L_c of the last call that had one, a scalar; None before the first one."""
         return conversion_of(self).last_penalty
 
     @property

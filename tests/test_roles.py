@@ -3093,36 +3093,6 @@ def test_a_reward_beside_a_part_of_the_observations_has_no_l_c(part: str, return
     assert found[0] == pytest.approx(found[1])
 
 
-class Words(nn.Module):
-    """A text's tokens and its bag of words are decoded beside each other."""
-
-    def __init__(self, bag: bool, shifted: bool, returned: bool) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.table, self.encoder, self.head = nn.Embedding(12, 6), nn.GRU(6, 8, batch_first=True), nn.Linear(8, 8)
-        self.decoder, self.out, self.bag = nn.GRU(10, 8, batch_first=True), nn.Linear(8, 12), nn.Linear(4, 12)
-        self.has_bag, self.shifted, self.returned = bag, shifted, returned
-
-    def forward(self, x: Tensor) -> Any:
-        mu, logvar = self.head(self.encoder(self.table(x))[1][0]).chunk(2, 1)
-        z = mu + torch.randn_like(mu) * (0.5 * logvar).exp()
-        given, target = (x[:, :-1], x[:, 1:]) if self.shifted else (x, x)
-        steps = torch.cat([self.table(given), z[:, None].expand(-1, given.shape[1], -1)], 2)
-        tokens, bag = self.out(self.decoder(steps)[0]), self.bag(z)
-        if self.returned:
-            return (tokens, bag) if self.has_bag else tokens
-        of_tokens = F.cross_entropy(tokens.flatten(0, 1), target.flatten(), reduction="sum")
-        return of_tokens - F.log_softmax(bag, 1).gather(1, target).sum() if self.has_bag else of_tokens
-
-
-@pytest.mark.parametrize("returned", [False, True])
-@pytest.mark.parametrize("shifted", [False, True])
-def test_a_bag_of_words_beside_the_words_has_no_l_c(shifted: bool, returned: bool) -> None:
-    x = torch.randint(12, (4, 6), generator=torch.Generator().manual_seed(1))
-    found = [penalty_of(rvconvert.convert(Words(bag, shifted, returned)), x) for bag in (True, False)]
-    assert found[0] == pytest.approx(found[1])
-
-
 def test_every_term_of_a_loss_takes_a_sum_of_parts_at_its_mean() -> None:
     """A trend and a season are summed, and the loss holds their means over time and over channels against the input's too."""
 
@@ -3149,3 +3119,77 @@ def test_every_term_of_a_loss_takes_a_sum_of_parts_at_its_mean() -> None:
     outside = rvconvert.convert(vae)
     torch.testing.assert_close(found, vae.loss(outside(x), x))
     torch.testing.assert_close(rv.last_penalty, outside.last_penalty)
+
+
+def normalised(y: Tensor) -> Tensor:
+    return y - y.logsumexp(1, keepdim=True)
+
+
+# What the decoder gives, and the loss of it; the same L_c as where it leaves.
+WOULD_LEAVE: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
+    "a softmax by hand": (lambda y, m: normalised(y).exp(), F.mse_loss),
+    "a union": (lambda y, m: torch.sigmoid(torch.stack([y, 2 * y]).logsumexp(0)), F.mse_loss),
+    "log-probabilities": (lambda y, m: normalised(y), F.mse_loss),
+    "shifted log-probabilities": (lambda y, m: normalised(y) + m.scale, F.mse_loss),
+    "a refinement": (lambda y, m: y + m.refine(torch.tanh(y)), F.mse_loss),
+}
+
+
+@pytest.mark.parametrize("name", WOULD_LEAVE)
+def test_where_the_loss_is_inside_the_reconstruction_is_what_would_leave(name: str) -> None:
+    decoded, loss = WOULD_LEAVE[name]
+    x = torch.rand(8, 12, generator=torch.Generator().manual_seed(1))
+    found = []
+    for inside in (False, True):
+        vae = VAE(lambda y, x, z, mu, std, m, inside=inside: loss(decoded(y, m), x) if inside else decoded(y, m), False)
+        torch.manual_seed(2)
+        vae.refine = nn.Linear(12, 12)
+        found.append(penalty_of(rvconvert.convert(vae), x))
+    assert found[1] == pytest.approx(found[0])
+
+
+NARROWER: dict[str, Callable[..., Any]] = {
+    "logits of classes": lambda y, x, z, mu, std, m: (F.mse_loss(y, x), m.prior(z)),
+    "words, as an embedded text": lambda y, x, z, mu, std, m: (F.mse_loss(y, x), m.prior(z).softmax(1)),
+}
+
+
+@pytest.mark.parametrize("name", NARROWER)
+def test_what_leaves_beside_an_inner_loss_and_is_narrower_has_no_l_c(name: str) -> None:
+    x = torch.rand(8, 12, generator=torch.Generator().manual_seed(1))
+    alone = penalty_of(rvconvert.convert(VAE(lambda y, x, *_: F.mse_loss(y, x), False)), x)
+    assert penalty_of(rvconvert.convert(VAE(NARROWER[name], False)), x) == pytest.approx(alone)
+
+
+PICTURES: dict[str, Callable[[Tensor], Tensor]] = {
+    "truncated": lambda y: (255 * torch.sigmoid(y)).byte(),
+    "rounded": lambda y: (255 * torch.sigmoid(y)).round().to(torch.uint8),
+    "a view": lambda y: (y > 0).view(-1).long(),
+    "joined": lambda y: torch.cat([y > 0, y < 0.1], 1).long(),
+    "of numbers": lambda y: (y > 0).float().long(),
+    "a sign": lambda y: y.sign().int(),
+}
+
+
+@pytest.mark.parametrize("covariance", ["independent", "calibrated"])
+@pytest.mark.parametrize("used", [False, True])
+@pytest.mark.parametrize("name", PICTURES)
+def test_whole_numbers_are_those_of_the_mean(name: str, used: bool, covariance: str) -> None:
+    """``used``: what they are made of is used otherwise too."""
+
+    def result(y: Tensor, x: Tensor, z: Tensor, mu: Tensor, std: Tensor, m: VAE) -> Any:
+        return (PICTURES[name](y), y, (y > 0).float().mean()) if used else (PICTURES[name](y), y)
+
+    x = torch.rand(8, 12, generator=torch.Generator().manual_seed(1))
+    picture, y, *_ = rvconvert.convert(VAE(result, False), covariance=covariance)(x)
+    assert picture.dtype == PICTURES[name](y).dtype and torch.equal(picture, PICTURES[name](y))
+
+
+def test_a_mask_of_a_decoded_length_is_no_reconstruction() -> None:
+    def result(y: Tensor, x: Tensor, z: Tensor, mu: Tensor, std: Tensor, m: VAE) -> Tensor:
+        mask = (torch.arange(12) < (12 * torch.sigmoid(m.prior(z)[:, :1])).long()).float()
+        return F.mse_loss(y * mask, x * mask)
+
+    x = torch.rand(8, 12, generator=torch.Generator().manual_seed(1))
+    alone = penalty_of(rvconvert.convert(VAE(lambda y, x, *_: F.mse_loss(y, x), False)), x)
+    assert penalty_of(rvconvert.convert(VAE(result, False)), x) == pytest.approx(alone)

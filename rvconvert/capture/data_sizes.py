@@ -7,13 +7,14 @@ from typing import Any
 import torch
 from torch import fx
 
-__all__ = ["DataSizes", "splits"]
+__all__ = ["COUNTS", "DataSizes", "splits"]
 
 # ``repeat_interleave`` and ``where`` where one of their arguments says so
 _BY_VALUES = frozenset("nonzero argwhere masked_select unique unique_consecutive _unique2".split())
 _UNLESS_GIVEN = {"bincount": ("minlength", 2), "one_hot": ("num_classes", 1)}  # what leaves no size to values, and its place
 _ROWS = frozenset("unbind __iter__ split chunk tensor_split vsplit split_with_sizes".split())
 _IN_PLACE = frozenset("setitem __setitem__ index_put index_copy scatter masked_scatter masked_fill".split())
+COUNTS = frozenset("numel nelement __len__".split())
 
 
 class DataSizes:

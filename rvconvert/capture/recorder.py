@@ -16,7 +16,7 @@ import torch
 from torch import fx, nn
 from torch.overrides import TorchFunctionMode
 
-from rvconvert.capture.data_sizes import DataSizes, splits
+from rvconvert.capture.data_sizes import COUNTS, DataSizes, splits
 from rvconvert.capture.graph_calls import (
     apply_function,
     assign_mean,
@@ -281,7 +281,7 @@ class _Recorder(TorchFunctionMode, Handler):
         name = getattr(func, "__name__", "")
         if func in _TENSOR_PROPERTIES or name == "size":
             return self.property(func, args, kwargs)
-        if name in ("numel", "nelement") and args and args[0].ndim and id(args[0]) not in self.tensors:
+        if name == "numel" and args and args[0].ndim and not args[0].is_floating_point():  # as torch counts a permutation
             return functools.reduce(operator.mul, self.size(args[0], args[0].shape, None))
         rule = self.registry.find(func)
         if rule is not None and isinstance(rule.kind, Read) and name != "item":
@@ -417,7 +417,7 @@ class _Recorder(TorchFunctionMode, Handler):
         if name == "register_hook":
             self.recording.once.append(f"a hook on a tensor: {self.line()}")
         elif not mutated and (not _tensors(result) or name == "__deepcopy__"):
-            if name == "__len__":
+            if name in COUNTS:
                 self.note_size(self.nodes.get(id(args[0])), name)
             return result  # a question whose answer is no tensor
         if func is torch.Tensor.__setitem__ and self.is_written_back(*plain_args):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import math
-import operator
 from typing import TYPE_CHECKING, NamedTuple
 
 from torch import fx, nn
@@ -350,12 +349,10 @@ class RecordedGraph:
         return any((given, count) in self.kinds or (given, None) in self.kinds for given, count in kinds)
 
     def inputs_like(self, node: fx.Node) -> list[fx.Node]:
-        """Inputs of as many numbers, or that a value is as long as in all dimensions but one, as the frames but the first are."""
-        shape = node.meta.get("shape", ())
+        """Inputs of as many numbers, or of most of whose steps a value has one each, as the frames after the first are."""
         given = [n for n in self.inputs if rank_of(n) >= 2]
         whole = [n for n in given if size_of(n) == size_of(node)]
-        parts = [n for n in given if len(n.meta["shape"]) == len(shape) and sum(map(operator.ne, n.meta["shape"], shape)) == 1]
-        return whole or [n for n in parts if size_of(n) > size_of(node)]
+        return whole or [n for n in given if _is_most_steps(node.meta.get("shape", ()), n.meta["shape"])]
 
     @functools.cached_property
     def kinds(self) -> set[tuple[tuple[int, ...], int | None]]:
@@ -376,12 +373,6 @@ class RecordedGraph:
             found |= {(n.meta["shape"], count) for n in parts for count in counts}
             found |= {(given.meta["shape"][:1], count) for count in counts if count}  # of a bag of words
         return found
-
-    def is_bag(self, node: fx.Node) -> bool:
-        """A number for each kind of word, of a text that is an input."""
-        shape = node.meta.get("shape", ())
-        text = any(rank_of(n) >= 2 and n.meta["shape"][:1] == shape[:1] for n in self.inputs)
-        return len(shape) == 2 and text and (shape[:1], shape[1]) in self.kinds
 
     def _rows(self, embedding: fx.Node) -> int:
         """How many rows the table of an embedding has."""
@@ -469,6 +460,14 @@ def asks_of(draw: fx.Node, source: fx.Node) -> bool:
 def size_of(node: fx.Node) -> int:
     """How many numbers a value has."""
     return math.prod(node.meta.get("shape", ()))
+
+
+def _is_most_steps(shape: tuple[int, ...], whole: tuple[int, ...]) -> bool:
+    """Time is the first or the second dimension, of vectors or of images."""
+    if len(shape) != len(whole) or len(shape) not in (3, 5):
+        return False
+    differ = [dim for dim, (n, of) in enumerate(zip(shape, whole, strict=True)) if n != of]
+    return len(differ) == 1 and differ[0] < 2 and whole[differ[0]] // 2 < shape[differ[0]] < whole[differ[0]]
 
 
 def rank_of(node: fx.Node) -> int:

@@ -106,24 +106,14 @@ def _nothing_to_convert(
     )
 
 
-def may_draw(recording: Recording, model: nn.Module, plain_class: type[nn.Module], name: str) -> bool:
-    """A call has drawn nothing, and the method's code, or that of a layer it names, has a draw that another call may make."""
-    if recording.draws or any(why.startswith("Python draws") for why in recording.once):
-        return False
-    names = _reached(plain_class, name)
-    called = [module for child, module in model.named_children() if child in names]
-    return bool(_DRAWING & names) or any(_DRAWING & _reached(type(module), "forward") for module in called)
-
-
 def _reached(plain_class: type[nn.Module], method: str) -> set[str]:
-    """The names that a method's code mentions, and that of the class's methods and the functions beside it that it mentions."""
-    todo, found = [getattr(plain_class, method)], set[str]()
+    """The names that a method's code mentions, and that of the class's other methods where it mentions these."""
+    todo, found = [method], set[str]()
     while todo:
-        function = inspect.unwrap(todo.pop())
+        function = inspect.unwrap(getattr(plain_class, todo.pop()))
         names = set(getattr(getattr(function, "__code__", None), "co_names", ())) - found
         found |= names
-        named = [getattr(plain_class, n, getattr(function, "__globals__", {}).get(n)) for n in names]
-        todo += filter(inspect.isfunction, named)
+        todo += [n for n in names if inspect.isfunction(getattr(plain_class, n, None))]
     return found
 
 

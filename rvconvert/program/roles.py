@@ -9,12 +9,13 @@ first meets an input or a loss, its last elementwise functions included.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from rvconvert.program.latents import find_latents, named_latents
 from rvconvert.program.recorded_graph import asks_of, batch_of, rank_of, size_of
 from rvconvert.program.scored_graph import RESCALINGS, SUBTRACTING, ScoredGraph
-from rvconvert.rules.kinds import Shape
+from rvconvert.rules.kinds import Elementwise, Shape
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -114,7 +115,8 @@ class _Assignment(ScoredGraph):
 
     def roles(self, paths: bool) -> Roles:
         """All of them."""
-        leaving = [n for n in dict.fromkeys(self.outputs) if n in self.random]
+        indices = self.indices
+        leaving = [n for n in dict.fromkeys(self.outputs) if n in self.random and n not in indices]
         compared = self.compared()
         edges = self.edges(compared)
         leaves = self.leaves(leaving, compared)
@@ -131,12 +133,11 @@ class _Assignment(ScoredGraph):
                 chosen[index] = next(n for n in source.all_input_nodes if n in self.random)
                 at_mean.add((chosen[index], source))
         if not paths:
-            at_mean |= self.importance_weights(self.scoring & self.loss_like)
+            at_mean |= self.importance_weights(self.scoring & self.loss_like) | self.towards_whole(indices)
         compared_at_mean, drawn_from = self.at_mean()
         at_mean |= compared_at_mean
         chosen = chosen or drawn_from
         related = [*leaving, *(edge.value for edge in edges if "shape" in edge.value.meta)]
-        indices = self.indices()
         return Roles(
             tuple(self.latents),
             frozenset(self.random),
@@ -164,11 +165,18 @@ class _Assignment(ScoredGraph):
                 continue
             at = self.meets_input(source, user)
             value, end = (source, user) if at is None else self.whole(source, user, at)
+            if value in self.indices:  # a mask of a decoded length
+                continue
             found.append(_Edge(value, end, at))
-            if value is not source:  # which other terms of the loss take too
-                others = [n for n in value.users if n in self.scoring and n is not end and not self.decodes(n)]
+            if value is not source:  # which other terms of the loss take too, and further layers do not
+                others = [n for n in value.users if n in self.scoring and n is not end and not self.leads_on(value, n)]
                 found += [_Edge(value, n, self.meets_input(value, n)) for n in others]
         return list(dict.fromkeys(found))
+
+    def leads_on(self, value: fx.Node, user: fx.Node) -> bool:
+        """By way of ``user`` a layer takes ``value``, or what one has made of it is added."""
+        taken = any(self.decodes(n) for n in self.ahead_of(user))
+        return taken or any(self.decodes_between(value, n) for n in user.all_input_nodes if n is not value)
 
     def is_decoded_beside(self, node: fx.Node, meeting: set[fx.Node]) -> bool:
         """Of an input's size, or of a part's, or made of what meets an input, or what that is made of."""
@@ -185,8 +193,8 @@ class _Assignment(ScoredGraph):
 
     def chosen(self, candidates: set[fx.Node], meeting: set[fx.Node], edges: list[_Edge], leaves: list[fx.Node]) -> list[fx.Node]:
         """The reconstructions, in what leaves and in the ``candidates``, of which some are ``meeting`` an input."""
-        chosen = list(leaves)
         heads = self.heads(edges, leaves)
+        chosen = [n for n in leaves if n not in heads]
         subtracted = {edge.value for edge in edges if edge.at is not None and self.rule_name(edge.at) in SUBTRACTING}
         for source in (n for n in self.nodes if n in candidates):
             # What leaves may be a copy for a log, without a gradient, or for display of what the loss is made of.
@@ -283,8 +291,6 @@ class _Assignment(ScoredGraph):
         largest = max(map(size_of, read), default=0)
         labels = {n for n in leaves if n not in read and self.inputs_like(n) and size_of(n) < largest}
         kept = [n for n in leaves if n not in dropped and n not in labels]
-        bags = self.bags([n for n in kept if n in fits])
-        kept = [n for n in kept if n not in bags]
         least = min((size_of(n) for n in kept if n in fits), default=0)  # fewer numbers beside it are a score: logits of classes
         return [n for n in kept if size_of(n) >= least]
 
@@ -357,8 +363,6 @@ class _Assignment(ScoredGraph):
     def heads(self, edges: list[_Edge], leaves: list[fx.Node]) -> set[fx.Node]:
         """Of the values that meet inputs, those of fewer numbers than a reconstruction that meets others: logits, a reward."""
         fitting = [(n, at) for n, _, at in edges if at is not None and self.fits_an_input(n)]
-        bags = self.bags([*(n for n, _ in fitting), *leaves])
-        fitting = [(n, at) for n, at in fitting if n not in bags]
         least = min((size_of(n) for n in (*(n for n, _ in fitting), *leaves) if self.fits_an_input(n)), default=0)
         places = {at for _, at in fitting}  # a term of it meets the input where it does
         small = {n for n, _, at in edges if at is not None and size_of(n) < least and not self.fits_an_input(n)}
@@ -367,12 +371,7 @@ class _Assignment(ScoredGraph):
         read = {n for n, at in held if self.meets_what_is_read(at)} | self.read(leaves)
         largest = max(map(size_of, read), default=0)
         targets = {n for n, _ in held if n not in read and size_of(n) < largest}
-        return (small - {n for n, _, at in edges if at in places}) | targets | bags | self.heads_of_steps(edges)
-
-    def bags(self, fitting: list[fx.Node]) -> set[fx.Node]:
-        """Bags of words beside the words of a text."""
-        bags = {n for n in fitting if self.is_bag(n)}
-        return bags if any(n not in bags for n in fitting) else set()
+        return (small - {n for n, _, at in edges if at in places}) | targets | self.heads_of_steps(edges)
 
     def heads_of_steps(self, edges: list[_Edge]) -> set[fx.Node]:
         """The same where inputs are met step by step, ``x[:, t]``: the head's target is an input of its own, as a reward is."""
@@ -488,6 +487,7 @@ class _Assignment(ScoredGraph):
                 found.add(node)
         return frozenset(found)
 
+    @functools.cached_property
     def indices(self) -> frozenset[fx.Node]:
         """What argmax and its kin give, whole numbers, and what is made of these and of nothing else that is random."""
         found: set[fx.Node] = set()
@@ -501,6 +501,18 @@ class _Assignment(ScoredGraph):
             if whole or all(n in found for n in sources):
                 found.add(node)
         return frozenset(found)
+
+    def towards_whole(self, indices: frozenset[fx.Node]) -> set[tuple[fx.Node, fx.Node]]:
+        """(value, user): where the functions of each element begin that lead to whole numbers alone, a rounded picture."""
+        casts = {n for n in indices if self.rule_name(n) in _CASTS and not all(each in indices for each in self.random_in(n))}
+        found: set[fx.Node] = set()
+        for node in reversed(self.nodes):
+            users = [n for n in node.users if n in self.random]
+            inside = node in self.random and node not in self.outputs and node not in self.latents and not self.decodes(node)
+            if inside and users and all(n in found or n in casts for n in users) and self.is_kind(node, Elementwise, Shape):
+                found.add(node)
+        begin = found | casts
+        return {(n, user) for user in begin for n in self.random_in(user) if n not in found and n not in indices}
 
     def picked(self, indices: frozenset[fx.Node]) -> frozenset[fx.Node]:
         """Indices that a value before the decoder picks, and that a decoder's layers act on, through a one-hot vector or not."""

@@ -15,7 +15,7 @@ __all__ = ["RESCALINGS", "SUBTRACTING", "ScoredGraph"]
 RESCALINGS = frozenset("mul multiply add sub subtract rsub div true_divide divide clamp clip clamp_min clamp_max".split())
 # Errors, log-likelihoods and their like are no activation of a last layer: a reconstruction ends before them.
 _LOGARITHMS = frozenset("log log1p log2 log10 log_softmax logsigmoid".split())
-_ERRORS = frozenset("pow square abs neg logsumexp".split()) | _LOGARITHMS
+_ERRORS = frozenset("pow square abs neg".split()) | _LOGARITHMS
 _EXTREMA = frozenset("max min amax amin maximum minimum".split())
 _EXPONENTIALS = frozenset("exp expm1".split())
 _SUMMING = frozenset("softmax log_softmax logsumexp logaddexp".split())
@@ -194,6 +194,7 @@ class ScoredGraph(DecodedGraph):
             if (
                 node not in self.scoring
                 or node in self.outputs
+                or self.is_log_likelihood(node)
                 or self.rule_name(node) not in ends
                 or size_of(node) != size_of(source)
             ):
@@ -206,6 +207,21 @@ class ScoredGraph(DecodedGraph):
             if summary and not logarithms and users | gone_on <= way and not made_of & self.conditioned:
                 return node
         return None
+
+    def is_log_likelihood(self, node: fx.Node) -> bool:
+        """A log-softmax written out, ``y - y.logsumexp(1, keepdim=True)``, that is picked from or weighed."""
+        if self.rule_name(node) not in DIFFERENCES or len(node.all_input_nodes) != 2:
+            return False
+        of, by = node.all_input_nodes
+        if self.rule_name(by) != "logsumexp" or not self.same(of, by.all_input_nodes[0]):
+            return False
+        todo = list(node.users)
+        while todo:
+            user = todo.pop()
+            if self.rule_name(user) in _OF_TWO | {"gather"}:
+                return True
+            todo += user.users if self.is_kind(user, Shape) or self.rule_name(user) in _MASKING else ()
+        return False
 
     def is_activation(self, node: fx.Node) -> bool:
         """A function of one value and constants that ends a decoder."""
@@ -299,7 +315,7 @@ class ScoredGraph(DecodedGraph):
         carried = self.forward_of((source,), stop=self.decodes)  # not by way of a further step, to which it is fed back
         way = [n for n in self.between(source, value) if n in carried]
         errors = any((self.rule_name(n) in _ERRORS or _is_square(n)) and not self.is_compared_logarithm(n) for n in way)
-        apart = errors or any(self.is_loss(n) or self.is_one_of_several(n) for n in way)
+        apart = errors or any(self.is_loss(n) or self.is_one_of_several(n) or self.is_log_likelihood(n) for n in way)
         # Terms of one likelihood take one value: x / exp(y) + y.
         others = {n for n in source.users if n in self.scoring and n not in way}
         apart = apart or (self.is_function(source, value) and any(self.is_scored(n) for n in others))

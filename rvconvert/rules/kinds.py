@@ -46,7 +46,6 @@ __all__ = [
     "full_precision",
     "gaussian_ancestor",
     "interval_of",
-    "is_truth",
     "moments",
     "out_of_place",
     "own_python",
@@ -600,17 +599,12 @@ def _of_floats(function: Function) -> Function:
     return made
 
 
-def is_truth(x: RandomVariable) -> bool:
-    """Truth values, which comparisons give: the mean is a probability."""
-    with torch.no_grad():
-        return x.origin is not None and not x.origin.function(x.origin.parent.mean).is_floating_point()
-
-
 def _as_numbers(x: RandomVariable) -> RandomVariable:
-    """Truth values as the numbers that are added and multiplied; any other variable itself."""
+    """Truth values, which comparisons give, as the numbers that are added and multiplied; any other variable itself."""
     origin = x.origin
-    if origin is None or not is_truth(x):
-        return x
+    with torch.no_grad():
+        if origin is None or origin.function(origin.parent.mean).is_floating_point():
+            return x
     key = None if origin.key is None else ("numbers", origin.key)
     return x.with_moments(x.mean, x.var).derived(origin=replace(origin, function=_of_floats(origin.function), key=key))
 

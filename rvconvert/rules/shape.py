@@ -10,7 +10,7 @@ from torch import nn
 from rvconvert.core.random_variable import RandomVariable, random_variables
 from rvconvert.core.registry import Exactness
 from rvconvert.errors import UnsupportedOperationError
-from rvconvert.rules.kinds import Composite, Metadata, Read, Shape, add_rule, is_truth, picking
+from rvconvert.rules.kinds import Composite, Metadata, Read, Shape, add_rule, picking
 
 _QUESTIONS = (
     "size dim ndimension numel nelement stride is_contiguous is_floating_point is_complex element_size get_device "
@@ -75,15 +75,17 @@ for _name in _VIEWS:
 
 
 def _whole(x: RandomVariable, dtype: torch.dtype) -> Any:
-    """Whole numbers, a picture's or a category's, of the mean; of truth values what is more likely."""
+    """Whole numbers, a picture's or a category's: those at the mean of what ``x`` is a function of."""
     if x.settings.strict:
         raise UnsupportedOperationError(
-            f"{dtype} made of a random variable is another one with each draw; without strict=True it is that of the mean, and "
+            f"{dtype} of a random variable differs with each draw; without strict=True it is that of the mean, and "
             'covariance="sampled" makes it on each path'
         )
-    if is_truth(x):
-        return x if dtype == torch.bool else (x.mean > 0.5).to(dtype)
-    return torch.ne(x, 0) if dtype == torch.bool else x.mean.to(dtype)  # type: ignore[call-overload]
+    with torch.no_grad():
+        value = x.mean if x.origin is None else x.origin.function(x.origin.parent.mean)
+    if dtype == torch.bool:
+        return x if value.dtype == torch.bool else torch.ne(x, 0)  # type: ignore[call-overload]
+    return value.to(dtype)
 
 
 class _Cast(Shape):
