@@ -577,3 +577,56 @@ def test_a_one_hot_category_that_a_decoder_takes_back_is_no_latent():
 
     rows = rvconvert.plan(Sentence(), example_inputs=torch.rand(5, 4))
     assert [row.operation for row in rows if row.role == "latent"] == ["torch.randn_like"]
+
+
+OF_A_LATENT: dict[str, Callable[[Tensor], Tensor]] = {
+    "Gamma": lambda z: D.Gamma(torch.exp(0.3 * z) + 0.5, torch.ones_like(z)).rsample(),
+    "Beta": lambda z: D.Beta(torch.exp(z) + 0.5, torch.ones_like(z)).rsample(),
+    "Dirichlet": lambda z: D.Dirichlet(torch.exp(z) + 0.5).rsample(),
+    "Poisson": lambda z: torch.poisson(torch.exp(z)),
+    "binomial": lambda z: torch.binomial(torch.full_like(z, 5.0), torch.sigmoid(z)),
+    "Bernoulli": lambda z: torch.bernoulli(torch.sigmoid(2 * z)),
+    "Bernoulli, in place": lambda z: torch.empty_like(z).bernoulli_(torch.sigmoid(2 * z)),
+}
+
+
+class TwoStages(nn.Module):
+    """A latent, a layer, a law of what it gives, and a decoder of the product of both."""
+
+    def __init__(self, law: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.law, self.encoder, self.layer, self.decoder = law, nn.Linear(3, 8), nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        mu, logvar = self.encoder(x).chunk(2, 1)
+        z = mu + torch.randn_like(mu) * (0.5 * logvar).exp()
+        h = self.layer(z)
+        return self.decoder(self.law(h) * h)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", OF_A_LATENT)
+def test_a_draw_follows_its_random_parameter_on_each_path(name):
+    vae, x = TwoStages(OF_A_LATENT[name]), torch.rand(4, 3, generator=torch.Generator().manual_seed(1)).repeat(500, 1)
+    torch.manual_seed(3)
+    drawn = torch.stack([vae(x) for _ in range(20)])
+    y = rvconvert.convert(vae, covariance="sampled", pairs=16, output="distribution")(x)
+    mean, second = drawn.mean((0, 1)), drawn.square().mean((0, 1))
+    deviation = drawn.std((0, 1))
+    assert ((y.mean.mean(0) - mean).abs() < 0.05 * deviation).all()
+    assert float(((y.var + y.mean.square()).mean(0) / second - 1).abs().max()) < 0.1
+
+
+@pytest.mark.parametrize(("name", "var"), [("Gamma", 2.5), ("Poisson", 2.5), ("binomial", 5 * 0.4 * 0.6 + 20 * 0.01)])
+def test_a_random_parameter_adds_its_variance(name, var):
+    given = RandomVariable(
+        torch.full((2, 3), 0.4 if name == "binomial" else 2.0), torch.full((2, 3), 0.01 if name == "binomial" else 0.5)
+    )
+    func, args = {
+        "Gamma": (torch._standard_gamma, (given,)),
+        "Poisson": (torch.poisson, (given,)),
+        "binomial": (torch.binomial, (torch.full((2, 3), 5.0), given)),
+    }[name]
+    made = DRAWS.get(func).random_variable(*args, settings=Settings())
+    torch.testing.assert_close(made.var, torch.full((2, 3), var))

@@ -135,6 +135,11 @@ def _at_mean(value: Any) -> Any:
     return value.mean if isinstance(value, RandomVariable) else value
 
 
+def _var_of(value: Any) -> Tensor | float:
+    """What a random parameter adds (law of total variance): 0 of a plain one, and of paths, which have their own each."""
+    return value.var if type(value) is RandomVariable else 0.0
+
+
 def _latent(x: Any) -> RandomVariable:
     """``x``, made of a draw in torch's own operations, as the draw that it is."""
     return x.derived(origin=x.origin, latent=True)  # type: ignore[no-any-return]
@@ -216,19 +221,19 @@ def exponential_(input: Any, lambd: float = 1.0, *, settings: Settings, generato
 
 def bernoulli(input: Any, p: Any = None, *, settings: Settings, generator: Any = None, out: Any = None) -> RandomVariable:
     """``torch.bernoulli(input)`` of probabilities, or of one ``p`` in the shape of ``input``, as a random variable."""
-    probability = _at_mean(input) if p is None else torch.full_like(input, p)
-    return _bernoulli(probability, settings)
+    return _bernoulli(input if p is None else torch.full_like(input, p), settings)
 
 
 def bernoulli_(input: Any, p: Any = 0.5, *, settings: Settings, generator: Any = None) -> RandomVariable:
     """``Tensor.bernoulli_`` as a random variable; ``p`` a number or a tensor."""
-    probability = torch.as_tensor(_at_mean(p), device=input.device).to(input.dtype).expand(input.shape)
-    return _bernoulli(probability, settings)
+    probability = p if isinstance(p, RandomVariable) else torch.as_tensor(p, device=input.device)
+    return _bernoulli(probability.to(input.dtype).expand(input.shape), settings)
 
 
-def _bernoulli(p: Tensor, settings: Settings) -> RandomVariable:
+def _bernoulli(p: Any, settings: Settings) -> RandomVariable:
     p = p if p.is_floating_point() else p.to(torch.get_default_dtype())
     if settings.needs_rules:
+        p = _at_mean(p)
         return known_moments(p, p * (1 - p), lambda n, g: p, settings, Bernoulli(p))
     u: Any = standard_uniform(torch.zeros_like(p), settings)
     return _latent((u < p).to(p.dtype))
@@ -276,14 +281,17 @@ def one_hot_categorical(index: Tensor, probs: Any, *, settings: Settings) -> Ran
 # ---- laws without a quantile function ---------------------------------------------------------------------------------
 
 
-def _copies(x: Tensor, n: int) -> Tensor:
-    return x.expand(n, *x.shape)
+def _copies(x: Any, n: int) -> Tensor:
+    """(n, *shape): a parameter n times, or as it is on each of n paths."""
+    on_paths = getattr(x, "paths", None) if getattr(x, "settings", None) and x.settings.covariance == "sampled" else None
+    return on_paths if on_paths is not None else _at_mean(x).expand(n, *x.shape)
 
 
 def standard_gamma(input: Any, *, settings: Settings, generator: Any = None) -> RandomVariable:
     """``torch._standard_gamma`` as a random variable: mean and variance are the concentration."""
-    alpha: Tensor = _at_mean(input)
-    return known_moments(alpha, alpha, lambda n, g: torch._standard_gamma(_copies(alpha, n), generator=g), settings, Gamma(alpha))
+    alpha, more = _at_mean(input), _var_of(input)
+    law = None if isinstance(input, RandomVariable) else Gamma(alpha)
+    return known_moments(alpha, alpha + more, lambda n, g: torch._standard_gamma(_copies(input, n), generator=g), settings, law)
 
 
 def dirichlet(input: Any, *, settings: Settings, generator: Any = None) -> RandomVariable:
@@ -295,17 +303,18 @@ def dirichlet(input: Any, *, settings: Settings, generator: Any = None) -> Rando
 
     def sampler(n: int, generator: torch.Generator | None) -> Tensor:
         # X = Gamma(a + 1) U^(1/a) is Gamma(a) also where that would underflow (Marsaglia & Tsang 2000).
-        gammas = torch._standard_gamma(_copies(alpha + 1, n), generator=generator)
+        each = _copies(input, n)
+        gammas = torch._standard_gamma(each + 1, generator=generator)
         u = torch.rand(gammas.shape, dtype=alpha.dtype, device=alpha.device, generator=generator)
-        return torch.softmax(gammas.log() + u.clamp(min=torch.finfo(u.dtype).tiny).log() / alpha, -1)
+        return torch.softmax(gammas.log() + u.clamp(min=torch.finfo(u.dtype).tiny).log() / each, -1)
 
     return known_moments(mean, mean * (1 - mean) / (total + 1), sampler, settings, Beta(alpha, rest))
 
 
 def poisson(input: Any, *, settings: Settings, generator: Any = None) -> RandomVariable:
     """``torch.poisson`` as a random variable: mean and variance are the rate."""
-    rate: Tensor = _at_mean(input)
-    return known_moments(rate, rate, lambda n, g: torch.poisson(_copies(rate, n), generator=g), settings)
+    rate = _at_mean(input)
+    return known_moments(rate, rate + _var_of(input), lambda n, g: torch.poisson(_copies(input, n), generator=g), settings)
 
 
 def binomial(count: Any, prob: Any, *, settings: Settings, generator: Any = None) -> RandomVariable:
@@ -314,9 +323,11 @@ def binomial(count: Any, prob: Any, *, settings: Settings, generator: Any = None
     n_trials = n_trials.to(p.dtype)
 
     def sampler(n: int, generator: torch.Generator | None) -> Tensor:
-        return torch.binomial(_copies(n_trials, n).contiguous(), _copies(p, n).contiguous(), generator=generator)
+        each = _copies(prob, n) if isinstance(prob, RandomVariable) else _copies(p, n)
+        return torch.binomial(_copies(n_trials, n).contiguous(), each.contiguous(), generator=generator)
 
-    return known_moments(n_trials * p, n_trials * p * (1 - p), sampler, settings)
+    var = n_trials * p * (1 - p) + n_trials * (n_trials - 1) * _var_of(prob)
+    return known_moments(n_trials * p, var, sampler, settings)
 
 
 def geometric_(input: Any, p: Any, *, settings: Settings, generator: Any = None) -> RandomVariable:
