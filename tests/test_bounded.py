@@ -5,7 +5,9 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
+import rvconvert
 from rvconvert import RandomVariable
 
 
@@ -104,3 +106,35 @@ def test_a_mean_stays_in_the_range_of_the_function(name):
     if name == "sigmoid":
         seen = m.abs() < 50
         assert bool((y.mean >= torch.sigmoid(m) / 2)[seen].all())  # a logarithm may follow
+
+
+SOFTMAX = {
+    "exp of log_softmax": lambda h: F.log_softmax(h, -1).exp(),
+    "less logsumexp": lambda h: torch.exp(h - h.logsumexp(-1, keepdim=True)),
+    "exp over sum": lambda h: h.exp() / h.exp().sum(-1, keepdim=True),
+    "less the largest, twice": lambda h: (h - h.amax(-1, True)).exp() / (h - h.max(-1, keepdim=True)[0]).exp().sum(-1, True),
+}
+
+
+@pytest.mark.parametrize("covariance", ["independent", "calibrated"])
+@pytest.mark.parametrize("name", SOFTMAX)
+def test_a_softmax_written_out_gives_probabilities_however_wide_the_logits_are(name, covariance):
+    class Decoder(nn.Module):
+        def __init__(self, law):
+            super().__init__()
+            torch.manual_seed(1)
+            self.encoder, self.decoder, self.law = nn.Linear(8, 6), nn.Linear(3, 6), law
+            self.decoder.weight.data *= 4
+
+        def forward(self, x):
+            mu, logvar = self.encoder(x).chunk(2, 1)
+            return self.law(self.decoder(mu + torch.randn_like(mu) * (0.5 * logvar).exp()))
+
+    x = torch.randn(200, 8, generator=torch.Generator().manual_seed(0))
+    vae = Decoder(SOFTMAX[name])
+    with torch.no_grad():
+        drawn = torch.stack([vae(x) for _ in range(100)])
+        y = rvconvert.convert(vae, covariance=covariance, output="distribution")(x)
+    assert float(y.mean.mean()) == pytest.approx(float(drawn.mean()), rel=0.01) and float(y.mean.max()) <= 1
+    if covariance == "calibrated":
+        assert float(y.var.mean() / drawn.var(0).mean()) == pytest.approx(1, abs=0.35)

@@ -106,7 +106,8 @@ class Gain:
         wide = x.var.float() if x.var.dtype in (torch.float16, torch.bfloat16) else x.var
         var = (_parts(wide) * self.log(x.mean.to(wide), wide, level).exp()).reshape(x.shape).to(x.var)
         # An elementwise function of another variable stays one: x * sigmoid(x) is one function of x, its gain its own.
-        return x.with_moments(x.mean, var).derived(origin=x.origin, latent=x.latent)
+        made = x.with_moments(x.mean, var).derived(origin=x.origin, latent=x.latent)
+        return made if x.carried is None else made.carrying(x.carried)
 
     def towards(self, other: Gain, share: float) -> Gain:
         """The way from this gain to ``other``, in logs."""

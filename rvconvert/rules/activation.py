@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -26,6 +27,7 @@ from rvconvert.rules.kinds import (
     first_order,
     not_everywhere,
 )
+from rvconvert.rules.relations import rows_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -70,6 +72,17 @@ _INTERVALS = {
 }
 
 
+@dataclass(frozen=True)
+class Exponential(Elementwise):
+    """The exponential, which knows a log-softmax: its results are probabilities, and sum to 1."""
+
+    def __call__(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> RandomVariable:
+        rows = rows_of(random_variables(args, kwargs)[0], "logsumexp")
+        if rows is not None and rows.shifted:
+            return torch.softmax(rows.of, rows.dim)  # type: ignore[return-value, arg-type]
+        return super().__call__(func, args, kwargs)
+
+
 def _interval_of(name: str) -> Callable[..., Interval]:
     return within(*_INTERVALS[name]) if name in _INTERVALS else anywhere
 
@@ -80,7 +93,7 @@ def _activation(
     *modules: type[nn.Module],
     kinks: Callable[..., tuple[float, ...]] | None = None,
 ) -> None:
-    kind = Elementwise(
+    kind = (Exponential if name == "exp" else Elementwise)(
         closed_form(function),
         kinks=kinks and kinks_of(kinks),
         joins=everywhere if name in ("exp", "exp2", "expm1", "sinh", "cosh") else not_everywhere,

@@ -205,11 +205,22 @@ class Quotient(Elementwise):
         rows = rows_of(b, "sum") if isinstance(a, RandomVariable) and mode is None else None
         if rows is not None and not rows.shifted:
             exponent, summed = _exponent(a), _exponent(rows.of)
-            if exponent is not None and summed is not None and is_same(exponent, summed):
-                shift = rows_of(exponent)
+            shift = rows_of(exponent)
+            if (
+                exponent is not None
+                and summed is not None
+                and (is_same(exponent, summed) or _are_shifted(shift, rows_of(summed)))
+            ):
                 of: Any = shift.of if shift is not None and shift.shifted and shift.dim == rows.dim else exponent
                 return torch.softmax(of, rows.dim)  # type: ignore[return-value]
         return super().__call__(func, args, kwargs)
+
+
+def _are_shifted(first: OfRows | None, second: OfRows | None) -> bool:
+    """One variable, less the same reduction of it."""
+    if first is None or second is None or not (first.shifted and second.shifted):
+        return False
+    return is_same(first.of, second.of) and (first.dim, first.by) == (second.dim, second.by)
 
 
 def _exponent(x: RandomVariable) -> RandomVariable | None:

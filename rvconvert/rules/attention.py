@@ -13,6 +13,7 @@ from rvconvert.core.random_variable import RandomVariable
 from rvconvert.core.registry import Exactness
 from rvconvert.moments.compilation import is_traced
 from rvconvert.rules.kinds import Composite, add_rule, full_precision, moments, own_python, recomputed
+from rvconvert.rules.relations import OfRows
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -62,7 +63,8 @@ def _log_softmax(input: Any, dim: Any = None, _stacklevel: int = 3, dtype: Any =
         curvature = (p * (1 - p) * x.var).sum(dim, keepdim=True)
         part = p.square() * x.var
         mean = torch.log_softmax(x.mean, dim) - 0.5 * curvature
-        return x.with_moments(mean, torch.addcmul(part.sum(dim, keepdim=True) - part, x.var, (1 - p).square()))
+        made = x.with_moments(mean, torch.addcmul(part.sum(dim, keepdim=True) - part, x.var, (1 - p).square()))
+        return made.carrying(OfRows(x.snapshot(), dim % max(x.ndim, 1), "logsumexp", shifted=True))
 
 
 _SOFTMAX = "elements are independent; second order at the mean, so for variances up to about 1"
