@@ -3193,3 +3193,20 @@ def test_a_mask_of_a_decoded_length_is_no_reconstruction() -> None:
     x = torch.rand(8, 12, generator=torch.Generator().manual_seed(1))
     alone = penalty_of(rvconvert.convert(VAE(lambda y, x, *_: F.mse_loss(y, x), False)), x)
     assert penalty_of(rvconvert.convert(VAE(result, False)), x) == pytest.approx(alone)
+
+
+@pytest.mark.parametrize("covariance", ["independent", "calibrated"])
+def test_a_term_made_from_a_draw_is_so_where_moments_leave_too(covariance: str) -> None:
+    """A kernel of a latent with itself, of a distribution of latents, as MMD has."""
+
+    def result(y: Tensor, x: Tensor, z: Tensor, mu: Tensor, std: Tensor, m: VAE) -> Any:
+        return y, torch.exp(-((z[:, None] - z[None]) ** 2).mean(2)).mean()
+
+    vae, x = VAE(result, False), torch.rand(8, 12, generator=torch.Generator().manual_seed(1))
+    rv = rvconvert.convert(vae, covariance=covariance, output="distribution")
+    with torch.no_grad():
+        drawn, found = ([model(x)[1] for _ in range(400)] for model in (vae, rv))
+    means = [
+        torch.stack([v.mean if isinstance(v, rvconvert.RandomVariable) else v for v in each]).mean() for each in (drawn, found)
+    ]
+    assert float(means[1]) == pytest.approx(float(means[0]), rel=0.03)

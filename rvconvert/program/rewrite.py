@@ -66,7 +66,7 @@ def to_random_variables(
         copied.op, copied.target = "call_function", node.meta["draw"].random_variable
         copied.kwargs = {**copied.kwargs, "settings": settings}
 
-    replaced = _from_a_draw(graph, nodes, recording, roles) if output == "mean" else set()
+    replaced = _from_a_draw(graph, nodes, recording, roles)
     operations = dict(nodes)
     if gains:
         insert_gains(graph, nodes, gains)
