@@ -192,6 +192,8 @@ class Conversion:
         numbers = self.numbers(name, args, kwargs) if program.numbers else {}
         with contextlib.nullcontext() if torch.compiler.is_compiling() else moments_later():
             results = program.run(model, *leaves, *[numbers[each] for each in program.numbers])
+        if self.calls == 1 and self._penalty is not None and not torch.compiler.is_compiling():
+            self.warn_of_overflow(self._penalty)
         self.keep(program, model, results)
         if not program.penalised and model.training and torch.is_grad_enabled():
             self.warn_without_penalty(name, encodes=program.encodes)
@@ -249,6 +251,16 @@ class Conversion:
                 "distribution",
                 f"{self.plain_class.__name__}.{name} gives random variables, to which no L_c is attached: add "
                 "rvconvert.variance_penalty(y) to the loss; attach=False says that it is",
+            )
+
+    def warn_of_overflow(self, penalty: torch.Tensor) -> None:
+        """Say once that variances have no size that a number can have, of which a training would end in NaN."""
+        inside = penalty.is_meta or torch._C._functorch.peek_interpreter_stack() is not None
+        if not inside and not bool(penalty.isfinite()):
+            self.warn(
+                "overflow",
+                f"the variance of {self.plain_class.__name__}'s reconstruction overflows: L_c is {float(penalty)}. "
+                "rvconvert.verify(model, x) says at which operation; covariance='sampled' takes no operation's variance on trust",
             )
 
     def warn_of_no_call(self, model: nn.Module) -> None:

@@ -138,3 +138,20 @@ def test_a_softmax_written_out_gives_probabilities_however_wide_the_logits_are(n
     assert float(y.mean.mean()) == pytest.approx(float(drawn.mean()), rel=0.01) and float(y.mean.max()) <= 1
     if covariance == "calibrated":
         assert float(y.var.mean() / drawn.var(0).mean()) == pytest.approx(1, abs=0.35)
+
+
+def test_a_variance_that_overflows_is_told():
+    class Exponential(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.encoder, self.decoder = nn.Linear(4, 4), nn.Linear(2, 4)
+
+        def forward(self, x):
+            mu, logvar = self.encoder(x).chunk(2, 1)
+            return torch.exp(40 * self.decoder(mu + torch.randn_like(mu) * (0.5 * logvar).exp()))
+
+    with pytest.warns(
+        UserWarning, match=r"the variance of Exponential's reconstruction overflows: L_c is inf\. rvconvert\.verify"
+    ):
+        rvconvert.convert(Exponential())(torch.rand(3, 4))

@@ -509,7 +509,7 @@ def test_a_function_of_a_gamma_draw_has_the_variance_of_its_law(law):
 
 
 def _one_hot(logits):
-    index = torch.multinomial(logits.softmax(-1).flatten(0, 1), 1).view(logits.shape[:-1])
+    index = torch.multinomial(logits.softmax(-1).flatten(0, 1), num_samples=1).view(logits.shape[:-1])
     return F.one_hot(index, logits.shape[-1]).to(logits.dtype)
 
 

@@ -3150,7 +3150,9 @@ def test_where_the_loss_is_inside_the_reconstruction_is_what_would_leave(name: s
 
 NARROWER: dict[str, Callable[..., Any]] = {
     "logits of classes": lambda y, x, z, mu, std, m: (F.mse_loss(y, x), m.prior(z)),
-    "words, as an embedded text": lambda y, x, z, mu, std, m: (F.mse_loss(y, x), m.prior(z).softmax(1)),
+    "probabilities of classes": lambda y, x, z, mu, std, m: (F.mse_loss(y, x), m.prior(z).softmax(1)),
+    "a critic's score": lambda y, x, z, mu, std, m: (F.mse_loss(y, x), m.head(y)),
+    "a critic's scores of both": lambda y, x, z, mu, std, m: {"loss": F.mse_loss(y, x), "fake": m.head(y), "real": m.head(x)},
 }
 
 

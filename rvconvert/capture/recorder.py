@@ -446,7 +446,7 @@ class _Recorder(TorchFunctionMode, Handler):
             rule = self.registry.find(func)
         if torch._C._functorch.peek_interpreter_stack() is not None:
             fx.node.map_arg((node_args, node_kwargs), self.refuse_random)
-        probs = self.categories(node_args[0]) if name == "one_hot" else None
+        probs = self.categories(node_args[0]) if name == "one_hot" and node_args else None
         if probs is not None and probs.meta["shape"][-1] == result.shape[-1]:
             func, rule, node_args, node_kwargs = one_hot_categorical_like, None, (node_args[0], probs), {}
         draw = DRAWS.get(func)
@@ -483,8 +483,9 @@ class _Recorder(TorchFunctionMode, Handler):
             if not (column or name in _KEEPS_ROWS) or not isinstance(index.args[0], fx.Node):
                 return None
             index = index.args[0]
-        one = index.meta["draw"].law is CATEGORICAL and index.args[1:2] == (1,)
-        return index.args[0] if one and isinstance(index.args[0], fx.Node) else None
+        count = index.args[1] if len(index.args) > 1 else index.kwargs.get("num_samples")
+        probs = index.args[0] if index.args else None
+        return probs if index.meta["draw"].law is CATEGORICAL and count == 1 and isinstance(probs, fx.Node) else None
 
     def refuse_random(self, node: fx.Node) -> fx.Node:
         """A transform of torch.func gives each value more dimensions than its node has."""

@@ -193,6 +193,7 @@ class _Assignment(ScoredGraph):
 
     def chosen(self, candidates: set[fx.Node], meeting: set[fx.Node], edges: list[_Edge], leaves: list[fx.Node]) -> list[fx.Node]:
         """The reconstructions, in what leaves and in the ``candidates``, of which some are ``meeting`` an input."""
+        leaves = [n for n in leaves if self.fits_an_input(n) or not self.is_criticised(n, meeting)]
         heads = self.heads(edges, leaves)
         chosen = [n for n in leaves if n not in heads]
         subtracted = {edge.value for edge in edges if edge.at is not None and self.rule_name(edge.at) in SUBTRACTING}
@@ -212,6 +213,10 @@ class _Assignment(ScoredGraph):
             if not known and not any(self.decodes_between(source, n) for n in leaves):
                 chosen.append(source)
         return chosen
+
+    def is_criticised(self, node: fx.Node, meeting: set[fx.Node]) -> bool:
+        """What a critic's layers make of a reconstruction that meets an input: a score, features."""
+        return any(self.fits_an_input(n) and self.decodes_between(n, node) for n in meeting)
 
     def at_mean(self) -> tuple[set[tuple[fx.Node, fx.Node]], list[fx.Node]]:
         """(value, user): a loss function takes what it compares at the mean, a draw of the likelihood its parameters.
