@@ -192,7 +192,7 @@ class Conversion:
         numbers = self.numbers(name, args, kwargs) if program.numbers else {}
         with contextlib.nullcontext() if torch.compiler.is_compiling() else moments_later():
             results = program.run(model, *leaves, *[numbers[each] for each in program.numbers])
-        if self.calls == 1 and self._penalty is not None and not torch.compiler.is_compiling():
+        if not torch.compiler.is_compiling() and self.calls == 1 and self._penalty is not None:
             self.warn_of_overflow(self._penalty)
         self.keep(program, model, results)
         if not program.penalised and model.training and torch.is_grad_enabled():
