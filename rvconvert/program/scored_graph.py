@@ -194,7 +194,6 @@ class ScoredGraph(DecodedGraph):
             if (
                 node not in self.scoring
                 or node in self.outputs
-                or self.is_log_likelihood(node)
                 or self.rule_name(node) not in ends
                 or size_of(node) != size_of(source)
             ):
@@ -205,7 +204,7 @@ class ScoredGraph(DecodedGraph):
             logarithms = any(self.rule_name(n) in _ERRORS - _EVEN for n in way)
             summary = any("shape" in n.meta and size_of(n) < size_of(source) for n in way)
             if summary and not logarithms and users | gone_on <= way and not made_of & self.conditioned:
-                return node
+                return None if self.is_log_likelihood(node) else node
         return None
 
     def is_log_likelihood(self, node: fx.Node) -> bool:
