@@ -268,17 +268,13 @@ def renew(conversion: Conversion, name: str, model: nn.Module, args: tuple[Any, 
     gains.use("evaluation" if calibrated_only else mode)
     if not every:
         return
-    if mode == "evaluation":
-        if gains.stale or not gains.has(mode, name):
+    evaluates = mode == "evaluation"
+    if evaluates or not torch.is_grad_enabled():
+        if (evaluates and gains.stale) or not gains.has(mode, name):
             gains.start(mode)
             measure(conversion, name, model, args, kwargs, EVALUATION_PAIRS, 0)
-            gains.evaluation = {**gains.evaluation, **gains.fresh}
-            gains.stale = False
-    elif not torch.is_grad_enabled():
-        if not gains.has(mode, name):
-            gains.start(mode)
-            measure(conversion, name, model, args, kwargs, EVALUATION_PAIRS, 0)
-            gains.training = {**gains.training, **gains.fresh}
+            setattr(gains, mode, {**gains.of(mode), **gains.fresh})
+            gains.stale = gains.stale and not evaluates
     else:
         due = gains.is_due(name, every)
         if due:

@@ -253,7 +253,7 @@ class Gains:
             gain = made.gain_with(value, self._truth[key], level, slopes=slopes)
             self.fresh[key] = gain
         else:
-            held = self.evaluation if self._mode == "evaluation" else self.training
+            held = self.of(self._mode)
             if key not in held:
                 return value
             gain = held[key].to(value.device)
@@ -262,9 +262,13 @@ class Gains:
 
     # --- measuring ------------------------------------------------------------------------------
 
+    def of(self, mode: str) -> dict[str, Gain]:
+        """The gains of ``"evaluation"`` or ``"training"``, by operation."""
+        return self.evaluation if mode == "evaluation" else self.training
+
     def has(self, mode: str, name: str) -> bool:
         """Whether a method has gains of this mode."""
-        return any(key.startswith(f"{name}/") for key in (self.training if mode == "training" else self.evaluation))
+        return any(key.startswith(f"{name}/") for key in self.of(mode))
 
     def is_due(self, name: str, every: int) -> bool:
         """Whether a method's training gains are to be measured, having none, or none of the last ``every`` steps."""

@@ -291,7 +291,7 @@ class _Assignment(ScoredGraph):
                     dropped.add(second)
                 elif first not in fits:
                     dropped.add(first)
-        # As large as an input that no layer reads, a label, beside a larger one that is read.
+        # As an input that no layer reads, or most of its steps, a label or a reward, beside a larger one that is read.
         read = self.read(leaves)
         largest = max(map(size_of, read), default=0)
         labels = {n for n in leaves if n not in read and self.inputs_like(n) and size_of(n) < largest}
