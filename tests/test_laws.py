@@ -92,6 +92,26 @@ def test_gradients_are_finite_also_without_variance(case):
             assert gradient is None or gradient.isfinite().all()
 
 
+@each_case
+def test_a_graph_of_the_backward_pass_leaves_gradients_as_they_are(case):
+    """Where a variance is made of a mean, too."""
+    found = []
+    for create_graph in (False, True):
+        leaf = [m.requires_grad_() for m, _ in case.moments(torch.float32)]
+        made = [m * 1 for m in leaf]
+        given = [
+            RandomVariable(m, v * (1 + 0.1 * m.square())) for m, (_, v) in zip(made, case.moments(torch.float32), strict=True)
+        ]
+        results = leaves(case.run(Constants(dtype=torch.float32), given))
+        parts = [part for got in results if isinstance(got, RandomVariable) for part in (got.mean, got.var)]
+        finite = [part[part.isfinite()].sum() for part in parts if part.requires_grad]
+        if not finite:
+            pytest.skip("no gradient")
+        found.append(torch.autograd.grad(sum(finite), leaf, create_graph=create_graph, allow_unused=True))
+    for with_graph, without in zip(found[1], found[0], strict=True):
+        torch.testing.assert_close(with_graph, without, rtol=2e-3, atol=2e-4)
+
+
 def calls_of(case, inputs, monkeypatch):
     """The calls of the case's own rule that a run makes: (func, args, kwargs)."""
     import rvconvert.core.random_variable as core

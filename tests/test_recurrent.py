@@ -1,4 +1,4 @@
-"""The loop over a recurrent cell's steps: its own backward pass against autograd's, and float32 against float64."""
+"""A recurrent cell's steps, and the loop over them: their own backward passes against autograd's, and float32 against float64."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import rvconvert
-from rvconvert.rules.recurrent_steps import STEPS, Pair, _run, unrolled
+from rvconvert.rules.recurrent_steps import STEPS, Pair, _run, joined, linear, once, unrolled
 
 TIMES, BATCH, WIDTH = 6, 5, 7
 GATES, STATES = {"lstm": 4, "gru": 3}, {"lstm": 2, "gru": 1}
@@ -35,38 +35,53 @@ def composed(*arguments):
     return outputs, states[-1]
 
 
+def one_by_one(step, gates, weight, bias, state):
+    """As a loop over a cell."""
+    hidden, outputs = linear(weight, bias), []
+    for mean, var in zip(*gates, strict=True):
+        state = once(step, Pair(mean, var), hidden(state[0]), state)
+        outputs.append(state[0])
+    return joined(outputs, torch.stack), state
+
+
+OWN = {"_Unrolled": unrolled, "_Once": one_by_one}
+
+
 def flat(outputs: Pair, state) -> list[torch.Tensor]:
     return [*outputs, *(x for each in state for x in each)]
 
 
+@named("own", OWN)
 @named("bias", [True, False])
 @named("name", GATES)
-def test_its_own_backward_pass_is_autograds(name, bias):
+def test_its_own_backward_pass_is_autograds(name, bias, own):
     arguments, leaves = inputs(name, bias)
-    own, expected = flat(*unrolled(*arguments)), flat(*composed(*arguments))
-    torch.testing.assert_close(own, expected)
-    assert "_Unrolled" in own[0].grad_fn.name()
-    weights = [torch.randn_like(x) for x in own]
-    found, expected = (torch.autograd.grad(x, leaves, weights) for x in (own, expected))
+    found, expected = flat(*OWN[own](*arguments)), flat(*composed(*arguments))
+    torch.testing.assert_close(found, expected)
+    assert own in found[-1].grad_fn.name()
+    weights = [torch.randn_like(x) for x in expected]
+    found, expected = (torch.autograd.grad(x, leaves, weights) for x in (found, expected))
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=3e-6)
 
 
+@named("own", OWN)
 @named("name", GATES)
-def test_the_gradients_have_gradients(name):
+def test_the_gradients_have_gradients(name, own):
     arguments, leaves = inputs(name, True)
     results = []
-    for run in (unrolled, composed):
+    for run in (OWN[own], composed):
         out = flat(*run(*arguments))
         first = torch.autograd.grad(sum(x.square().sum() for x in out), leaves, create_graph=True)
         results.append(torch.autograd.grad(sum(x.square().sum() for x in first), leaves))
     torch.testing.assert_close(*results, rtol=1e-3, atol=1e-3)
 
 
-def test_a_part_of_the_results_and_of_the_inputs_has_its_gradient():
+@named("own", OWN)
+def test_a_part_of_the_results_and_of_the_inputs_has_its_gradient(own):
     (step, gates, weight, bias, state), _ = inputs("lstm", True)
     frozen = weight.detach()
     results = []
-    for run in (unrolled, composed):
+    for run in (OWN[own], composed):
         out, *_ = run(step, gates, frozen, bias, tuple(Pair(*(x.detach() for x in each)) for each in state))
         results.append(torch.autograd.grad(out.mean[-1].sum(), [gates.mean, bias]))
     torch.testing.assert_close(*results, rtol=1e-4, atol=3e-6)

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rvconvert.moments.compilation import is_traced
-from rvconvert.rules.kinds import gradients_with_graph
+from rvconvert.moments.normal import gradients_with_graph
 from rvconvert.rules.normalization import update_running
 
 if TYPE_CHECKING:
@@ -85,9 +85,12 @@ class JointBatchNorm(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         mean, var, weight, bias, *chunks = ctx.saved_tensors
         if torch.is_grad_enabled():  # for a graph of the backward pass (create_graph=True)
-            x = torch.cat(chunks)
-            y = F.batch_norm(x.flatten(0, 1), None, None, weight, bias, True, 0.0, ctx.eps).view(x.shape)
-            by = gradients_with_graph([y], (weight, bias, *chunks), [torch.cat(grads)])
+
+            def normalized(weight: Tensor | None, bias: Tensor | None, *chunks: Tensor) -> list[Tensor]:
+                x = torch.cat(chunks)
+                return [F.batch_norm(x.flatten(0, 1), None, None, weight, bias, True, 0.0, ctx.eps).view(x.shape)]
+
+            by = gradients_with_graph(normalized, (weight, bias, *chunks), [torch.cat(grads)])
             return None, None, *by[:2], None, None, *by[2:]
         one = torch.ones_like(mean) if weight is None else weight
         each = [

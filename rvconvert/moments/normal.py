@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import functools
 import math
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
 
 Moments = tuple[Tensor, Tensor]
 
@@ -21,6 +25,19 @@ def at_least_float32(function):
         return tuple(x.to(mean.dtype) for x in function(mean.float(), var.float(), *args, **kwargs))
 
     return wrapper
+
+
+def gradients_with_graph(
+    function: Callable[..., Sequence[Tensor]], inputs: Sequence[Tensor | None], grads: Sequence[Tensor]
+) -> list[Tensor | None]:
+    """Of ``function(*inputs)``, one for each input, None where it has none; for ``backward`` under ``create_graph=True``.
+
+    ``function`` is of composed operations.
+    """
+    own = [None if x is None else x.view_as(x) for x in inputs]  # one input may be made of another
+    wanted = [x for x in own if x is not None and x.requires_grad]
+    found = iter(torch.autograd.grad(function(*own), wanted, grads, create_graph=True, allow_unused=True))
+    return [next(found) if x is not None and x.requires_grad else None for x in own]
 
 
 def mills(t: Tensor) -> Tensor:

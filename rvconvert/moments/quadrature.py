@@ -98,7 +98,7 @@ class SteinSums:
         self.rest_by_z.add_(rest_by_z)
         self.rest_by_zz.addcmul_(rest_by_z, z)
         self.square_by_z.addcmul_(by_z, value)
-        self.square_by_zz.addcmul_(by_z.mul_(z), value)
+        self.square_by_zz.addcmul_(by_z * z, value)
 
     def partials(self, moments: WeightedMoments, s: Tensor, ratio: Tensor) -> tuple[Tensor, ...]:
         """Of the mean and of the variance by m, then of both by the variance."""
@@ -189,13 +189,15 @@ def _by_blocks(run, f, mean, var, kinks, increment, *more):
     return by_rows(lambda m, v, *rest: run(f, m, v, list(rest[:n]), increment, *rest[n:]), mean, var, *kinks, *more)
 
 
-def _recomputed(f, mean, var, kinks, increment, moving=True):
-    return checkpoint(_summed, f, mean, var, kinks, increment, None, moving, use_reentrant=False, preserve_rng_state=False)
+def _recomputed(f, mean, var, kinks, increment, slope=None, moving=True):
+    return checkpoint(_summed, f, mean, var, kinks, increment, slope, moving, use_reentrant=False, preserve_rng_state=False)
 
 
-def _slope(value: Tensor, at: Tensor) -> Tensor:
+def _slope(value: Tensor, at: Tensor, *, create_graph: bool = False) -> Tensor:
     """f'(at), of the ``value`` f(at) of an elementwise f; 0 where it has none, as an indicator."""
-    slope = torch.autograd.grad(value.sum(), at, allow_unused=True)[0] if value.requires_grad else None
+    if not value.requires_grad:
+        return torch.zeros_like(at)
+    slope = torch.autograd.grad(value.sum(), at, allow_unused=True, create_graph=create_graph)[0]
     return torch.zeros_like(at) if slope is None else slope
 
 
@@ -213,15 +215,14 @@ class _Integrated(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_mean: Tensor, grad_var: Tensor) -> tuple[Tensor | None, ...]:
         mean, var, mean_by_mean, var_by_mean, mean_by_var, var_by_var = ctx.saved_tensors
-        none = (None,) * (1 + len(ctx.function))
         if torch.is_grad_enabled():  # for a graph of the backward pass (create_graph=True)
             f, kinks, increment = ctx.function
-            wanted = [x for x in (mean, var) if x.requires_grad]
-            made = _recomputed(f, mean, var, kinks, increment)
-            found = iter(torch.autograd.grad(made, wanted, (grad_mean, grad_var), create_graph=True))
-            return *(next(found) if x.requires_grad else None for x in (mean, var)), *none
+            at = mean if mean.requires_grad else mean.detach().requires_grad_()
+            partials = _by_blocks(_recomputed, f, mean, var, kinks, increment, _slope(f(at), at, create_graph=True))[2:]
+            mean_by_mean, var_by_mean, mean_by_var, var_by_var = partials
         by_mean = torch.addcmul(grad_mean * mean_by_mean, grad_var, var_by_mean)
-        return by_mean, torch.addcmul(grad_mean * mean_by_var, grad_var, var_by_var), *none
+        by_var = torch.addcmul(grad_mean * mean_by_var, grad_var, var_by_var)
+        return by_mean, by_var, *(None,) * (1 + len(ctx.function))
 
 
 class Detached(torch.autograd.Function):
@@ -276,6 +277,6 @@ def quadrature(
             at = mean.detach().requires_grad_()
             value = f(at)
             if _is_detached_inside(value):
-                return _by_blocks(_recomputed, f, mean, var, kinks, increment, False)
+                return _by_blocks(_recomputed, f, mean, var, kinks, increment, None, False)
             return _Integrated.apply(mean, var, _slope(value, at), f, kinks, increment)
     return _by_blocks(_summed, f, mean, var, kinks, increment)

@@ -111,15 +111,6 @@ def bind(
     return values, args[len(names) :], rest
 
 
-def gradients_with_graph(
-    outputs: Sequence[torch.Tensor], inputs: Sequence[torch.Tensor | None], grads: Sequence[torch.Tensor]
-) -> Any:
-    """One for each input, None where it has none; for ``backward`` under ``create_graph=True``, of composed operations."""
-    wanted = [x for x in inputs if x is not None and x.requires_grad]
-    found = iter(torch.autograd.grad(outputs, wanted, grads, create_graph=True, allow_unused=True))
-    return [next(found) if x is not None and x.requires_grad else None for x in inputs]
-
-
 def recomputed(function: Function, *tensors: torch.Tensor | None) -> Any:
     """``function(*tensors)``, of which gradients keep the tensors alone and run it again."""
     if is_traced() or not torch.is_grad_enabled():

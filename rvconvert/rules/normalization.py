@@ -18,8 +18,8 @@ from rvconvert.core.random_variable import RandomVariable, random_variables
 from rvconvert.core.registry import REGISTRY, Exactness, Rule
 from rvconvert.moments.buffers import into_buffer
 from rvconvert.moments.compilation import is_traced
-from rvconvert.moments.normal import at_least_float32
-from rvconvert.rules.kinds import Composite, add_rule, bind, full_precision, gradients_with_graph, own_python, recomputed
+from rvconvert.moments.normal import at_least_float32, gradients_with_graph
+from rvconvert.rules.kinds import Composite, add_rule, bind, full_precision, own_python, recomputed
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -177,12 +177,15 @@ def _twice_differentiable(
 ) -> tuple[Tensor | None, ...]:
     """The same gradients by composed operations, for a graph of the backward pass (``create_graph=True``)."""
     axes = [0, *range(2, mean.ndim)]
-    centre = mean.mean(axes, keepdim=True)
-    spread = (mean - centre).square().mean(axes, keepdim=True) + var.mean(axes, keepdim=True)
-    scale = torch.rsqrt(spread + eps)
-    gain = scale if weight is None else scale * _per_channel(weight, mean.ndim)
-    outputs = ((mean - centre) * gain, var * gain.square())
-    by_mean, by_var, by_weight = gradients_with_graph(outputs, (mean, var, weight), grads)
+
+    def normalized(mean: Tensor, var: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor]:
+        centre = mean.mean(axes, keepdim=True)
+        spread = (mean - centre).square().mean(axes, keepdim=True) + var.mean(axes, keepdim=True)
+        scale = torch.rsqrt(spread + eps)
+        gain = scale if weight is None else scale * _per_channel(weight, mean.ndim)
+        return (mean - centre) * gain, var * gain.square()
+
+    by_mean, by_var, by_weight = gradients_with_graph(normalized, (mean, var, weight), grads)
     by_bias = None if bias is None else grads[0].sum(axes)
     return by_mean, by_var, None, None, by_weight, by_bias, None, None
 
@@ -402,9 +405,12 @@ class _NormalizedGroups(torch.autograd.Function):
         mean, var, weight, bias, centre, level, scale = ctx.saved_tensors
         over = ctx.over
         if torch.is_grad_enabled():  # for a graph of the backward pass (create_graph=True)
-            shaped = [_per_channel(x, mean.ndim) for x in (weight, bias)]
-            out = _with_gain(*_standardized_groups(mean, var, over.groups, ctx.eps), *shaped)
-            return *gradients_with_graph(out, (mean, var, weight, bias), (grad_mean, grad_var)), None, None
+
+            def normalized(mean: Tensor, var: Tensor, *affine: Tensor | None) -> tuple[Tensor, ...]:
+                shaped = [_per_channel(x, mean.ndim) for x in affine]
+                return _with_gain(*_standardized_groups(mean, var, over.groups, ctx.eps), *shaped)
+
+            return *gradients_with_graph(normalized, (mean, var, weight, bias), (grad_mean, grad_var)), None, None
         n, one = over.n, scale.new_ones(()) if weight is None else weight
         centred = into_buffer(torch.sub, mean, over.spread(centre))
         # Sums over the positions of each channel: the gradients, and these times what they are gradients of.

@@ -14,7 +14,7 @@ from rvconvert.core.random_variable import RandomVariable, random_variables
 from rvconvert.core.registry import Exactness
 from rvconvert.moments.compilation import is_traced
 from rvconvert.rules.kinds import Composite, Shape, add_rule, full_precision
-from rvconvert.rules.recurrent_steps import STEPS, Pair, State, Step, joined, linear, unrolled
+from rvconvert.rules.recurrent_steps import STEPS, Pair, State, Step, joined, linear, once, unrolled
 
 Linear = Callable[[Pair], Pair]
 
@@ -74,7 +74,7 @@ def _cell(step: Step) -> Callable[..., Any]:
             if not (isinstance(maps, _Maps) and maps.serve(weights)):
                 maps = _Maps(step, *weights)
             state = tuple(_pair(h, w_hh.dtype) for h in before)
-            state, _ = step.forward(maps.gates(input), maps.of_hidden(state[0]), state)
+            state = once(step, maps.gates(input), maps.of_hidden(state[0]), state)
         hidden, *rest = (like.with_moments(*each) for each in state)
         return (hidden.carrying(maps), *rest) if rest else hidden.carrying(maps)
 
@@ -120,7 +120,7 @@ def _ragged(
             state = tuple(_rows(s, None, sizes[t]) for s in state)
         elif sizes[t] > have:
             state = tuple(joined((s, _rows(each, have, sizes[t]))) for s, each in zip(state, start, strict=True))
-        state, _ = step.forward(inputs[t], hidden(state[0]), state)
+        state = once(step, inputs[t], hidden(state[0]), state)
         if project is not None:
             state = (project(state[0]), *state[1:])
         outputs.append(state[0])

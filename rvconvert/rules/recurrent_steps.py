@@ -14,9 +14,9 @@ from torch import Tensor
 
 from rvconvert import moments as gaussian
 from rvconvert.moments.compilation import is_traced
+from rvconvert.moments.normal import gradients_with_graph
 from rvconvert.moments.smooth import sigmoid_partials, tanh_partials
 from rvconvert.moments.table import Partials
-from rvconvert.rules.kinds import gradients_with_graph
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -38,13 +38,14 @@ class Step(NamedTuple):
 
     Attributes:
         forward: (gates of the input, gates of the hidden state, state) -> (state, saved). The output is the first of the state;
-            saved are what the sigmoids and what the tanh took, then what else ``backward`` asks for.
+            saved are what the sigmoids and what the tanh took, what they gave, then what else ``backward`` asks for. What they
+            gave, if it is known, may follow the state.
         backward: (saved, partial derivatives of the sigmoids and of the tanh, gradients of the state) -> gradients of the
             input's gates, of the hidden state's, and of the state before, None for one that acts through its gates alone.
         scales: what the rows of weights of each gate are multiplied by.
     """
 
-    forward: Callable[[Pair, Pair, State], tuple[State, State]]
+    forward: Callable[..., tuple[State, State]]
     backward: Callable[[State, Sequence[Partials], State], Backward] | None = None
     scales: tuple[float, ...] | None = None
 
@@ -104,13 +105,13 @@ def _affine(half: Pair) -> Pair:
     return Pair(2 * half.mean - 1, 4 * half.var)
 
 
-def _lstm(gates: Pair, of_h: Pair, state: State) -> tuple[State, State]:
+def _lstm(gates: Pair, of_h: Pair, state: State, opened: Pair | None = None, shown: Pair | None = None) -> tuple[State, State]:
     c = state[1]
     took = _sum(gates, of_h)
-    opened = Pair(*gaussian.sigmoid(*took))
+    opened = opened or Pair(*gaussian.sigmoid(*took))
     i, f, half, o = _chunks(opened, 4)
     new = _sum(_product(f, c), _product(i, _affine(half)))
-    shown = Pair(*gaussian.tanh(*new))
+    shown = shown or Pair(*gaussian.tanh(*new))
     return (_product(o, shown), new), (took, new, opened, shown, c)
 
 
@@ -127,15 +128,15 @@ def _lstm_backward(saved: State, partials: Sequence[Partials], grads: State) -> 
     return by_gates, by_gates, (None, _factor_backward(c, f, by_new))
 
 
-def _gru(gates: Pair, of_h: Pair, state: State) -> tuple[State, State]:
+def _gru(gates: Pair, of_h: Pair, state: State, opened: Pair | None = None, n: Pair | None = None) -> tuple[State, State]:
     (h,) = state
     width = h.mean.shape[-1]
     both = _sum(*(Pair(x.mean[..., : 2 * width], x.var[..., : 2 * width]) for x in (gates, of_h)))
-    opened = Pair(*gaussian.sigmoid(*both))
+    opened = opened or Pair(*gaussian.sigmoid(*both))
     r, z = _chunks(opened, 2)
     n_x, n_h = (Pair(x.mean[..., 2 * width :], x.var[..., 2 * width :]) for x in (gates, of_h))
     took = _sum(n_x, _product(r, n_h))
-    n = Pair(*gaussian.tanh(*took))
+    n = n or Pair(*gaussian.tanh(*took))
     return (_between(n, h, z),), (both, took, opened, n, n_h, h)
 
 
@@ -196,6 +197,13 @@ def unrolled(step: Step, gates: Pair, weight: Tensor, bias: Tensor | None, state
     return Pair(mean, var), _pairs(ends)
 
 
+def once(step: Step, gates: Pair, of_h: Pair, state: State) -> State:
+    """The state after one step of a cell, of the gates of its input and of its hidden state."""
+    if step.backward is None or not torch.is_grad_enabled() or gates.mean.dtype != torch.float32 or is_traced():
+        return step.forward(gates, of_h, state)[0]
+    return _pairs(_Once.apply(step, *gates, *of_h, *(x for pair in state for x in pair)))
+
+
 def _pairs(flat: Sequence[Tensor]) -> State:
     return tuple(Pair(*each) for each in zip(flat[::2], flat[1::2], strict=True))
 
@@ -206,6 +214,35 @@ def _run(step: Step, gates: Pair, weight: Tensor, bias: Tensor | None, state: St
     for mean, var in zip(*gates, strict=True):
         states.append(step.forward(Pair(mean, var), hidden(states[-1][0]), states[-1])[0])
     return joined([state[0] for state in states[1:]], torch.stack), states
+
+
+class _Once(torch.autograd.Function):
+    """A step with a backward pass of its own."""
+
+    @staticmethod
+    def forward(ctx: Any, step: Step, *given: Tensor) -> Any:
+        gates, of_h, *state = _pairs(given)
+        after, saved = step.forward(gates, of_h, tuple(state))
+        ctx.step, ctx.given = step, len(given)
+        ctx.save_for_backward(*given, *(x for pair in saved[2:4] for x in pair))
+        return (*(x for pair in after for x in pair),)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        step, given, gave = ctx.step, ctx.saved_tensors[: ctx.given], _pairs(ctx.saved_tensors[ctx.given :])
+        gates, of_h, *state = _pairs(given)
+        if torch.is_grad_enabled():  # for a graph of the backward pass (create_graph=True)
+
+            def composed(*given: Tensor) -> list[Tensor]:
+                gates, of_h, *state = _pairs(given)
+                return [x for pair in step.forward(gates, of_h, tuple(state))[0] for x in pair]
+
+            return None, *gradients_with_graph(composed, given, grads)
+        _, saved = step.forward(gates, of_h, tuple(state), *gave)
+        partials = [read(*took) for read, took in zip((sigmoid_partials, tanh_partials), saved, strict=False)]
+        of_x, by_h, before = step.backward(saved, partials, _pairs(grads))
+        by_state = (x for pair in before for x in ((None, None) if pair is None else pair))
+        return None, *of_x, *by_h, *by_state
 
 
 class _Unrolled(torch.autograd.Function):
@@ -224,9 +261,12 @@ class _Unrolled(torch.autograd.Function):
         step, (mean, var, weight, bias, *rest) = ctx.step, ctx.saved_tensors
         start, (outputs, *others) = _pairs(rest[: ctx.states]), _pairs(rest[ctx.states :])
         if torch.is_grad_enabled():  # for a graph of the backward pass (create_graph=True)
-            again, states = _run(step, Pair(mean, var), weight, bias, start)
-            made = [*again, *(x for pair in states[-1] for x in pair)]
-            return None, *gradients_with_graph(made, (mean, var, weight, bias, *rest[: ctx.states]), grads)
+
+            def composed(mean: Tensor, var: Tensor, weight: Tensor, bias: Tensor | None, *start: Tensor) -> list[Tensor]:
+                again, states = _run(step, Pair(mean, var), weight, bias, _pairs(start))
+                return [*again, *(x for pair in states[-1] for x in pair)]
+
+            return None, *gradients_with_graph(composed, (mean, var, weight, bias, *rest[: ctx.states]), grads)
         before = Pair(*(torch.cat((h[None], x[:-1])) for h, x in zip(start[0], outputs, strict=True)))
         _, saved = step.forward(Pair(mean, var), linear(weight, bias)(before), (before, *others))  # of all steps at once
         of_sigmoid, of_tanh = (
