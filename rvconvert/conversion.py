@@ -34,7 +34,7 @@ from rvconvert.capture.python_state import (
     read_now,
     unused_arguments,
 )
-from rvconvert.capture.recorder import own_copies, record
+from rvconvert.capture.record import own_copies, record
 from rvconvert.capture.replay import each_mode, replay_differs
 from rvconvert.core.random_variable import RandomVariable, moments_later, random_variables
 from rvconvert.core.tree import Structure, flatten

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from rvconvert.capture.recorder import user_frame, where
+from rvconvert.capture.frames import user_frame, where
 from rvconvert.converted import conversion_of, is_converted, plain_copy
 from rvconvert.errors import ConversionError, TransferError
 from rvconvert.rules.draws import DRAWS

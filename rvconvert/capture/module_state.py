@@ -21,10 +21,11 @@ if TYPE_CHECKING:
 
     from rvconvert.capture.recording import Recording
 
-__all__ = ["Held", "is_output", "unchanged"]
+__all__ = ["Held", "HeldTensor", "is_output", "own_state", "plain_tensor_attributes", "unchanged"]
 
 _TABLES = ("_buffers", "_parameters", "_modules")
 _OWN = frozenset(vars(nn.Module()))
+_DEEP, _MANY = 4, 256  # how far into containers, and into how many entries of each, tensors are looked for
 _DEPTH, _MOST = 3, 64  # how far down, and of how large containers, what they hold is looked at
 _LARGEST = 1 << 24  # bytes of an array that is copied
 
@@ -258,3 +259,45 @@ class Held:
             if not is_record:
                 _untrace(value)
         return leaves
+
+
+class HeldTensor(NamedTuple):
+    """Where a model keeps a tensor: an attribute's path, and the keys by which a container there holds the tensor."""
+
+    path: str
+    keys: tuple[Any, ...] = ()
+
+
+def plain_tensor_attributes(root: nn.Module) -> dict[int, HeldTensor]:
+    """Tensors kept as plain attributes of modules, or of objects that modules keep, or in lists and dicts there, by id."""
+    found: dict[int, HeldTensor] = {}
+
+    def within(value: Any, path: str, keys: tuple[Any, ...]) -> None:
+        if isinstance(value, torch.Tensor):
+            found.setdefault(id(value), HeldTensor(path, keys))
+        elif len(keys) < _DEEP and isinstance(value, (list, tuple, dict)) and len(value) <= _MANY:
+            for key, each in value.items() if isinstance(value, dict) else enumerate(value):
+                if isinstance(key, (int, str)):
+                    within(each, path, (*keys, key))
+
+    def visit(value: Any, path: str, depth: int) -> None:
+        if isinstance(value, (torch.Tensor, list, tuple, dict)):
+            within(value, path, ())
+        elif depth and hasattr(value, "__dict__") and not isinstance(value, (nn.Module, type)) and not callable(value):
+            for name, each in vars(value).items():
+                if name.isidentifier():
+                    visit(each, f"{path}.{name}", depth - 1)
+
+    for prefix, module in root.named_modules():
+        for name, value in own_attributes(module, vars(module)):
+            visit(value, f"{prefix}.{name}" if prefix else name, 3)
+    return found
+
+
+def own_state(module: nn.Module) -> dict[str, Any]:
+    """What decides on what a layer computes: which tensors it has, its mode, its numbers."""
+    if isinstance(module, torch.jit.ScriptModule):
+        return {}
+    tensors = {**module._parameters, **module._buffers}
+    numbers = {name: value for name, value in vars(module).items() if isinstance(value, (bool, int, float, str, tuple))}
+    return {**numbers, **{name: id(tensor) for name, tensor in tensors.items()}}

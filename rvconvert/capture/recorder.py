@@ -1,15 +1,13 @@
-"""Recording: one real run of a method becomes an fx.Graph that any later run replays."""
+"""Writing every torch function that a run calls into a recording's graph."""
 
 from __future__ import annotations
 
 import functools
 import inspect
 import itertools
-import linecache
 import operator
 import sys
-import traceback
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -17,6 +15,7 @@ from torch import fx, nn
 from torch.overrides import TorchFunctionMode
 
 from rvconvert.capture.data_sizes import COUNTS, DataSizes, splits
+from rvconvert.capture.frames import is_of_the_model, runs, user_frame, where
 from rvconvert.capture.graph_calls import (
     apply_function,
     assign_mean,
@@ -27,8 +26,8 @@ from rvconvert.capture.graph_calls import (
     rewritten,
     set_autocast,
 )
-from rvconvert.capture.intercept import COMMAND_LINE, INTERNAL, Handler, intercepting
-from rvconvert.capture.module_state import Held, is_output, own_attributes
+from rvconvert.capture.intercept import Handler
+from rvconvert.capture.module_state import is_output, own_state, plain_tensor_attributes
 from rvconvert.capture.python_state import (
     ARGUMENT,
     GENERATORS,
@@ -36,14 +35,12 @@ from rvconvert.capture.python_state import (
     Moving,
     Place,
     ReadByName,
-    following,
     is_watched,
-    random_state,
 )
 from rvconvert.capture.recording import Kept, Recording
 from rvconvert.capture.surroundings import is_log, is_surrounding, reads_its_own
-from rvconvert.capture.traced_number import TracedFloat, TracedInt, ignored, is_traced_now, traced_size, tracing, untraced
-from rvconvert.core.random_variable import RandomVariable, is_in_place
+from rvconvert.capture.traced_number import TracedFloat, TracedInt, ignored, is_traced_now, traced_size, untraced
+from rvconvert.core.random_variable import is_in_place
 from rvconvert.core.tree import flatten
 from rvconvert.errors import TracingError
 from rvconvert.places import short_place
@@ -52,12 +49,11 @@ from rvconvert.rules.kinds import Metadata, Read, out_of_place
 from rvconvert.rules.shape import setitem
 
 if TYPE_CHECKING:
-    import types
     from collections.abc import Callable
 
     from rvconvert.core.registry import Registry, Rule
 
-__all__ = ["own_copies", "record", "user_frame", "where"]
+__all__ = ["TRANSFORM", "Recorder"]
 
 _TENSOR_METHODS = {
     getattr(torch.Tensor, name): name for name in reversed(dir(torch.Tensor)) if callable(getattr(torch.Tensor, name))
@@ -69,48 +65,25 @@ _TENSOR_PROPERTIES = {
 }
 _LIKE_ANOTHER = frozenset("expand_as view_as reshape_as type_as to".split())  # of which the second argument is asked for no value
 _CONSTANT = itertools.count()
-_DEEP, _MANY = 4, 256  # how far into containers, and into how many entries of each, tensors are looked for
-_TRANSFORM = (
+TRANSFORM = (
     "torch.vmap and the transforms of torch.func cannot be recorded inside the method: {}. Write it for the whole batch, "
     "((y - x) ** 2).mean(1), or let the training loop do it with what the method returns"
 )
 
 
-def user_frame() -> types.FrameType | None:
-    """The innermost frame that is the model's own code: not torch's, not ours."""
-    current: types.FrameType | None = sys._getframe(1)
-    while current is not None:
-        if not _is_internal(current):
-            return current
-        current = current.f_back
-    return None
-
-
-def _is_internal(frame: types.FrameType) -> bool:
-    """True for torch's code and the library's; the demo's model, beside the command line, is a model like any other."""
-    filename = frame.f_code.co_filename
-    return filename.startswith("<") or (filename.startswith(INTERNAL) and not filename.startswith(COMMAND_LINE))
-
-
-def _is_of_the_model(frame: types.FrameType) -> bool:
-    """True for code whose globals the model's values may depend on: not Python's own, nor NumPy's."""
-    package = str(frame.f_globals.get("__name__", "")).partition(".")[0]
-    return not _is_internal(frame) and package != "numpy" and package not in sys.stdlib_module_names
-
-
-def where(frame: types.FrameType | None) -> tuple[str, str]:
-    """``file:line`` and the source line of a frame."""
-    if frame is None:
-        return "", ""
-    path, line = frame.f_code.co_filename, frame.f_lineno
-    return f"{path}:{line}", linecache.getline(path, line).strip()
-
-
-class _Recorder(TorchFunctionMode, Handler):
+class Recorder(TorchFunctionMode, Handler):
     """Writes every torch function that runs into the recording, with tensors and sizes as its edges."""
 
     def __init__(
-        self, root: nn.Module, recording: Recording, registry: Registry, told: bool | None, reported: float, moving: Moving
+        self,
+        root: nn.Module,
+        recording: Recording,
+        registry: Registry,
+        *,
+        told: bool | None,
+        reported: float,
+        moving: Moving,
+        keeps_draws: bool,
     ) -> None:
         super().__init__()
         self.told = told  # what a model that asks for the gradient mode hears; None: what is so
@@ -130,12 +103,12 @@ class _Recorder(TorchFunctionMode, Handler):
         self.numbers = {id(module): number for number, module in enumerate(root.modules())}
         self.tensors = {id(t): path for path, t in [*root.named_parameters(), *root.named_buffers()]}
         self.parameters = {_storage(p) for p in root.parameters()} - {None}
-        self.attributes = _plain_tensor_attributes(root)
-        self.began = {id(module): _own_state(module) for module in root.modules()}
+        self.attributes = plain_tensor_attributes(root)
+        self.began = {id(module): own_state(module) for module in root.modules()}
         self.stack: list[str] = []
         self.leaf: list[Any] | None = None
-        self.keeps_draws = False
-        self.python = ReadByName(_is_of_the_model, lambda: self.leaf is None)
+        self.keeps_draws = keeps_draws
+        self.python = ReadByName(is_of_the_model, lambda: self.leaf is None)
         self.said: list[tuple[Kept, list[Any]]] = []
         self.autocast = autocast_state()
 
@@ -205,7 +178,7 @@ class _Recorder(TorchFunctionMode, Handler):
         while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
             tensor = torch._C._functorch.get_unwrapped(tensor)
         if self.nodes.get(id(tensor)) in self.recording.depends:
-            raise TracingError(_TRANSFORM.format(self.line()))
+            raise TracingError(TRANSFORM.format(self.line()))
         if id(tensor) in self.nodes:
             self.recording.once.append(f"a transform of torch.func is at work: {self.line()}")
         return tensor
@@ -263,7 +236,7 @@ class _Recorder(TorchFunctionMode, Handler):
 
     def fixed(self, name: str) -> None:
         """Told where Python fixes a batch size; an assertion or torch's own check decides nothing but an error."""
-        if not where(user_frame())[1].startswith("assert") and not _runs("torch/distributions", "_validate_sample"):
+        if not where(user_frame())[1].startswith("assert") and not runs("torch/distributions", "_validate_sample"):
             self.recording.fixed.append(self.line())
 
     def inherit(self, node: fx.Node) -> None:
@@ -354,7 +327,7 @@ class _Recorder(TorchFunctionMode, Handler):
 
     def note_read(self, node: fx.Node | None, name: str) -> None:
         """Python knows the value of a tensor from here on; an assertion or torch's own check decides nothing but an error."""
-        if not where(user_frame())[1].startswith("assert") and not _runs("torch/distributions"):
+        if not where(user_frame())[1].startswith("assert") and not runs("torch/distributions"):
             self.recording.reads.append((node, self.line(), name not in _REPORTS))
 
     def note_size(self, node: fx.Node | None, name: str) -> None:
@@ -404,7 +377,7 @@ class _Recorder(TorchFunctionMode, Handler):
         writes = False
         if isinstance(target, torch.Tensor) and _storage(target) in self.parameters:
             writes = True
-            if _runs("torch/optim"):
+            if runs("torch/optim"):
                 raise TracingError(
                     f"an optimizer steps inside the method: {self.line()}; step it in the training loop, and convert the method "
                     "that encodes, samples and decodes: methods=(...)"
@@ -490,7 +463,7 @@ class _Recorder(TorchFunctionMode, Handler):
     def refuse_random(self, node: fx.Node) -> fx.Node:
         """A transform of torch.func gives each value more dimensions than its node has."""
         if node in self.recording.depends:
-            raise TracingError(_TRANSFORM.format(self.line()))
+            raise TracingError(TRANSFORM.format(self.line()))
         return node
 
     def like(self, value: Any) -> Any:
@@ -669,7 +642,7 @@ class _Recorder(TorchFunctionMode, Handler):
             return True
         if "forward" in module.__dict__ or isinstance(module, _CONTAINERS):
             return False
-        if _own_state(module) != self.began[id(module)]:  # by functional_call, by eval(), perhaps for this call alone
+        if own_state(module) != self.began[id(module)]:  # by functional_call, by eval(), perhaps for this call alone
             return False
         rule = self.registry.find_module(type(module))
         if rule is not None and rule.body is not None:
@@ -798,16 +771,6 @@ _RESHAPES = frozenset("view view_as reshape reshape_as flatten unflatten squeeze
 _IMMEDIATE = (bool, int, float, complex, str, torch.dtype, torch.device, torch.memory_format, torch.layout)
 
 
-def _runs(package: str, function: str = "") -> bool:
-    """True while code of this package of torch runs, called by the model; or this function of it."""
-    frame = sys._getframe(2)
-    while frame.f_back is not None and frame.f_code.co_filename.startswith(INTERNAL):
-        if package in frame.f_code.co_filename.replace("\\", "/") and function in ("", frame.f_code.co_name):
-            return True
-        frame = frame.f_back
-    return False
-
-
 def _plain(value: Any) -> Any:
     if isinstance(value, (TracedInt, TracedFloat)):
         return untraced(value)
@@ -854,152 +817,3 @@ def _storage_key(tensor: torch.Tensor) -> Any:
         return None
     with torch._C.DisableTorchFunction():  # a recorded size would fix the batch size by being hashed
         return (storage, tensor.storage_offset(), tuple(tensor.shape), tensor.stride(), tensor.dtype)
-
-
-class _HeldTensor(NamedTuple):
-    """Where a model keeps a tensor: an attribute's path, and the keys by which a container there holds the tensor."""
-
-    path: str
-    keys: tuple[Any, ...] = ()
-
-
-def _plain_tensor_attributes(root: nn.Module) -> dict[int, _HeldTensor]:
-    """Tensors kept as plain attributes of modules, or of objects that modules keep, or in lists and dicts there, by id."""
-    found: dict[int, _HeldTensor] = {}
-
-    def within(value: Any, path: str, keys: tuple[Any, ...]) -> None:
-        if isinstance(value, torch.Tensor):
-            found.setdefault(id(value), _HeldTensor(path, keys))
-        elif len(keys) < _DEEP and isinstance(value, (list, tuple, dict)) and len(value) <= _MANY:
-            for key, each in value.items() if isinstance(value, dict) else enumerate(value):
-                if isinstance(key, (int, str)):
-                    within(each, path, (*keys, key))
-
-    def visit(value: Any, path: str, depth: int) -> None:
-        if isinstance(value, (torch.Tensor, list, tuple, dict)):
-            within(value, path, ())
-        elif depth and hasattr(value, "__dict__") and not isinstance(value, (nn.Module, type)) and not callable(value):
-            for name, each in vars(value).items():
-                if name.isidentifier():
-                    visit(each, f"{path}.{name}", depth - 1)
-
-    for prefix, module in root.named_modules():
-        for name, value in own_attributes(module, vars(module)):
-            visit(value, f"{prefix}.{name}" if prefix else name, 3)
-    return found
-
-
-def record(
-    root: nn.Module,
-    method: Callable[..., Any],
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    registry: Registry,
-    *,
-    told: bool | None = None,
-    reported: float = 1.0,
-    moving: Moving = Moving(),  # noqa: B008 (it has no state)
-    keeps_draws: bool = False,
-) -> tuple[Recording, Any]:
-    """Run ``method(*args, **kwargs)`` once and record it; returns the recording and the method's result.
-
-    A ``RandomVariable`` among the arguments stands in as its mean and marks that input as random. What the method keeps
-    on modules stays as the run left it: see ``unchanged``. A model that asks whether gradients are on hears ``told``;
-    one that asks for values, as a log does, hears ``reported`` times them. The graph reads the attributes ``moving`` anew.
-    With ``keeps_draws`` the recording holds what was drawn.
-    """
-    recording = Recording(fx.Graph())
-    with tracing(recording.graph):
-        return recording, _recorded(recording, root, method, args, kwargs, registry, told, reported, moving, keeps_draws)
-
-
-def _recorded(
-    recording: Recording,
-    root: nn.Module,
-    method: Callable[..., Any],
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    registry: Registry,
-    told: bool | None,
-    reported: float,
-    moving: Moving,
-    keeps_draws: bool,
-) -> Any:
-    leaves, structure = flatten((args, kwargs))
-    before = Held(root)
-    recorder = _Recorder(root, recording, registry, told, reported, moving)
-    recorder.keeps_draws = keeps_draws
-    values = []
-    for index, leaf in enumerate(own_copies(leaves)):
-        node = recording.graph.placeholder(f"input_{index}")
-        node.meta["where"] = node.meta["source"] = node.meta["module"] = ""
-        if isinstance(leaf, RandomVariable):
-            recording.random_inputs.append(node)
-            recording.depends.add(node)
-            leaf = leaf.mean.clone()
-        values.append(leaf)
-        recorder.track(leaf, node)
-    args, kwargs = recorder.moving_arguments(method, *structure.build(iter(values)))
-    drawn, read = random_state(), recorder.python
-    with intercepting(recorder), recorder, following(read):
-        try:
-            result = method(*args, **kwargs)
-        except RuntimeError as error:
-            steps = traceback.extract_tb(error.__traceback__)
-            if not any("_functorch" in step.filename for step in steps):
-                raise
-            own = [step for step in steps if not step.filename.startswith(INTERNAL)]
-            raise TracingError(
-                _TRANSFORM.format(f"{short_place(f'{own[-1].filename}:{own[-1].lineno}')}: {own[-1].line}")
-            ) from error
-    if inspect.isgenerator(result):
-        raise TracingError(f"{method.__qualname__} gives a generator, which runs only as it is read: give a list, or a tuple")
-    recording.places |= dict.fromkeys(read.values)
-    recording.outside = read.held
-    if random_state() != drawn:
-        recording.once.append("Python draws random numbers of its own, by random or numpy.random")
-    if read.draws():
-        recording.once.append("Python draws random numbers of its own, by a generator among its globals")
-    recording.once += [f"the method changes {place.name}" for place in read.changed()]
-    containers = [isinstance(given, (dict, list)) and given is result for given in (*args, *kwargs.values())]
-    recording.returned = containers.index(True) if any(containers) else None
-    recording.builds = any(id(p) not in recorder.tensors for p in root.parameters())
-    leaves, recording.outputs = flatten(result, is_output)
-    leaves += before.changes(recording, recorder.paths)
-    recording.counted = {Place(recorder.numbers[id(module)], name) for module, name in before.counted()}
-    for kept, found in recorder.said:
-        recording.kept.append(kept)
-        leaves += found
-    recording.graph.output(tuple(recorder.argument(leaf) for leaf in leaves))
-    recording.sized_by_values = recorder.data_sizes.of_values
-    # What is asked for and is in no operation, Python has used: items[:n], math.log(n).
-    for sizes, deciding, place in recorder.sizes_asked:
-        if not any(map(_is_used, sizes)):
-            recording.reads.append((deciding, place, True))
-    return result
-
-
-def _is_used(number: fx.Node) -> bool:
-    """A tensor is made of a number, or of what is worked out of it."""
-    return any("rule" in user.meta or "shape" in user.meta or user.op == "output" or _is_used(user) for user in number.users)
-
-
-def _own_state(module: nn.Module) -> dict[str, Any]:
-    """What decides on what a layer computes: which tensors it has, its mode, its numbers."""
-    if isinstance(module, torch.jit.ScriptModule):
-        return {}
-    tensors = {**module._parameters, **module._buffers}
-    numbers = {name: value for name, value in vars(module).items() if isinstance(value, (bool, int, float, str, tuple))}
-    return {**numbers, **{name: id(tensor) for name, tensor in tensors.items()}}
-
-
-def own_copies(leaves: list[Any]) -> list[Any]:
-    """The leaves of a call with tensors that a run on the side may write to; what is one stays one."""
-    made: dict[int, Any] = {}
-    for leaf in leaves:
-        if isinstance(leaf, RandomVariable):
-            made[id(leaf)] = leaf.snapshot()
-        elif type(leaf) is torch.Tensor and not leaf.is_meta:
-            own = leaf.detach().clone().requires_grad_(leaf.requires_grad)
-            made[id(leaf)] = own if leaf.is_leaf else own.clone()  # into which a method may write in place
-    return [made.get(id(leaf), leaf) for leaf in leaves]
