@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import warnings
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -15,7 +16,7 @@ from rvconvert.capture import intercept
 from rvconvert.capture.module_state import unchanged
 from rvconvert.capture.replay import each_mode
 from rvconvert.converted import conversion_of, convert_copy, is_converted
-from rvconvert.copies import copied
+from rvconvert.copies import bound_modules, copied
 from rvconvert.core.random_variable import RandomVariable
 from rvconvert.core.tree import flatten
 from rvconvert.errors import ConversionError, UnsupportedOperationError
@@ -65,7 +66,10 @@ def convert(
     _check_methods(module, options)
     memo: dict[int, Any] = {}
     if inplace:
-        memo = {id(t): t for t in (*module.parameters(), *module.buffers())}
+        own: list[nn.Module] = [module, *bound_modules(module)]
+        memo = {id(t): t for each in own for t in (*each.parameters(), *each.buffers())}
+    else:
+        _warn_of_adapters(module)
     model = convert_copy(copied(module, memo), options)
     if example_inputs is not None or example_kwargs is not None:
         _prepare(model, _as_args(example_inputs), example_kwargs or {})
@@ -121,6 +125,17 @@ def _check_module(module: Any) -> None:
         raise ConversionError("a compiled model has no code of its own; convert first: torch.compile(rvconvert.convert(model))")
     if is_converted(module):
         raise ConversionError("this model is converted already; rvconvert.to_plain(model) gives the plain one back")
+
+
+def _warn_of_adapters(module: nn.Module) -> None:
+    """Modules beside the model that its layers call are copied with it, and whoever trains them has the others."""
+    names = {type(each).__name__ for each in bound_modules(module) if any(p.requires_grad for p in each.parameters())}
+    if names:
+        warnings.warn(
+            f"layers of {type(module).__name__} call methods of {', '.join(sorted(names))}, which is no part of it: convert made "
+            "copies, whose parameters are in no optimizer; apply it to what convert returns, or convert(model, inplace=True)",
+            stacklevel=3,
+        )
 
 
 def _check_methods(module: nn.Module, options: Options) -> None:

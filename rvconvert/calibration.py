@@ -232,16 +232,16 @@ def measure(
         unchanged(model, model.parameters()),
         _in_phases(conversion),
     ):
-        torch.manual_seed(seed)
-        conversion.settings = dataclasses.replace(own, covariance="sampled", pairs=pairs, seed=None)
-        gains.phase("truth")
-        conversion.run(name, model, args, kwargs)
-        conversion.settings = own
-        if gains.mode == "evaluation":
-            gains.phase("independent")
+        # Paths have a generator of their own: what is drawn and is no latent, a mask, is the same in each phase.
+        sampled = dataclasses.replace(own, covariance="sampled", pairs=pairs, seed=seed)
+        phases = {"truth": sampled, "independent": own, "fit": own}
+        if gains.mode != "evaluation":
+            del phases["independent"]
+        for phase, settings in phases.items():
+            torch.manual_seed(seed)
+            conversion.settings = settings
+            gains.phase(phase)
             conversion.run(name, model, args, kwargs)
-        gains.phase("fit")
-        conversion.run(name, model, args, kwargs)
     conversion.last_penalty = last_penalty
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import types
 import warnings
+import weakref
 from collections import OrderedDict
 from typing import Any
 
@@ -150,6 +151,8 @@ def plain_copy(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Modul
     memo = {} if memo is None else memo
     memo[id(model)] = made
     memo[id(conversion)] = None
+    for name in conversion.options.methods:  # which wrappers on the instance close over
+        memo[id(vars(type(model))[name])] = getattr(conversion.plain_class, name)
     state = {key: value for key, value in model.__dict__.items() if key != "_rvconvert"}
     copied_state(model, state, made, memo)
     for name, function in conversion.own.items():
@@ -167,7 +170,20 @@ def reconverted(model: nn.Module, options: Options) -> nn.Module:
 _NOT_INHERITED = ("__dict__", "__weakref__", "__annotations__", "__annotate__", "__annotate_func__")
 
 
+_CLASSES: weakref.WeakKeyDictionary[type, weakref.WeakValueDictionary[Any, type]] = weakref.WeakKeyDictionary()
+
+
 def _generated_class(cls: type[nn.Module], methods: tuple[str, ...]) -> type[nn.Module]:
+    """A subclass of ``cls`` whose ``methods`` run converted; the same one for all models that have these, as an ensemble's."""
+    made = _CLASSES.setdefault(cls, weakref.WeakValueDictionary())
+    key = tuple((name, id(getattr(cls, name))) for name in methods)  # a class may be given another function
+    found = made.get(key)
+    if found is None:
+        found = made[key] = _new_class(cls, methods)
+    return found
+
+
+def _new_class(cls: type[nn.Module], methods: tuple[str, ...]) -> type[nn.Module]:
     """A subclass of ``cls`` whose ``methods`` run converted, and plainly where the model's own code calls them."""
 
     def converted(name: str) -> Any:
@@ -175,12 +191,8 @@ def _generated_class(cls: type[nn.Module], methods: tuple[str, ...]) -> type[nn.
 
         def method(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
             conversion = self.__dict__.get("_rvconvert")
-            if conversion is None:
-                warnings.warn(
-                    f"type(model)(...) of a converted model makes a plain {cls.__name__}: convert it, or use copy.deepcopy",
-                    stacklevel=2,
-                )
-                return original(self, *args, **kwargs)
+            if conversion is None:  # of a plain copy whose wrapper calls it
+                return (original if isinstance(self, made) else getattr(type(self), name))(self, *args, **kwargs)
             if intercept.runs_plainly():
                 return conversion.method(name, self)(*args, **kwargs)
             return conversion.run(name, self, args, kwargs)
@@ -190,8 +202,18 @@ def _generated_class(cls: type[nn.Module], methods: tuple[str, ...]) -> type[nn.
         method.__signature__ = inspect.signature(original)  # type: ignore[attr-defined]
         return method
 
+    def new(of: type, *args: Any, **kwargs: Any) -> Any:
+        """An instance of the plain class, which ``type(model)(...)`` makes."""
+        if of is not made:
+            return cls.__new__(of)
+        warnings.warn(
+            f"type(model)(...) of a converted model makes a plain {cls.__name__}: convert it, or use copy.deepcopy", stacklevel=2
+        )
+        return cls(*args, **kwargs)
+
     # The plain class stands first, or an instance could not change from a class such as C(ABC, nn.Module) to this one.
     namespace = {name: value for name, value in vars(ConvertedModel).items() if name not in _NOT_INHERITED}
-    namespace |= {name: converted(name) for name in methods}
+    namespace |= {"__new__": new, **{name: converted(name) for name in methods}}
     namespace |= {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
-    return type(cls.__name__, (cls, ConvertedModel), namespace)
+    made = type(cls.__name__, (cls, ConvertedModel), namespace)
+    return made

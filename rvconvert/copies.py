@@ -6,14 +6,17 @@ import copy
 import functools
 import types
 import weakref
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from rvconvert.core.tree import flatten
 
-__all__ = ["copied", "copied_state"]
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+__all__ = ["bound_modules", "copied", "copied_state", "redirected"]
 
 _DEPTH = 6  # how far down configurations are looked at
 
@@ -82,15 +85,32 @@ def _follow(original: nn.Module, made: nn.Module, memo: dict[int, Any]) -> None:
                 shared = memo.get(id(parameter)) is parameter
                 setattr(module, name, parameter if shared else nn.Parameter(parameter.detach().clone(), parameter.requires_grad))
             continue
-        state = vars(module)
-        for name, value in state.items():
-            if name not in ("_parameters", "_buffers", "_modules"):
-                state[name] = _following(value, memo)
+        redirected(module, memo)
+
+
+def redirected(module: nn.Module, memo: dict[int, Any]) -> None:
+    """Let the functions on a module itself close over what ``memo`` has in the place of what they close over."""
+    state = vars(module)
+    for name, value in state.items():
+        if name not in ("_parameters", "_buffers", "_modules"):
+            state[name] = _following(value, memo)
+
+
+def bound_modules(model: nn.Module) -> Iterator[nn.Module]:
+    """Modules that are no part of ``model`` and whose methods its modules have in the place of their own, as adapters do."""
+    seen, todo = {id(module) for module in model.modules()}, list(model.modules())
+    while todo:
+        for value in vars(todo.pop()).values():
+            owner = value.__self__ if isinstance(value, types.MethodType) else None
+            if isinstance(owner, nn.Module) and id(owner) not in seen:
+                yield owner
+                seen.update(id(module) for module in owner.modules())
+                todo += owner.modules()
 
 
 def _following(value: Any, memo: dict[int, Any]) -> Any:
-    if isinstance(value, types.FunctionType):
-        return _closed_over_copies(value, memo)
+    if isinstance(value, (types.FunctionType, types.MethodType, functools.partial)):
+        return _copy_of(value, memo)
     if type(value) is list:
         value[:] = [_following(each, memo) for each in value]
     elif isinstance(value, dict):  # hooks too
@@ -98,8 +118,6 @@ def _following(value: Any, memo: dict[int, Any]) -> Any:
             value[key] = _following(each, memo)
     elif type(value) is tuple:
         return tuple(_following(each, memo) for each in value)
-    elif isinstance(value, functools.partial):
-        return type(value)(*_following((value.func, *value.args), memo), **_following(dict(value.keywords), memo))
     elif isinstance(value, (weakref.ref, weakref.ProxyType)):
         target = value() if isinstance(value, weakref.ref) else value.__repr__.__self__  # type: ignore[attr-defined]
         made = memo.get(id(target))
@@ -115,16 +133,28 @@ def _closed_over_copies(function: types.FunctionType, memo: dict[int, Any]) -> t
     cells = function.__closure__ or ()
     held = [_held(cell) for cell in cells]
     found = [_copy_of(each, memo) for each in held]
-    defaults = tuple(_copy_of(each, memo) for each in function.__defaults__ or ())
-    same = zip((*found, *defaults), (*held, *(function.__defaults__ or ())), strict=True)
-    if all(a is b for a, b in same):
+    own = function.__defaults__, function.__kwdefaults__, function.__dict__
+    defaults, keywords, attributes = (_copy_of(each, memo) for each in own)
+    if all(a is b for a, b in zip((*found, defaults, keywords, attributes), (*held, *own), strict=True)):
         return function
     closure = tuple(cell if a is b else types.CellType(a) for cell, a, b in zip(cells, found, held, strict=True))
-    made = types.FunctionType(function.__code__, function.__globals__, function.__name__, defaults or None, closure or None)
-    made.__kwdefaults__, made.__qualname__ = function.__kwdefaults__, function.__qualname__
-    made.__dict__.update(function.__dict__)
+    made = types.FunctionType(function.__code__, function.__globals__, function.__name__, defaults, closure or None)
+    made.__kwdefaults__, made.__qualname__ = keywords, function.__qualname__
+    made.__dict__.update(attributes)
     memo[id(function)] = made
     return made
+
+
+def _with_copies(value: Any, memo: dict[int, Any]) -> Any:
+    """The same of an object that can be called, by its attributes."""
+    if isinstance(value, (type, nn.Module)):
+        return value
+    memo[id(value)] = value
+    found = _copy_of(vars(value), memo)
+    if found is not vars(value):
+        memo[id(value)] = object.__new__(type(value))
+        vars(memo[id(value)]).update(found)
+    return memo[id(value)]
 
 
 def _held(cell: types.CellType) -> Any:
@@ -135,4 +165,25 @@ def _held(cell: types.CellType) -> Any:
 
 
 def _copy_of(value: Any, memo: dict[int, Any]) -> Any:
-    return _closed_over_copies(value, memo) if isinstance(value, types.FunctionType) else memo.get(id(value), value)
+    """``value`` with copies in the place of what was copied; itself if it holds nothing that was."""
+    if id(value) in memo:
+        return memo[id(value)]
+    if isinstance(value, types.FunctionType):
+        return _closed_over_copies(value, memo)
+    if isinstance(value, types.MethodType):
+        function, owner = _copy_of(value.__func__, memo), _copy_of(value.__self__, memo)
+        return value if function is value.__func__ and owner is value.__self__ else types.MethodType(function, owner)
+    if isinstance(value, functools.partial):
+        parts = value.func, value.args, value.keywords
+        made = [_copy_of(each, memo) for each in parts]
+        if all(a is b for a, b in zip(made, parts, strict=True)):
+            return value
+        return type(value)(made[0], *made[1], **made[2])
+    if type(value) not in (list, tuple, dict):
+        return _with_copies(value, memo) if callable(value) and hasattr(value, "__dict__") else value
+    memo[id(value)] = value  # one that holds itself
+    held = list(value.values()) if isinstance(value, dict) else value
+    found = [_copy_of(each, memo) for each in held]
+    if any(a is not b for a, b in zip(found, held, strict=True)):
+        memo[id(value)] = dict(zip(value, found, strict=True)) if isinstance(value, dict) else type(value)(found)
+    return memo[id(value)]

@@ -13,6 +13,7 @@ from torch.overrides import TorchFunctionMode
 
 from rvconvert.capture.frames import user_frame, where
 from rvconvert.converted import conversion_of, is_converted, plain_copy
+from rvconvert.copies import redirected
 from rvconvert.errors import ConversionError, TransferError
 from rvconvert.rules.draws import DRAWS
 
@@ -85,6 +86,7 @@ def make_deterministic(model: nn.Module, methods: tuple[str, ...], latents: froz
     namespace: dict[str, Any] = {name: deterministic(name) for name in methods}
     namespace |= {"__reduce_ex__": reduce, "__module__": cls.__module__, "__doc__": cls.__doc__}
     model.__class__ = type(cls.__name__, (cls,), namespace)
+    redirected(model, {id(getattr(cls, name)): namespace[name] for name in methods})  # wrappers on the instance
 
 
 def _rebuild_deterministic(

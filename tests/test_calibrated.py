@@ -469,6 +469,40 @@ def test_a_copy_that_is_measured_or_exported_has_the_gains_of_its_model(trained,
     torch.testing.assert_close(deviation, expected.std, rtol=1e-4, atol=1e-5)
 
 
+class Assigned(nn.Module):
+    """Items are drawn into groups, each with a decoder of its own (MacridVAE): the draws are no latent."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.encoder, self.decoders = nn.Linear(10, 6), nn.ModuleList(nn.Linear(3, 10) for _ in range(3))
+        self.logits = nn.Parameter(torch.randn(10, 3))
+
+    def forward(self, x):
+        mu, logvar = self.encoder(x).chunk(2, 1)
+        z = mu + torch.randn_like(mu) * torch.exp(0.5 * logvar)
+        groups = F.gumbel_softmax(self.logits, tau=1.0, dim=1)
+        return sum(decoder(z) * groups[:, k] for k, decoder in enumerate(self.decoders))
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_gains_are_of_the_same_draws_that_are_no_latent(training):
+    x = torch.randn(32, 10, generator=torch.Generator().manual_seed(0))
+    found = []
+    for seed in range(8):
+        penalties = []
+        for covariance in ("independent", "calibrated"):
+            torch.manual_seed(seed)
+            rv = rvconvert.convert(Assigned(), covariance=covariance).train(training)
+            if covariance == "calibrated" and not training:
+                rvconvert.calibrate(rv, x)
+            torch.manual_seed(seed)
+            rv(x)
+            penalties.append(float(rv.last_penalty))
+        found.append(penalties[1] / penalties[0])
+    assert min(found) > 0.5 and max(found) < 3  # of gains of other draws up to 10^6
+
+
 def test_a_batch_in_a_dict_calibrates() -> None:
     class OfDict(nn.Module):
         def __init__(self) -> None:

@@ -200,3 +200,123 @@ def test_a_sparse_buffer_is_copied_and_left_as_it_is():
     rv(x).sum().backward()
     assert rv.last_penalty > 0
     assert torch.equal(rvconvert.to_plain(rv).pool.to_dense(), plain.pool.to_dense())
+
+
+# ---- methods that are wrapped on the instance -------------------------------------------------------------------------
+
+
+class Methods(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.encoder, self.decoder = nn.Linear(12, 8), nn.Linear(4, 12)
+
+    def decode(self, z: Tensor) -> Tensor:
+        return self.decoder(z)
+
+    def forward(self, x: Tensor) -> Tensor:
+        mu, logvar = self.encoder(x).chunk(2, 1)
+        return self.decode(mu + torch.randn_like(mu) * (0.5 * logvar).exp())
+
+
+def timed(function: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(function)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        return function(*args, **kwargs)
+
+    return wrapped
+
+
+class Called:
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self.function = function
+
+    def __call__(self, *args: Any) -> Any:
+        return self.function(*args)
+
+
+WRAPPERS: dict[str, Callable[[Any], Any]] = {
+    "function": timed,
+    "autocast": torch.autocast("cpu", torch.bfloat16, enabled=False),
+    "a default": lambda f: lambda x, f=f: f(x),
+    "a keyword's default": lambda f: lambda *args, f=f: f(*args),
+    "a partial": lambda f: timed(functools.partial(f)),
+    "a list": lambda f: (lambda held: lambda *args: held[0](*args))([f]),
+    "a dict": lambda f: (lambda held: lambda *args: held["f"](*args))({"f": f}),
+    "an object": lambda f: timed(Called(f)),
+}
+SMALL = torch.rand(3, 12)
+
+
+@pytest.mark.parametrize("of_layer", [False, True])
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+def test_a_wrapped_method_or_layer_leads_to_the_copy(wrapper: str, of_layer: bool) -> None:
+    vae, expected = Methods(), rvconvert.convert(Methods())
+    if of_layer:
+        vae.decoder.forward = WRAPPERS[wrapper](vae.decoder.forward)
+    else:
+        vae.decode = WRAPPERS[wrapper](vae.decode)  # type: ignore[method-assign]
+    rv = rvconvert.convert(vae)
+    for model in (rv, expected):
+        model(SMALL).square().sum().backward()
+    assert all(p.grad is None for p in vae.parameters())
+    for mine, other in zip(rv.parameters(), expected.parameters(), strict=True):
+        torch.testing.assert_close(mine.grad, other.grad)
+
+
+def bound(model: nn.Module) -> Callable[..., Any]:
+    """As a trainer of mixed precision does it."""
+    return types.MethodType(timed(timed(model.forward.__func__)), model)  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("wrap", [lambda rv: timed(rv.forward), bound], ids=["closure", "bound"])
+@pytest.mark.parametrize("latent", ["sample", "mean"])
+def test_a_forward_that_is_wrapped_after_conversion_is_plain_again(wrap: Callable[..., Any], latent: str) -> None:
+    rv = rvconvert.convert(Methods())
+    rv.forward = wrap(rv)
+    mean = rv(SMALL)
+    plain = rvconvert.to_plain(rv, latent)
+    first, second = plain(SMALL), plain(SMALL)
+    assert torch.equal(first, second) == (latent == "mean")
+    if latent == "mean":
+        torch.testing.assert_close(first, mean)
+    with torch.no_grad():
+        plain.decoder.weight.zero_()
+        assert torch.equal(plain(SMALL), plain.decoder.bias.expand(3, -1))
+    assert torch.equal(rv(SMALL), mean)
+
+
+def test_a_copy_of_a_model_whose_forward_is_bound_anew_is_converted() -> None:
+    rv = rvconvert.convert(Methods())
+    rv.forward = bound(rv)  # type: ignore[method-assign]
+    made = copy.deepcopy(rv).eval()
+    torch.testing.assert_close(made(SMALL), rv.eval()(SMALL))
+    assert made.last_penalty == rv.last_penalty != 0
+
+
+class Adapter(nn.Module):
+    """Weights beside a frozen layer, which calls them."""
+
+    def __init__(self, layer: nn.Linear) -> None:
+        super().__init__()
+        self.change = nn.Linear(layer.in_features, layer.out_features)
+        self.before, layer.forward = layer.forward, self.forward  # type: ignore[method-assign]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.before(x) + self.change(x)
+
+
+def test_adapters_beside_the_model_train_in_place_and_a_copy_says_that_they_do_not() -> None:
+    vae = Methods().requires_grad_(False)
+    adapter = Adapter(vae.decoder)
+    with pytest.warns(UserWarning, match="methods of Adapter, which is no part of it"):
+        rvconvert.convert(vae)
+    rvconvert.convert(vae, inplace=True)(SMALL).square().sum().backward()
+    assert adapter.change.weight.grad is not None
+
+
+def test_models_of_one_class_and_their_copies_are_of_one_class() -> None:
+    first, second = rvconvert.convert(Methods()), rvconvert.convert(Methods())
+    assert type(first) is type(second) is type(copy.deepcopy(first)) is not Methods
+    stacked, _ = torch.func.stack_module_state([first, second])
+    assert stacked["decoder.weight"].shape == (2, 12, 4)

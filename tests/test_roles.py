@@ -3212,3 +3212,88 @@ def test_a_term_made_from_a_draw_is_so_where_moments_leave_too(covariance: str) 
         torch.stack([v.mean if isinstance(v, rvconvert.RandomVariable) else v for v in each]).mean() for each in (drawn, found)
     ]
     assert float(means[1]) == pytest.approx(float(means[0]), rel=0.03)
+
+
+def penalty_of_linear(layer: nn.Linear, var: Tensor) -> float:
+    """L_c of a linear layer's output whose first inputs have a variance."""
+    return 50 * float((var @ layer.weight[:, : var.shape[1]].square().t()).square().mean())
+
+
+def test_a_head_beside_a_target_that_is_joined_of_several_inputs_has_no_penalty() -> None:
+    """A fair VAE decodes what is to be known no more too: no input has the target's size."""
+
+    class Fair(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(1)
+            self.encoder, self.label, self.decoder = nn.Linear(9, 6), nn.Linear(3, 2), nn.Linear(4, 9)
+
+        def forward(self, x: Tensor, s: Tensor, label: Tensor) -> Tensor:
+            mu, logvar = self.encoder(torch.cat([x, s], 1)).chunk(2, 1)
+            z = mu + (logvar / 2).exp() * torch.randn_like(mu)
+            y = self.decoder(torch.cat([z, s], 1))
+            return F.binary_cross_entropy_with_logits(y, torch.cat([x, s], 1)) + F.cross_entropy(self.label(z), label)
+
+    fair, x, s = Fair(), torch.rand(8, 8), torch.rand(8, 1).round()
+    rv = rvconvert.convert(fair)
+    rv(x, s, torch.randint(0, 2, (8,)))
+    var = fair.encoder(torch.cat([x, s], 1)).chunk(2, 1)[1].exp()
+    assert float(rv.last_penalty) == pytest.approx(penalty_of_linear(fair.decoder, var), rel=1e-4)
+
+
+@pytest.mark.parametrize("stops", [False, True])
+def test_the_size_of_a_label_s_head_is_no_measure_of_others(stops: bool) -> None:
+    """Of molecules by trees: logits of nodes, a head that says where a branch ends, and one that scores candidates."""
+
+    class Tree(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(1)
+            self.tokens, self.encoder = nn.Embedding(6, 8), nn.Linear(8, 8)
+            self.decoder, self.stop, self.assembly = nn.Linear(10, 6), nn.Linear(10, 1), nn.Linear(2, 8, bias=False)
+
+        def forward(self, x: Tensor, candidates: Tensor, label: Tensor, stop: Tensor) -> Tensor:
+            h = self.tokens(x)
+            mu, logvar, mu_2, logvar_2 = self.encoder(h.mean(1)).chunk(4, 1)
+            z, z_2 = (m + (v / 2).exp() * torch.randn_like(m) for m, v in ((mu, logvar), (mu_2, logvar_2)))
+            h = torch.cat([z[:, None].expand(-1, x.shape[1], -1), h], -1)
+            loss = F.cross_entropy(self.decoder(h).flatten(0, 1), x.flatten())
+            if stops:
+                loss = loss + F.binary_cross_entropy_with_logits(self.stop(h).squeeze(-1), stop)
+            return loss + F.cross_entropy(torch.bmm(candidates, self.assembly(z_2)[..., None]).squeeze(-1), label)
+
+    tree, x = Tree(), torch.randint(0, 6, (8, 4), generator=torch.Generator().manual_seed(0))
+    rv = rvconvert.convert(tree)
+    rv(x, torch.randn(8, 3, 8), torch.randint(0, 3, (8,)), torch.rand(8, 4).round())
+    var = tree.encoder(tree.tokens(x).mean(1)).chunk(4, 1)[1].exp()
+    assert float(rv.last_penalty) == pytest.approx(penalty_of_linear(tree.decoder, var), rel=1e-4)
+
+
+ROWS: dict[str, Callable[[Tensor], list[Tensor]]] = {
+    "by iteration": list,
+    "cut": lambda x: [row[:n] for row, n in zip(x, (8, 5, 6, 7), strict=True)],
+    "by place": lambda x: [x[i] for i in range(4)],
+}
+
+
+@pytest.mark.parametrize("rows", ROWS)
+def test_tokens_that_are_embedded_row_by_row(rows: str) -> None:
+    class Strings(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(1)
+            self.tokens, self.encoder, self.decoder = nn.Embedding(9, 5), nn.Linear(5, 6), nn.Linear(8, 9)
+
+        def forward(self, x: Tensor) -> Tensor:
+            held = ROWS[rows](x)
+            mu, logvar = self.encoder(torch.stack([self.tokens(row).mean(0) for row in held])).chunk(2, 1)
+            z = mu + (logvar / 2).exp() * torch.randn_like(mu)
+            x = nn.utils.rnn.pad_sequence(held, batch_first=True)
+            y = self.decoder(torch.cat([z[:, None].expand(-1, x.shape[1], -1), self.tokens(x)], -1))
+            return F.cross_entropy(y.flatten(0, 1), x.flatten())
+
+    strings, x = Strings(), torch.randint(0, 9, (4, 8), generator=torch.Generator().manual_seed(0))
+    rv = rvconvert.convert(strings)
+    rv(x)
+    var = strings.encoder(torch.stack([strings.tokens(row).mean(0) for row in ROWS[rows](x)])).chunk(2, 1)[1].exp()
+    assert float(rv.last_penalty) == pytest.approx(penalty_of_linear(strings.decoder, var), rel=1e-4)

@@ -244,16 +244,22 @@ class ReconstructedGraph(ScoredGraph):
 
     def heads(self, edges: list[Edge], leaves: list[fx.Node]) -> set[fx.Node]:
         """Of the values that meet inputs, those of fewer numbers than a reconstruction that meets others: logits, a reward."""
-        fitting = [(n, at) for n, _, at in edges if at is not None and self.fits_an_input(n)]
-        least = min((size_of(n) for n in (*(n for n, _ in fitting), *leaves) if self.fits_an_input(n)), default=0)
-        places = {at for _, at in fitting}  # a term of it meets the input where it does
-        small = {n for n, _, at in edges if at is not None and size_of(n) < least and not self.fits_an_input(n)}
+        met = [(n, at) for n, _, at in edges if at is not None]
+        fitting = [(n, at) for n, at in met if self.fits_an_input(n)]
+        parts = [(n, at) for n, at in met if self.fits_a_part(n, at)]
         # What is held against an input that no layer reads, a label or a reward, or a part of one, beside a larger one that is.
-        held = fitting + [(n, at) for n, _, at in edges if at is not None and self.fits_a_part(n, at)]
+        held = fitting + parts
         read = {n for n, at in held if self.meets_what_is_read(at)} | self.read(leaves)
         largest = max(map(size_of, read), default=0)
         targets = {n for n, _ in held if n not in read and size_of(n) < largest}
-        return (small - {n for n, _, at in edges if at in places}) | targets | self.heads_of_steps(edges)
+        whole = {n for n in (*(n for n, _ in fitting), *leaves) if self.fits_an_input(n)} - targets
+        if whole:
+            least = min(map(size_of, whole))
+            small = {n for n, _ in met if size_of(n) < least and not self.fits_an_input(n)}
+        else:  # beside a target that is joined of several inputs
+            small = {n for n, at in met if size_of(n) < largest and not self.meets_what_is_read(at)} - {n for n, _ in parts}
+        places = {at for _, at in (fitting if whole else held)}  # a term of it meets the input where it does
+        return (small - {n for n, at in met if at in places}) | targets | self.heads_of_steps(edges)
 
     def heads_of_steps(self, edges: list[Edge]) -> set[fx.Node]:
         """The same where inputs are met step by step, ``x[:, t]``: the head's target is an input of its own, as a reward is."""

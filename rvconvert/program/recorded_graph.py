@@ -370,7 +370,7 @@ class RecordedGraph:
                     counts.add(user.meta["shape"][-1])
             if not counts and rank_of(given) > 2:
                 counts = {None}
-            found |= {(n.meta["shape"], count) for n in parts for count in counts}
+            found |= {(n.meta["shape"], count) for n in parts if "shape" in n.meta for count in counts}
             found |= {(given.meta["shape"][:1], count) for count in counts if count}  # of a bag of words
         return found
 
