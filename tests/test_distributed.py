@@ -75,9 +75,11 @@ def worker(rank, port, kind, results):
     model = converted(nn.SyncBatchNorm if kind == "sync" else nn.Identity)  # before there is a group: CPU has no plain one
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     dist.init_process_group("gloo", rank=rank, world_size=2)
-    if kind == "fsdp":
+    if kind.startswith("fsdp"):
         from torch.distributed.fsdp import fully_shard
 
+        if kind == "fsdp nested":
+            fully_shard(model.encoder)
         wrapped = fully_shard(model)
     elif kind == "ddp":
         wrapped = nn.parallel.DistributedDataParallel(model)
@@ -96,7 +98,7 @@ def worker(rank, port, kind, results):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["ddp", "fsdp", "sync"])
+@pytest.mark.parametrize("kind", ["ddp", "fsdp", "fsdp nested", "sync"])
 def test_two_processes_train_as_one_on_the_joined_batch(kind, tmp_path):
     mp.spawn(worker, (free_port(), kind, str(tmp_path / "results")), nprocs=2)
     found = torch.load(tmp_path / "results", weights_only=True)

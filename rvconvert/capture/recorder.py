@@ -637,8 +637,10 @@ class Recorder(TorchFunctionMode, Handler):
         return result
 
     def is_leaf(self, module: nn.Module) -> bool:
-        """True for torch's own layers, scripted modules, and modules whose class has a rule."""
+        """True for torch's own layers, scripted modules, sharded ones, and modules whose class has a rule."""
         if isinstance(module, torch.jit.ScriptModule):
+            return True
+        if any(cls.__name__ == "FSDPModule" for cls in type(module).__mro__):  # whose hooks give it other parameters within
             return True
         if "forward" in module.__dict__ or isinstance(module, _CONTAINERS):
             return False
