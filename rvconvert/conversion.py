@@ -190,7 +190,7 @@ class Conversion:
         if not torch.compiler.is_compiling():
             self.count_call(model)
         numbers = self.numbers(name, args, kwargs) if program.numbers else {}
-        with contextlib.nullcontext() if torch.compiler.is_compiling() else moments_later():
+        with contextlib.nullcontext() if torch.compiler.is_compiling() else _running():
             results = program.run(model, *leaves, *[numbers[each] for each in program.numbers])
         if not torch.compiler.is_compiling() and self.calls == 1 and self._penalty is not None:
             self.warn_of_overflow(self._penalty)
@@ -828,6 +828,22 @@ def _interpreter(graph: fx.Graph) -> Callable[..., tuple[Any, ...]]:
         return fx.Interpreter(model, graph=graph).run(*leaves, enable_io_processing=False)  # type: ignore[no-any-return]
 
     return run
+
+
+@contextlib.contextmanager
+def _running() -> Iterator[None]:
+    """A program runs."""
+    try:
+        with moments_later():
+            yield
+    except RuntimeError as error:
+        if "setup_context" not in str(error):  # torch's answer where an operation has a backward pass of its own
+            raise
+        raise ConversionError(
+            "torch.func.grad and vmap do not pass through an independent or calibrated model's operations, nor is there a "
+            'backward pass for L_c to join: convert with covariance="sampled", attach=False, output="distribution", and add '
+            "rvconvert.variance_penalty(y) to the loss that torch.func takes"
+        ) from error
 
 
 def _forget(constants: Any, names: tuple[str, ...]) -> None:

@@ -35,6 +35,35 @@ class Gradient(Base):
         return self.decoder(z - 0.1 * slope)
 
 
+class Sampled(Base):
+    def forward(self, x):
+        return self.decoder(self.latent(x))
+
+
+@pytest.mark.parametrize("options", [{}, {"covariance": "calibrated"}, {"attach": False, "output": "distribution"}])
+def test_transforms_of_torch_func(options):
+    torch.manual_seed(0)
+    vae, x = Sampled(), torch.rand(8, 4)
+
+    def gradients(**options):
+        rv = rvconvert.convert(vae, **options)
+        rv(x)
+
+        def loss(parameters, x):
+            y = torch.func.functional_call(rv, parameters, (x,))
+            return (y.mean if isinstance(y, rvconvert.RandomVariable) else y).square().mean() + rvconvert.variance_penalty(y)
+
+        return torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0), randomness="same")(
+            {name: p.detach() for name, p in rv.named_parameters()}, x[:, None]
+        )
+
+    with pytest.raises(ConversionError) as refusal:
+        gradients(**options)
+    advice = re.search(r"convert with (.*), and add rvconvert.variance_penalty\(y\)", str(refusal.value))[1]
+    found = gradients(**eval(f"dict({advice})"))
+    assert all(gradient.shape[0] == len(x) and gradient.any() for gradient in found.values())
+
+
 class Elsewhere(Base):
     def forward(self, x):
         return self.decoder(self.posterior(x)[0])
