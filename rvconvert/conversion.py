@@ -9,7 +9,6 @@ import itertools
 import logging
 import operator
 import types
-import warnings
 import weakref
 from collections import Counter, OrderedDict
 from typing import TYPE_CHECKING, Any
@@ -18,6 +17,7 @@ import torch
 from torch import fx, nn
 from torch.nn.parameter import is_lazy
 
+from rvconvert.advice import PATIENCE, Advice
 from rvconvert.calibration import renew
 from rvconvert.capture import intercept
 from rvconvert.capture.graph_calls import autocast_state, set_autocast
@@ -59,8 +59,6 @@ if TYPE_CHECKING:
 __all__ = ["Conversion", "Examined", "Program"]
 
 logger = logging.getLogger("rvconvert")
-_SAID: set[str] = set()  # once a process
-_PATIENCE = 50  # calls in training; gradients may be accumulated over some
 _OFTEN = (
     "{} was recorded for {} kinds of call, which took several steps' time each: lengths of its inputs, or plain numbers among "
     "its arguments by which Python decides, differ. Give a number that changes with every call, min(1, step / 1000), worked out, "
@@ -122,10 +120,8 @@ class Conversion:
         self._penalty: torch.Tensor | None = None  # of the call under way
         self.penalty_scale: float = 1.0
         self.gains = Gains()  # of covariance="calibrated"
-        self.calls = 0
-        self.warned: set[str] = set()
+        self.advice = Advice(options, plain_class.__name__)
         self.posteriors: dict[str, Posterior] = {}  # of the latents of methods, in training mode
-        self.versions: list[int] = []
 
     # --- the two ways a random variable leaves --------------------------------------------------
 
@@ -151,18 +147,8 @@ class Conversion:
         mean = self.take_mean(value)
         if isinstance(value, RandomVariable) and mean.requires_grad and not torch.compiler.is_compiling():
             mean = mean.clone()  # which has the gradient of what is made of it outside, and no other
-            mean.register_hook(self.warn_of_latent)
+            mean.register_hook(self.advice.of_latent)
         return mean
-
-    def warn_of_latent(self, grad: torch.Tensor) -> None:
-        """Say once that a loss is made of a latent's mean."""
-        if not {"latent", "no penalty"} & self.warned and bool(grad.any()):
-            self.warn(
-                "latent",
-                f"{self.plain_class.__name__} returns a latent, here its mean, and the loss is made of it: log q(z|x) - log p(z) "
-                "of a mean is no KL, and falls without bound as the posterior widens. Use the closed form, "
-                "torch.distributions.kl_divergence(q, p), or a draw made for the loss, z = mu + std * torch.randn_like(std)",
-            )
 
     def take_mean(self, value: Any) -> Any:
         """The mean of a random variable that is not a reconstruction: a latent, a loss."""
@@ -188,17 +174,17 @@ class Conversion:
             program = self.prepare(name, model, args, kwargs, to_run=True)
         self._penalty = None
         if not torch.compiler.is_compiling():
-            self.count_call(model)
+            self.advice.count_call(model)
         numbers = self.numbers(name, args, kwargs) if program.numbers else {}
         with contextlib.nullcontext() if torch.compiler.is_compiling() else _running():
             results = program.run(model, *leaves, *[numbers[each] for each in program.numbers])
-        if not torch.compiler.is_compiling() and self.calls == 1 and self._penalty is not None:
-            self.warn_of_overflow(self._penalty)
+        if not torch.compiler.is_compiling() and self.advice.calls == 1 and self._penalty is not None:
+            self.advice.of_overflow(self._penalty)
         self.keep(program, model, results)
         if not program.penalised and model.training and torch.is_grad_enabled():
-            self.warn_without_penalty(name, encodes=program.encodes)
+            self.advice.without_penalty(name, self.last_penalty, encodes=program.encodes)
         elif self.options.output == "distribution" and self.options.attach and model.training and torch.is_grad_enabled():
-            self.warn_of_distribution(name)
+            self.advice.of_distribution(name)
         # Rules may have changed the order in memory; a caller's view() asks for the plain one.
         leaving = (x.contiguous() if isinstance(x, RandomVariable) else x for x in results)
         made = program.outputs.build(leaving)
@@ -218,88 +204,6 @@ class Conversion:
                 setattr(module, each.name, value)
             else:
                 _refill(getattr(module, each.name), value, meters=True)
-
-    @property
-    def attaches(self) -> bool:
-        """True if the options ask for an L_c that joins the loss."""
-        return bool(self.options.attach and self.options.penalty and self.options.output == "mean")
-
-    def warn_without_penalty(self, name: str, *, encodes: bool) -> None:
-        """Say once that a call in training attaches no L_c."""
-        beside = bool(self.options.random_inputs) and self.last_penalty is not None  # a prior's samples, beside a reconstruction
-        if not self.attaches or beside:
-            return
-        why = (
-            "nothing that it returns, and nothing that meets an input in it, is a random value with a decoder behind it. "
-            "rvconvert.plan(model, example_inputs=x) prints the roles; latent=('file.py:line',) names a draw"
-        )
-        if encodes:
-            why = (
-                "it gives a latent, here its mean, and decodes nothing. With a decoder apart, convert both: "
-                "convert(encoder, output='distribution') gives a rvconvert.RandomVariable, which "
-                "convert(decoder, random_inputs=('z',)) takes"
-            )
-        if self.options.random_inputs:
-            names = " and ".join(self.options.random_inputs)
-            why = f"{names} came as a plain tensor. Give the posterior: rvconvert.RandomVariable(mu, logvar.exp())"
-        self.warn("no penalty", f"{self.plain_class.__name__}.{name} attaches no variance penalty L_c: {why}")
-
-    def warn_of_distribution(self, name: str) -> None:
-        """Say once that what leaves as a random variable has no L_c attached."""
-        if self.options.penalty and not torch.compiler.is_compiling():
-            self.warn(
-                "distribution",
-                f"{self.plain_class.__name__}.{name} gives random variables, to which no L_c is attached: add "
-                "rvconvert.variance_penalty(y) to the loss; attach=False says that it is",
-            )
-
-    def warn_of_overflow(self, penalty: torch.Tensor) -> None:
-        """Say once that variances have no size that a number can have, of which a training would end in NaN."""
-        inside = penalty.is_meta or torch._C._functorch.peek_interpreter_stack() is not None
-        if not inside and not bool(penalty.isfinite()):
-            self.warn(
-                "overflow",
-                f"the variance of {self.plain_class.__name__}'s reconstruction overflows: L_c is {float(penalty)}. "
-                "rvconvert.verify(model, x) says at which operation; covariance='sampled' takes no operation's variance on trust",
-            )
-
-    def warn_of_no_call(self, model: nn.Module) -> None:
-        """Say once that the model is trained and nothing called a converted method."""
-        if not self.calls and self.last_penalty is None and any(p.grad is not None for p in model.parameters()):
-            self.warn(
-                "never called",
-                f"{self.plain_class.__name__} has gradients, but its converted {' and '.join(self.options.methods)} was never "
-                "called, so it is trained as the plain model, without L_c. Call model(x) in the loop, or convert what the loop "
-                "calls: methods=('training_step',); a loop that encodes, samples and decodes by itself converts the decoder, "
-                "methods=('decode',), random_inputs=('z',), and gives it rvconvert.RandomVariable(mu, logvar.exp()) for a sample",
-            )
-
-    def count_call(self, model: nn.Module) -> None:
-        """Count; say once that gradients arrive and no parameter moves: an optimizer made before ``convert`` moves others."""
-        self.calls += 1
-        if self.calls not in (1, _PATIENCE) or not (model.training and torch.is_grad_enabled()):
-            return
-        if self.options.covariance == "independent" and self.attaches and not _SAID:
-            _SAID.add("independent")
-            logger.warning(
-                "rvconvert: independent moments, the paper's, see about a hundredth of a trained network's variance, so training "
-                "widens the posterior; covariance='calibrated' sees it, and rvconvert.verify says how much yours has"
-            )
-        versions = [p._version for p in model.parameters()]
-        if self.calls == _PATIENCE and versions == self.versions and any(p.grad is not None for p in model.parameters()):
-            self.warn(
-                "optimizer",
-                f"{self.plain_class.__name__} was called {_PATIENCE} times in training, gradients arrive, and no parameter has "
-                "changed. An optimizer made before convert moves the original model: make it from the converted one's "
-                "parameters(), or convert with inplace=True",
-            )
-        self.versions = versions
-
-    def warn(self, key: str, message: str) -> None:
-        """Warn once a model."""
-        if key not in self.warned:
-            self.warned.add(key)
-            warnings.warn(message, stacklevel=4)
 
     def forget_calls(self) -> None:
         """A model that was tried out has not been called yet."""
@@ -396,14 +300,14 @@ class Conversion:
         before = self.state(situation, model)
         self.places[situation] = tuple(dict.fromkeys((*known, *recording.places)))
         self.recordings[situation] += 1
-        if self.recordings[situation] == _PATIENCE and len(known) == len(self.places[situation]):
+        if self.recordings[situation] == PATIENCE and len(known) == len(self.places[situation]):
             last = next(reversed(self.programs))[-1]
             changed = [place for place, a, b in zip(known, before, last, strict=False) if a != b]
             if changed:
                 named = ", ".join(f"{self.owner(place, model)}{place.name}" for place in changed)
-                self.warn(
+                self.advice.once(
                     "attributes",
-                    f"{named} changed between calls {_PATIENCE} times, and each time the model is recorded anew, which takes "
+                    f"{named} changed between calls {PATIENCE} times, and each time the model is recorded anew, which takes "
                     "several steps' time. To be fast, make it a buffer (self.register_buffer) and write to it in place, or an "
                     "argument that is a tensor",
                 )
@@ -496,8 +400,8 @@ class Conversion:
             kinds = _kinds(leaves, batch=program.fixed_batch)
             self.programs[(*situation, *kinds, self.state(situation, model))] = program
             by_numbers = len({key[1] for key in self.programs if key[0] == name}) > _MOST_NUMBERS
-            if (by_numbers or len(self.programs) > MOST_PROGRAMS) and "attributes" not in self.warned:
-                self.warn("programs", _OFTEN.format(f"{self.plain_class.__name__}.{name}", len(self.programs) - 1))
+            if (by_numbers or len(self.programs) > MOST_PROGRAMS) and "attributes" not in self.advice.given:
+                self.advice.once("programs", _OFTEN.format(f"{self.plain_class.__name__}.{name}", len(self.programs) - 1))
             if len(self.programs) > MOST_PROGRAMS:
                 self.programs.popitem(last=False)
             return program
@@ -507,7 +411,7 @@ class Conversion:
         recording, roles = examined.recording, examined.roles
         self.latents |= {node.meta["where"] for node in roles.latents}
         for node in sorted(roles.picked, key=lambda n: n.name)[:1]:
-            self.warn(
+            self.advice.once(
                 "index",
                 f"{short_place(node.meta.get('where', ''))}: an index that a latent picks, a category or an entry of a codebook, "
                 "is picked at the mean here, and what is made of it has no variance. F.gumbel_softmax(logits, tau, hard=True) "
@@ -515,10 +419,10 @@ class Conversion:
             )
         called = {str(n.target): n in roles.random for n in recording.graph.nodes if n.op == "call_module"}
         if unheard := [path for path in recording.backward_hooks if called.get(path, True)]:
-            self.warn(
+            self.advice.once(
                 "backward hooks",
-                f"the backward hooks of {', '.join(dict.fromkeys(unheard))} are not called: gradients of means and variances "
-                "pass there, and no module does. Hook the tensor in forward, y.register_hook(hook), called for either, or "
+                f"the backward hooks of {', '.join(dict.fromkeys(unheard))} are not called: a converted model "
+                "calls these modules' functions. Hook the tensor in forward, y.register_hook(hook), called for either, or "
                 "the parameters, weight.register_hook(hook)",
             )
         calibrated = self.options.covariance == "calibrated"
@@ -657,7 +561,7 @@ class Conversion:
             if not recording.once and not again:
                 again += self.check(recording, name, model, method, args, kwargs)
         recording.once += again
-        report = report_graph(recording, roles, self.plain_class.__name__, name, self.settings, attaches=self.attaches)
+        report = report_graph(recording, roles, self.plain_class.__name__, name, self.settings, attaches=self.advice.attaches)
         if refusal is not None:
             report = dataclasses.replace(report, refusal=str(refusal))
         if recording.once or refusal is not None:  # the call itself is still to come

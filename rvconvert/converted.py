@@ -44,13 +44,13 @@ class ConvertedModel:
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """The class's own ``train``; said once: gradients came, and no call of what was converted."""
         conversion = conversion_of(self)
-        conversion.warn_of_no_call(self)  # type: ignore[arg-type]
+        conversion.advice.of_no_call(self, conversion.last_penalty)  # type: ignore[arg-type]
         return conversion.plain_class.train(self, *args, **kwargs)  # type: ignore[type-var]
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """The class's own ``state_dict``; said once, as by ``train``: gradients came, and no call of what was converted."""
         conversion = conversion_of(self)
-        conversion.warn_of_no_call(self)  # type: ignore[arg-type]
+        conversion.advice.of_no_call(self, conversion.last_penalty)  # type: ignore[arg-type]
         return conversion.plain_class.state_dict(self, *args, **kwargs)  # type: ignore[call-overload]
 
     @property

@@ -42,7 +42,7 @@ def to_plain(rv_model: nn.Module, latent: str = "sample") -> nn.Module:
     plain = plain_copy(rv_model)
     conversion = conversion_of(rv_model)
     methods = conversion.options.methods
-    conversion.warn_of_no_call(rv_model)
+    conversion.advice.of_no_call(rv_model, conversion.last_penalty)
     if latent == "mean":
         make_deterministic(plain, methods, frozenset(conversion.latents))
     return plain

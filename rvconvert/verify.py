@@ -587,7 +587,7 @@ def truth_ratio(rv_model: nn.Module, *inputs: Any, pairs: int = 32, method: str 
     if ratio >= 10:
         conversion = conversion_of(rv_model)
         mode = conversion.options.covariance
-        conversion.warn(
+        conversion.advice.once(
             "truth",
             f"the true output variance is {ratio:.3g} times what covariance={mode!r} propagates, so the variance "
             "penalty has not seen most of it, and a reconstruction from a sample is worse than one from the mean; "

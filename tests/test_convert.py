@@ -344,8 +344,15 @@ def test_bad_calls_say_what_to_type() -> None:
             call()
 
 
+def test_a_warning_is_at_the_line_of_the_training_loop():
+    rv, x = rvconvert.convert(VanillaVAE(), output="distribution"), torch.rand(2, 3, 16, 16)
+    with pytest.warns(UserWarning, match="no L_c is attached") as told:
+        rv(x)
+    assert told[0].filename == __file__
+
+
 def test_training_against_independent_moments_is_told_what_they_see_once(monkeypatch, caplog):
-    monkeypatch.setattr("rvconvert.conversion._SAID", set())
+    monkeypatch.setattr("rvconvert.advice._SAID", set())
     x = torch.rand(2, 3, 16, 16)
     for covariance in ("calibrated", "sampled", "independent", "independent"):
         rvconvert.convert(VanillaVAE(), covariance=covariance)(x)

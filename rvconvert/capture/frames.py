@@ -16,13 +16,13 @@ def user_frame() -> types.FrameType | None:
     """The innermost frame that is the model's own code: not torch's, not ours."""
     current: types.FrameType | None = sys._getframe(1)
     while current is not None:
-        if not _is_internal(current):
+        if not is_internal(current):
             return current
         current = current.f_back
     return None
 
 
-def _is_internal(frame: types.FrameType) -> bool:
+def is_internal(frame: types.FrameType) -> bool:
     """True for torch's code and the library's; the demo's model, beside the command line, is a model like any other."""
     filename = frame.f_code.co_filename
     return filename.startswith("<") or (filename.startswith(INTERNAL) and not filename.startswith(COMMAND_LINE))
@@ -31,7 +31,7 @@ def _is_internal(frame: types.FrameType) -> bool:
 def is_of_the_model(frame: types.FrameType) -> bool:
     """True for code whose globals the model's values may depend on: not Python's own, nor NumPy's."""
     package = str(frame.f_globals.get("__name__", "")).partition(".")[0]
-    return not _is_internal(frame) and package != "numpy" and package not in sys.stdlib_module_names
+    return not is_internal(frame) and package != "numpy" and package not in sys.stdlib_module_names
 
 
 def where(frame: types.FrameType | None) -> tuple[str, str]:
