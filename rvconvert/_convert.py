@@ -20,6 +20,7 @@ from rvconvert.copies import bound_modules, copied
 from rvconvert.core.random_variable import RandomVariable
 from rvconvert.core.tree import flatten
 from rvconvert.errors import ConversionError, UnsupportedOperationError
+from rvconvert.examination import Examination
 from rvconvert.options import Options
 from rvconvert.report import Report, merge
 from rvconvert.rules.noise import all_entering
@@ -107,9 +108,10 @@ def plan(
         else:
             args, kwargs = _with_random_inputs(conversion, name, model, _as_args(example_inputs), example_kwargs or {})
             with intercept.lock, intercept.plainly():
-                examined = conversion.examine(name, model, args, kwargs)
+                examination = Examination(conversion, name, model, args, kwargs)
+                examined = examination.examine()
                 report = examined.report
-                if examined.refusal is not None and conversion.samples_in_other_mode(examined, name, model, args, kwargs):
+                if examined.refusal is not None and examination.samples_in_other_mode(examined):
                     note = "it draws in the other mode only, and is converted there: model.train() or model.eval()"
                     report = dataclasses.replace(report, refusal="", notes=(*report.notes, note))
                 reports.append(report)

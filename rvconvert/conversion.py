@@ -6,8 +6,6 @@ import contextlib
 import dataclasses
 import inspect
 import itertools
-import logging
-import operator
 import types
 import weakref
 from collections import Counter, OrderedDict
@@ -15,37 +13,33 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import fx, nn
-from torch.nn.parameter import is_lazy
 
 from rvconvert.advice import PATIENCE, Advice
 from rvconvert.calibration import renew
 from rvconvert.capture import intercept
-from rvconvert.capture.graph_calls import autocast_state, set_autocast
-from rvconvert.capture.module_state import put_back, tensors_written, unchanged
+from rvconvert.capture.graph_calls import autocast_state, restoring_autocast
+from rvconvert.capture.module_state import modules_of, put_back, tensors_written
 from rvconvert.capture.python_state import (
     ARGUMENT,
     NUMBERS,
-    OTHERS,
-    Moving,
     Place,
     Scope,
-    held_by,
     is_opaque,
     read_now,
     unused_arguments,
 )
-from rvconvert.capture.record import own_copies, record
-from rvconvert.capture.replay import each_mode, replay_differs
+from rvconvert.capture.record import record
 from rvconvert.core.random_variable import RandomVariable, moments_later, random_variables
 from rvconvert.core.tree import Structure, flatten
 from rvconvert.covariance.calibrated import Gains
 from rvconvert.errors import ConversionError, NoReparameterizationError
+from rvconvert.examination import Examination, Examined
 from rvconvert.penalty import attach_penalty, variance_penalty
 from rvconvert.places import short_place
 from rvconvert.program.gains import gain_keys
-from rvconvert.program.plan import refuse_unsupported, report_graph
+from rvconvert.program.plan import refuse_unsupported
 from rvconvert.program.recorded_graph import Posterior
-from rvconvert.program.refusal import read_refusal, refusal
+from rvconvert.program.refusal import refusal
 from rvconvert.program.rewrite import compile_graph, to_random_variables
 from rvconvert.program.roles import Roles, assign
 from rvconvert.rules.noise import all_entering
@@ -56,9 +50,8 @@ if TYPE_CHECKING:
     from rvconvert.capture.recording import Kept, Recording
     from rvconvert.options import Options
 
-__all__ = ["Conversion", "Examined", "Program"]
+__all__ = ["Conversion", "Program"]
 
-logger = logging.getLogger("rvconvert")
 _OFTEN = (
     "{} was recorded for {} kinds of call, which took several steps' time each: lengths of its inputs, or plain numbers among "
     "its arguments by which Python decides, differ. Give a number that changes with every call, min(1, step / 1000), worked out, "
@@ -80,18 +73,6 @@ class Program:
     fixed_batch: bool
     penalised: bool
     encodes: bool  # what leaves depends on a latent, and nothing is decoded
-
-
-@dataclasses.dataclass(frozen=True)
-class Examined:
-    """A method's recording with its roles and report; why it is refused, if it is; whether the next call is recorded too."""
-
-    recording: Recording
-    roles: Roles
-    report: Any
-    refusal: ConversionError | None = None
-    again: bool = False
-    moving: frozenset[Place] = frozenset()  # attributes that the graph reads, whatever they are
 
 
 class Conversion:
@@ -252,7 +233,7 @@ class Conversion:
 
     def situation(self, name: str, model: nn.Module, structure: Structure) -> tuple[Any, ...]:
         """The part of ``key`` that has nothing to do with the tensors of the call."""
-        modules = _modules_of(model)
+        modules = modules_of(model)
         training = tuple([m.training for m in modules])
         hooked = tuple([i for i, m in enumerate(modules) if _is_hooked(m)])
         first = next((p for m in modules for p in m._parameters.values() if p is not None), None)
@@ -292,7 +273,7 @@ class Conversion:
     def state(self, situation: Any, model: nn.Module) -> tuple[Any, ...]:
         """What Python holds now of all that recordings in this situation have read."""
         places = self.places.get(situation, ())
-        return read_now(places, _modules_of(model)) if places else ()
+        return read_now(places, modules_of(model)) if places else ()
 
     def watch(self, situation: Any, model: nn.Module, recording: Recording) -> None:
         """Compare from now on what this recording has read; say once if it changes with every call."""
@@ -341,7 +322,7 @@ class Conversion:
         """What stands before the name of a place in a message."""
         if isinstance(place.owner, Scope):
             return f"{place.owner.of.get('__name__')}." if isinstance(place.owner.of, dict) else ""
-        module = _modules_of(model)[place.owner]
+        module = modules_of(model)[place.owner]
         return next((f"model.{path}." if path else "model." for path, each in model.named_modules() if each is module), "")
 
     def find(self, name: str, model: nn.Module, leaves: list[Any], structure: Structure) -> Program | None:
@@ -384,8 +365,9 @@ class Conversion:
                 return self.recorded_once(name, model, args, kwargs)
             situation = self.situation(name, model, structure)
             moving = self.moving_now(situation, model) | self.moving_of_call(name, args, kwargs)
-            examined = self.examine(name, model, args, kwargs, moving)
-            if examined.refusal is not None and not self.samples_in_other_mode(examined, name, model, args, kwargs):
+            examination = Examination(self, name, model, args, kwargs)
+            examined = examination.examine(moving)
+            if examined.refusal is not None and not examination.samples_in_other_mode(examined):
                 raise examined.refusal
             refuse_unsupported(examined.report)
             if examined.recording.once:
@@ -430,7 +412,7 @@ class Conversion:
         graph = to_random_variables(recording, roles, output=self.options.output, gains=gains)
         run = _interpreter(graph) if recording.once else compile_graph(graph)
         if recording.sets_autocast:
-            run = _restoring_autocast(run)
+            run = restoring_autocast(run)
         made = Program(
             run,
             recording.outputs,
@@ -461,144 +443,6 @@ class Conversion:
             raise refusal
         return self.program(name, Examined(recording, roles, None))
 
-    def samples_in_other_mode(self, examined: Examined, name: str, model: nn.Module, args: Any, kwargs: Any) -> bool:
-        """True where the method draws nothing now but does otherwise.
-
-        In the other mode (``if self.training: ...``), with gradients, without what may be left out (``encode_only=True``), or
-        later, as a flag or a count of epochs on the model may say.
-        """
-        if not isinstance(examined.refusal, NoReparameterizationError):
-            return False
-        if name in self.posteriors or any(key[0] == name for key in (*self.programs, *self.once)):
-            return True
-        parameters = [*self.signature(name).parameters.values()][1:]
-        needed = args[: sum(p.default is p.empty and p.kind is not p.VAR_POSITIONAL for p in parameters)]
-        calls: list[Any] = [(args, kwargs), (needed, {})]
-        plain = not torch.is_grad_enabled()
-        for other in each_mode(model):
-            for given, named in calls if other or plain else calls[1:]:  # as it is, it was refused
-                with torch.enable_grad(), contextlib.suppress(Exception):  # of the model's own code
-                    if self.examine(name, model, given, named).refusal is None:
-                        return True
-        modules = _modules_of(model)
-        own = [
-            (modules[each.owner], each.name) for each in examined.recording.places if type(each.owner) is int and each.owner >= 0
-        ]
-        known = [(module, attribute) for module, attribute in own if type(vars(module).get(attribute)) in (bool, int, float)]
-        for module, attribute in known[:_MOST_NUMBERS]:
-            with torch.enable_grad(), contextlib.suppress(Exception), _contrary(module, attribute):
-                if self.examine(name, model, args, kwargs).refusal is None:
-                    return True
-        return False
-
-    def examine(
-        self,
-        name: str,
-        model: nn.Module,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        moving: frozenset[Place] = frozenset(),
-    ) -> Examined:
-        """Record and check the method, the model left as it was; refuses nothing, but says what must be refused.
-
-        The attributes ``moving`` are read by the graph, if it can: Python does not decide by them, nor compute with them.
-        """
-        method = self.method(name, model)
-        grad = torch.is_grad_enabled()
-        registry = self.settings.registry
-        again: list[str] = []
-        by_hooks = held_by(hook for m in model.modules() for hook in (*m._forward_pre_hooks.values(), *m._forward_hooks.values()))
-        if any(map(is_lazy, model.parameters())):
-            self.build(name, model, args, kwargs)
-        moving = self.that_can_move(moving, model, method, args, kwargs)
-        read = Moving(moving)
-        with unchanged(model), torch.enable_grad():
-            recording, _ = record(model, method, args, kwargs, registry, told=grad, moving=read)
-        outside = recording.outside
-        counted = recording.counted - moving - self.still
-        if counted:  # self.steps += 1
-            recording.restore()
-            moving = self.that_can_move(moving | counted, model, method, args, kwargs)
-            read = Moving(moving)
-        if recording.builds:
-            self.build(name, model, args, kwargs)
-        with unchanged(model), torch.enable_grad():
-            if recording.builds or counted:
-                recording, _ = record(model, method, args, kwargs, registry, told=grad, moving=read)
-            if recording.once:  # as the next call would find the model
-                second, _ = record(model, method, args, kwargs, registry, told=grad, moving=read)
-                again = second.once
-                settled = not second.constants and str(second.graph) == str(recording.graph)
-                recording.once = again or ([] if settled else recording.once)
-                second.restore()
-        recording.restore()
-        if recording.drawn:
-            with unchanged(model, recording.written), torch.enable_grad():
-                torch.manual_seed(1)  # another state of what the method does not seed
-                recording.keep_repeated(record(model, method, args, kwargs, registry, told=grad, moving=read)[0])
-        if recording.asks_grad_mode:
-            with unchanged(model, recording.written), torch.enable_grad():
-                other, _ = record(model, method, args, kwargs, registry, told=not grad, moving=read)
-            if recording.constants or str(other.graph) != str(recording.graph):
-                again.append("Python decides by torch.is_grad_enabled()")
-        roles = self.roles(recording, name, model)
-        repeated = recording.drawn.keys() - set(roles.latents)
-        for node in repeated:
-            recording.freeze(node)
-            recording.forget(node)
-        roles = self.roles(recording, name, model) if repeated else roles
-        vars(self.constants).update(recording.constants)
-        refusal = self.refusal(recording, roles, name, model)
-        reported = [place for node, place, _ in recording.reads if node in roles.random]
-        if refusal is None and reported:
-            again_by = [
-                self.recorded_beside(recording, factor, read, model, method, args, kwargs) for factor in (1.0, 0.01, 100.0)
-            ]
-            if again_by[0] and not all(again_by):  # what was reported came back into the graph
-                refusal = read_refusal(f"{self.plain_class.__name__}.{name}", reported[0])
-        if refusal is None or isinstance(refusal, NoReparameterizationError):  # which may be served as it is: see ``prepare``
-            again += [f"Python decides by the value of a tensor: {place}" for _, place, _ in recording.reads]
-            if not recording.once and not again:
-                again += self.check(recording, name, model, method, args, kwargs)
-        recording.once += again
-        report = report_graph(recording, roles, self.plain_class.__name__, name, self.settings, attaches=self.advice.attaches)
-        if refusal is not None:
-            report = dataclasses.replace(report, refusal=str(refusal))
-        if recording.once or refusal is not None:  # the call itself is still to come
-            outside.put_back()
-        by_hooks.put_back()
-        return Examined(recording, roles, report, refusal, bool(again), moving)
-
-    def that_can_move(self, moving: frozenset[Place], model: nn.Module, method: Any, args: Any, kwargs: Any) -> frozenset[Place]:
-        """Those of ``moving`` that Python only hands on to the graph: with other numbers the graph is the same."""
-        while moving:
-            told, made = torch.is_grad_enabled(), []
-            for other in OTHERS:
-                with unchanged(model), torch.enable_grad(), contextlib.suppress(Exception):  # of the model's own code
-                    read = Moving(moving, other)
-                    recording, _ = record(model, method, args, kwargs, self.settings.registry, told=told, moving=read)
-                    recording.restore()
-                    made.append(recording)
-            decided = moving & made[0].decided if made else frozenset()
-            if not decided and len(made) == len(OTHERS) and all(map(made[0].equals, made[1:])):
-                break
-            self.still |= decided or moving
-            moving -= decided or moving
-        return moving
-
-    def recorded_beside(
-        self, recording: Recording, reported: float, moving: Moving, model: nn.Module, method: Any, args: Any, kwargs: Any
-    ) -> bool:
-        """The recording is the same where Python hears ``reported`` times the values that it asks for."""
-        told = torch.is_grad_enabled()
-        with unchanged(model, recording.written), torch.enable_grad():
-            try:
-                registry = self.settings.registry
-                other, _ = record(model, method, args, kwargs, registry, told=told, reported=reported, moving=moving)
-            except Exception:  # noqa: BLE001 (the model's own code may fail in any way)
-                return False
-        return other.equals(recording)
-
     def roles(self, recording: Recording, name: str, model: nn.Module) -> Roles:
         """The roles in a recording of the method, which may have shown a posterior in training mode."""
         posterior = self.posterior_of(name, model)
@@ -612,33 +456,6 @@ class Conversion:
     def refusal(self, recording: Recording, roles: Roles, name: str, model: nn.Module) -> ConversionError | None:
         """Why the method cannot be converted, whatever rules there are."""
         return refusal(recording, roles, self.options, self.plain_class, name, self.method(name, model))
-
-    def build(self, name: str, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Call the plain method, which makes layers at its first call; what the model had stays as it was."""
-        leaves, structure = flatten((args, kwargs))
-        given = (x.mean if isinstance(x, RandomVariable) else x for x in own_copies(leaves))
-        args, kwargs = structure.build(given)
-        buffers = {b: b.detach().clone() for b in model.buffers() if not is_lazy(b)}
-        with torch.no_grad():
-            self.method(name, model)(*args, **kwargs)
-            for buffer, value in buffers.items():
-                buffer.copy_(value)
-
-    def check(self, recording: Recording, name: str, model: nn.Module, method: Any, args: Any, kwargs: Any) -> list[str]:
-        """What keeps the recording from standing for other calls."""
-        written = str(recording.graph)
-        if not recording.constants and self.checked.get((name, written)) is not None:
-            recording.fixed += self.checked[name, written]  # as in the other mode, where it was compared
-            return []
-        run = compile_graph(recording.graph)
-        run = _restoring_autocast(run) if recording.sets_autocast else run
-        difference = replay_differs(run, recording, model, method, args, kwargs)
-        if difference is not None:
-            return [difference]
-        if len(self.checked) >= MOST_PROGRAMS:
-            self.checked.pop(next(iter(self.checked)), None)
-        self.checked[name, written] = recording.fixed
-        return []
 
 
 def _refill(held: Any, contents: Any, *, meters: bool = False) -> Any:
@@ -673,56 +490,6 @@ def _kinds(leaves: list[Any], *, batch: bool) -> tuple[Any, ...]:
     """Shapes and dtypes of a call's tensors, the first dimension only if the recording holds for one batch size."""
     start = 0 if batch else 1
     return (batch, tuple([(isinstance(x, RandomVariable), tuple(x.shape)[start:], x.ndim, x.dtype, x.device) for x in leaves]))
-
-
-_WALKED: weakref.WeakKeyDictionary[nn.Module, tuple[list[nn.Module], list[list[Any]] | None]] = weakref.WeakKeyDictionary()
-
-
-def _on_the_other_side(value: float) -> Any:
-    """A number that is told to be on the other side of what it is compared with."""
-    base = type(value)
-
-    def contrary(compare: Callable[[Any, Any], bool]) -> Callable[[Any, Any], bool]:
-        return lambda own, other: not compare(base(own), other)
-
-    methods = {f"__{name}__": contrary(getattr(operator, name)) for name in ("lt", "le", "gt", "ge")}
-    return type("Contrary", (base,), methods)(value)
-
-
-@contextlib.contextmanager
-def _contrary(module: nn.Module, attribute: str) -> Iterator[None]:
-    """Within, a flag of a module is the other way round, and a number on the other side of what it is compared with."""
-    held = vars(module)[attribute]
-    vars(module)[attribute] = not held if type(held) is bool else _on_the_other_side(held)
-    try:
-        yield
-    finally:
-        vars(module)[attribute] = held
-
-
-def _modules_of(model: nn.Module) -> list[nn.Module]:
-    """``list(model.modules())``, walked again only where a module was added, replaced or removed."""
-    if torch.compiler.is_compiling():
-        return list(model.modules())
-    below, children = _WALKED.get(model, ([], None))
-    modules = [model, *below]
-    if [[*m._modules.values()] for m in modules] != children:
-        modules = list(model.modules())
-        _WALKED[model] = (modules[1:], [[*m._modules.values()] for m in modules])
-    return modules
-
-
-def _restoring_autocast(run: Callable[..., tuple[Any, ...]]) -> Callable[..., tuple[Any, ...]]:
-    """``run``, after which autocast is as it was before."""
-
-    def restoring(model: nn.Module, *leaves: Any) -> tuple[Any, ...]:
-        before = autocast_state()
-        try:
-            return run(model, *leaves)
-        finally:
-            set_autocast(before)
-
-    return restoring
 
 
 def _interpreter(graph: fx.Graph) -> Callable[..., tuple[Any, ...]]:

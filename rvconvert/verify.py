@@ -23,6 +23,7 @@ from rvconvert.core.random_variable import RandomVariable, Settings
 from rvconvert.core.tree import flatten
 from rvconvert.covariance.calibrated import calibrated, level_of
 from rvconvert.errors import ConversionError
+from rvconvert.examination import Examination
 from rvconvert.program.gains import gain_keys
 from rvconvert.program.plan import node_row
 from rvconvert.rules.kinds import Elementwise, substitute, unique
@@ -32,7 +33,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from rvconvert.capture.recording import Recording
-    from rvconvert.conversion import Conversion, Examined
+    from rvconvert.conversion import Conversion
+    from rvconvert.examination import Examined
     from rvconvert.options import Options
 
 __all__ = ["OutputVariances", "Verification", "VerifiedNode", "output_variances", "truth_ratio", "verify"]
@@ -386,7 +388,7 @@ def verify(
             args, kwargs = conversion.normalized(name, _given(inputs), kwargs)
             torch.manual_seed(seed)
             with intercept.lock, intercept.plainly():
-                examined = conversion.examine(name, rv_model, args, kwargs)
+                examined = Examination(conversion, name, rv_model, args, kwargs).examine()
             leaves = flatten((args, kwargs))[0]
             if examined.refusal is not None:
                 raise examined.refusal

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from rvconvert.core.random_variable import RandomVariable, Settings, in_settings, propagate, random_variables
 from rvconvert.rules.kinds import under_law
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 
 def call_by_rule(settings: Settings, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -80,3 +83,16 @@ def assign_mean(target: torch.Tensor, value: Any) -> None:
     """Write the mean of a random variable, or a plain value, into a buffer."""
     with torch.no_grad():
         target.copy_(value.mean if isinstance(value, RandomVariable) else value)
+
+
+def restoring_autocast(run: Callable[..., tuple[Any, ...]]) -> Callable[..., tuple[Any, ...]]:
+    """``run``, after which autocast is as it was before."""
+
+    def restoring(model: nn.Module, *leaves: Any) -> tuple[Any, ...]:
+        before = autocast_state()
+        try:
+            return run(model, *leaves)
+        finally:
+            set_autocast(before)
+
+    return restoring

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import weakref
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 
     from rvconvert.capture.recording import Recording
 
-__all__ = ["Held", "HeldTensor", "is_output", "own_state", "plain_tensor_attributes", "unchanged"]
+__all__ = ["Held", "HeldTensor", "is_output", "modules_of", "own_state", "plain_tensor_attributes", "unchanged"]
 
 _TABLES = ("_buffers", "_parameters", "_modules")
 _OWN = frozenset(vars(nn.Module()))
@@ -301,3 +302,18 @@ def own_state(module: nn.Module) -> dict[str, Any]:
     tensors = {**module._parameters, **module._buffers}
     numbers = {name: value for name, value in vars(module).items() if isinstance(value, (bool, int, float, str, tuple))}
     return {**numbers, **{name: id(tensor) for name, tensor in tensors.items()}}
+
+
+_WALKED: weakref.WeakKeyDictionary[nn.Module, tuple[list[nn.Module], list[list[Any]] | None]] = weakref.WeakKeyDictionary()
+
+
+def modules_of(model: nn.Module) -> list[nn.Module]:
+    """``list(model.modules())``, walked again only where a module was added, replaced or removed."""
+    if torch.compiler.is_compiling():
+        return list(model.modules())
+    below, children = _WALKED.get(model, ([], None))
+    modules = [model, *below]
+    if [[*m._modules.values()] for m in modules] != children:
+        modules = list(model.modules())
+        _WALKED[model] = (modules[1:], [[*m._modules.values()] for m in modules])
+    return modules
