@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from torch import fx
 
-from rvconvert.program.recorded_graph import WRITES, RecordedGraph, rank_of, size_of
+from rvconvert.program.recorded_graph import DIFFERENCES, WRITES, RecordedGraph, rank_of, size_of
 from rvconvert.rules.kinds import Elementwise, Shape
 
 if TYPE_CHECKING:
@@ -51,12 +51,18 @@ class DecodedGraph(RecordedGraph):
         for draw in self.latents:
             carried = self.forward_of((draw,), stop=self.decodes)
             for node in carried & decoded:
-                ends = node.meta.get("shape") == draw.meta.get("shape") and not self.fits_an_input(node)
+                ends = node.meta.get("shape") == draw.meta.get("shape")
+                ends = ends and (not self.fits_an_input(node) or self.meets_a_prior(node))
                 if ends and not any(self.decodes(n) for n in self.ahead_of(node)):
                     flowing.update(self.between(draw, node))
         rest = self.closure(lambda n: n not in flowing and self.decodes(n))
         shapes = {draw.meta.get("shape") for draw in self.latents}
         return rest if any(n.meta.get("shape") not in shapes and rank_of(n) > 1 for n in rest) else decoded
+
+    def meets_a_prior(self, node: fx.Node) -> bool:
+        """A location that layers make of what is given is subtracted from it, and no input is."""
+        others = {n for user in node.users if self.rule_name(user) in DIFFERENCES for n in user.all_input_nodes if n is not node}
+        return bool(others & (self.learned | self.weights) - self.random) and not others & self.raw
 
     def closure(self, begins: Callable[[fx.Node], bool]) -> set[fx.Node]:
         """The random nodes at or behind one where ``begins`` holds."""
