@@ -1809,10 +1809,10 @@ class Flow(nn.Module):
 class PriorFlow(VAE):
     """The latent through a flow, compared with a prior that an input or the model has given, as VITS does."""
 
-    def __init__(self, flows: int, prior: str, given: int = 3) -> None:
+    def __init__(self, flows: int, prior: str, given: int) -> None:
         super().__init__(None, False)  # type: ignore[arg-type]
-        self.flows = nn.Sequential(*(Flow(4) for _ in range(flows)))
-        self.to_prior, self.kind = nn.Linear(given, 4), prior
+        self.encoder, self.flows = nn.Linear(given, 8), nn.Sequential(*(Flow(4) for _ in range(flows)))
+        self.to_prior, self.kind = nn.Linear(3, 4), prior
 
     def forward(self, x: Tensor, c: Tensor) -> Any:
         mu, logvar = self.encoder(x).chunk(2, 1)
@@ -1823,12 +1823,12 @@ class PriorFlow(VAE):
         return self.decoder(z), kl, (z, u, mu, logvar)
 
 
-@pytest.mark.parametrize(("prior", "given"), [("raw", 3), ("learned", 3), ("learned", 4), ("none", 3)])
+@pytest.mark.parametrize(("prior", "given"), [("raw", 12), ("learned", 12), ("learned", 4), ("none", 12)])
 @pytest.mark.parametrize("flows", [1, 2, 3])
 def test_what_a_flow_makes_of_a_latent_for_its_prior_is_no_reconstruction(flows: int, prior: str, given: int) -> None:
     """Though it be as large as an input."""
     torch.manual_seed(0)
-    plain, x, c = PriorFlow(flows, prior, given), torch.rand(8, 12), torch.rand(8, given)
+    plain, x, c = PriorFlow(flows, prior, given), torch.rand(8, given), torch.rand(8, 3)
     y = rvconvert.convert(plain, output="distribution")(x, c)[0]
     rv = rvconvert.convert(plain)
     kl = rv(x, c)[1]
