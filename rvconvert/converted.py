@@ -152,7 +152,7 @@ def plain_copy(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Modul
     memo[id(model)] = made
     memo[id(conversion)] = None
     for name in conversion.options.methods:  # which wrappers on the instance close over
-        memo[id(vars(type(model))[name])] = getattr(conversion.plain_class, name)
+        memo[id(getattr(type(model), name))] = getattr(conversion.plain_class, name)
     state = {key: value for key, value in model.__dict__.items() if key != "_rvconvert"}
     copied_state(model, state, made, memo)
     for name, function in conversion.own.items():
@@ -202,10 +202,10 @@ def _new_class(cls: type[nn.Module], methods: tuple[str, ...]) -> type[nn.Module
         method.__signature__ = inspect.signature(original)  # type: ignore[attr-defined]
         return method
 
-    def new(of: type, *args: Any, **kwargs: Any) -> Any:
+    def call(of: type, *args: Any, **kwargs: Any) -> Any:
         """An instance of the plain class, which ``type(model)(...)`` makes."""
         if of is not made:
-            return cls.__new__(of)
+            return type(cls).__call__(of, *args, **kwargs)
         warnings.warn(
             f"type(model)(...) of a converted model makes a plain {cls.__name__}: convert it, or use copy.deepcopy", stacklevel=2
         )
@@ -213,7 +213,7 @@ def _new_class(cls: type[nn.Module], methods: tuple[str, ...]) -> type[nn.Module
 
     # The plain class stands first, or an instance could not change from a class such as C(ABC, nn.Module) to this one.
     namespace = {name: value for name, value in vars(ConvertedModel).items() if name not in _NOT_INHERITED}
-    namespace |= {"__new__": new, **{name: converted(name) for name in methods}}
+    namespace |= {name: converted(name) for name in methods}
     namespace |= {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
-    made = type(cls.__name__, (cls, ConvertedModel), namespace)
+    made: type[nn.Module] = type("Converted", (type(cls),), {"__call__": call})(cls.__name__, (cls, ConvertedModel), namespace)
     return made

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import copy
 import functools
 import types
@@ -14,11 +15,14 @@ from torch import nn
 from rvconvert.core.tree import flatten
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Collection, Iterator
 
 __all__ = ["bound_modules", "copied", "copied_state", "redirected"]
 
 _DEPTH = 6  # how far down configurations are looked at
+_WEAK = (weakref.ReferenceType, weakref.ProxyType, weakref.CallableProxyType)
+_CACHED = type(functools.cache(len))
+_MANY = 256  # entries of a container that a function holds, beyond which it is data
 
 
 def copied(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
@@ -79,21 +83,25 @@ def _has_no_copy(value: dict[Any, Any]) -> bool:
 
 def _follow(original: nn.Module, made: nn.Module, memo: dict[int, Any]) -> None:
     """Let the functions on a copy, ``lambda h: h * self.gain``, close over the copy, where deepcopy leaves the original."""
+    own = {id(each) for each in memo.values()}
     for path, module in made.named_modules():
         if isinstance(module, torch.jit.ScriptModule):  # whose parameters torch copies with a graph
             for name, parameter in original.get_submodule(path).named_parameters(recurse=False):
                 shared = memo.get(id(parameter)) is parameter
                 setattr(module, name, parameter if shared else nn.Parameter(parameter.detach().clone(), parameter.requires_grad))
             continue
-        redirected(module, memo)
+        redirected(module, memo, own)
 
 
-def redirected(module: nn.Module, memo: dict[int, Any]) -> None:
-    """Let the functions on a module itself close over what ``memo`` has in the place of what they close over."""
+def redirected(module: nn.Module, memo: dict[int, Any], own: Collection[int] = ()) -> None:
+    """Let the functions on a module itself close over what ``memo`` has in the place of what they close over.
+
+    So do those of objects that it keeps whose id is in ``own``, changed in place.
+    """
     state = vars(module)
     for name, value in state.items():
         if name not in ("_parameters", "_buffers", "_modules"):
-            state[name] = _following(value, memo)
+            state[name] = _following(value, memo, own)
 
 
 def bound_modules(model: nn.Module) -> Iterator[nn.Module]:
@@ -103,87 +111,127 @@ def bound_modules(model: nn.Module) -> Iterator[nn.Module]:
         for value in vars(todo.pop()).values():
             owner = value.__self__ if isinstance(value, types.MethodType) else None
             if isinstance(owner, nn.Module) and id(owner) not in seen:
-                yield owner
-                seen.update(id(module) for module in owner.modules())
-                todo += owner.modules()
+                held = list(owner.modules())
+                seen.update(map(id, held))
+                if model not in held:  # else one that the model is a part of
+                    yield owner
+                    todo += held
 
 
-def _following(value: Any, memo: dict[int, Any]) -> Any:
-    if isinstance(value, (types.FunctionType, types.MethodType, functools.partial)):
-        return _copy_of(value, memo)
-    if type(value) is list:
-        value[:] = [_following(each, memo) for each in value]
-    elif isinstance(value, dict):  # hooks too
-        for key, each in value.items():
-            value[key] = _following(each, memo)
-    elif type(value) is tuple:
-        return tuple(_following(each, memo) for each in value)
-    elif isinstance(value, (weakref.ref, weakref.ProxyType)):
-        target = value() if isinstance(value, weakref.ref) else value.__repr__.__self__  # type: ignore[attr-defined]
-        made = memo.get(id(target))
-        return value if made is None else (weakref.ref if isinstance(value, weakref.ref) else weakref.proxy)(made)
-    return value
-
-
-def _closed_over_copies(function: types.FunctionType, memo: dict[int, Any]) -> types.FunctionType:
-    """``function`` with copies in the place of what was copied; itself if it closes over nothing that was."""
-    if id(function) in memo:
-        return memo[id(function)]  # type: ignore[no-any-return]
-    memo[id(function)] = function  # one that closes over itself
-    cells = function.__closure__ or ()
-    held = [_held(cell) for cell in cells]
-    found = [_copy_of(each, memo) for each in held]
-    own = function.__defaults__, function.__kwdefaults__, function.__dict__
-    defaults, keywords, attributes = (_copy_of(each, memo) for each in own)
-    if all(a is b for a, b in zip((*found, defaults, keywords, attributes), (*held, *own), strict=True)):
-        return function
-    closure = tuple(cell if a is b else types.CellType(a) for cell, a, b in zip(cells, found, held, strict=True))
-    made = types.FunctionType(function.__code__, function.__globals__, function.__name__, defaults, closure or None)
-    made.__kwdefaults__, made.__qualname__ = keywords, function.__qualname__
-    made.__dict__.update(attributes)
-    memo[id(function)] = made
-    return made
-
-
-def _with_copies(value: Any, memo: dict[int, Any]) -> Any:
-    """The same of an object that can be called, by its attributes."""
-    if isinstance(value, (type, nn.Module)):
+def _following(value: Any, memo: dict[int, Any], own: Collection[int]) -> Any:
+    if isinstance(value, (list, dict)) or (id(value) in own and _is_record(value)):  # hooks too
+        held = value if isinstance(value, (list, dict)) else vars(value)
+        if id(held) in memo:
+            return value
+        memo[id(held)] = held
+        for key, each in enumerate(held) if isinstance(held, list) else list(held.items()):
+            held[key] = _following(each, memo, own)
         return value
-    memo[id(value)] = value
-    found = _copy_of(vars(value), memo)
-    if found is not vars(value):
-        memo[id(value)] = object.__new__(type(value))
-        vars(memo[id(value)]).update(found)
-    return memo[id(value)]
+    return tuple(_following(each, memo, own) for each in value) if type(value) is tuple else _copy_of(value, memo)
 
 
-def _held(cell: types.CellType) -> Any:
-    try:
-        return cell.cell_contents
-    except ValueError:  # empty yet
-        return None
+def _is_record(value: Any) -> bool:
+    """An object with attributes: no class, module, tensor or function."""
+    others = (type, nn.Module, types.ModuleType, torch.Tensor, types.FunctionType, types.MethodType, functools.partial)
+    return hasattr(value, "__dict__") and not isinstance(value, others)
+
+
+# ---- what a function holds --------------------------------------------------------------------------------------------
 
 
 def _copy_of(value: Any, memo: dict[int, Any]) -> Any:
     """``value`` with copies in the place of what was copied; itself if it holds nothing that was."""
     if id(value) in memo:
         return memo[id(value)]
+    if not _reaches(value, memo, set()):
+        return value
+    if type(value) in _WEAK:
+        return (weakref.ref if isinstance(value, weakref.ref) else weakref.proxy)(_copy_of(_target(value), memo))
     if isinstance(value, types.FunctionType):
-        return _closed_over_copies(value, memo)
+        return _copied_function(value, memo)
     if isinstance(value, types.MethodType):
-        function, owner = _copy_of(value.__func__, memo), _copy_of(value.__self__, memo)
-        return value if function is value.__func__ and owner is value.__self__ else types.MethodType(function, owner)
+        return types.MethodType(_copy_of(value.__func__, memo), _copy_of(value.__self__, memo))
     if isinstance(value, functools.partial):
-        parts = value.func, value.args, value.keywords
-        made = [_copy_of(each, memo) for each in parts]
-        if all(a is b for a, b in zip(made, parts, strict=True)):
-            return value
-        return type(value)(made[0], *made[1], **made[2])
-    if type(value) not in (list, tuple, dict):
-        return _with_copies(value, memo) if callable(value) and hasattr(value, "__dict__") else value
-    memo[id(value)] = value  # one that holds itself
-    held = list(value.values()) if isinstance(value, dict) else value
-    found = [_copy_of(each, memo) for each in held]
-    if any(a is not b for a, b in zip(found, held, strict=True)):
-        memo[id(value)] = dict(zip(value, found, strict=True)) if isinstance(value, dict) else type(value)(found)
-    return memo[id(value)]
+        return type(value)(_copy_of(value.func, memo), *_copy_of(value.args, memo), **_copy_of(value.keywords, memo))
+    if isinstance(value, _CACHED):
+        return functools.lru_cache(**value.cache_parameters())(_copy_of(value.__wrapped__, memo))
+    if isinstance(value, (tuple, set, frozenset)):
+        found = [_copy_of(each, memo) for each in value]
+        return value._make(found) if hasattr(value, "_make") else type(value)(found)
+    if isinstance(value, (list, dict, collections.deque)):
+        made = memo[id(value)] = copy.copy(value)
+        for key, each in value.items() if isinstance(value, dict) else enumerate(value):
+            made[key] = _copy_of(each, memo)
+        return made
+    return _copied_object(value, memo)
+
+
+def _reaches(value: Any, memo: dict[int, Any], seen: set[int]) -> bool:
+    """``value`` is, or holds, something that was copied."""
+    if id(value) in memo:
+        return memo[id(value)] is not value
+    if id(value) in seen:
+        return False
+    seen.add(id(value))
+    return any(_reaches(each, memo, seen) for each in _held_by(value))
+
+
+def _held_by(value: Any) -> list[Any]:
+    """What a function holds, a container, or an object that can be called."""
+    if type(value) in _WEAK:  # which say that they are what they refer to
+        return [_target(value)]
+    if isinstance(value, types.FunctionType):
+        return [*map(_contents, value.__closure__ or ()), value.__defaults__, value.__kwdefaults__, value.__dict__]
+    if isinstance(value, types.MethodType):
+        return [value.__func__, value.__self__]
+    if isinstance(value, functools.partial):
+        return [value.func, value.args, value.keywords]
+    if isinstance(value, (list, tuple, set, frozenset, dict, collections.deque)):
+        held = value.values() if isinstance(value, dict) else value
+        return list(held) if len(value) <= _MANY else []
+    opened = callable(value) and hasattr(value, "__dict__") and not isinstance(value, (type, nn.Module))
+    return [vars(value)] if opened else []
+
+
+def _copied_function(function: types.FunctionType, memo: dict[int, Any]) -> types.FunctionType:
+    closure = []
+    for cell in function.__closure__ or ():
+        if id(cell) not in memo and _reaches(_contents(cell), memo, set()):
+            memo[id(cell)] = types.CellType()
+        closure.append(memo.get(id(cell), cell))
+    made = types.FunctionType(function.__code__, function.__globals__, function.__name__, None, tuple(closure) or None)
+    memo[id(function)] = made  # one may close over itself
+    for cell, other in zip(function.__closure__ or (), closure, strict=True):
+        if other is not cell and _contents(other) is None:
+            other.cell_contents = _copy_of(_contents(cell), memo)
+    made.__defaults__, made.__kwdefaults__ = _copy_of(function.__defaults__, memo), _copy_of(function.__kwdefaults__, memo)
+    made.__qualname__ = function.__qualname__
+    made.__dict__.update(_copy_of(function.__dict__, memo))
+    return made
+
+
+def _copied_object(value: Any, memo: dict[int, Any]) -> Any:
+    """One that can be called, its attributes with copies in the place of what was copied."""
+    try:
+        made = object.__new__(type(value))
+    except TypeError:  # of a class that is written in C
+        return value
+    memo[id(value)] = made
+    for cls in type(value).__mro__:
+        for name in vars(cls).get("__slots__", ()):
+            if name not in ("__dict__", "__weakref__") and hasattr(value, name):
+                object.__setattr__(made, name, getattr(value, name))
+    vars(made).update({name: _copy_of(each, memo) for name, each in vars(value).items()})
+    return made
+
+
+def _contents(cell: types.CellType) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:  # empty yet
+        return None
+
+
+def _target(reference: Any) -> Any:
+    """What a weak reference refers to."""
+    return reference() if isinstance(reference, weakref.ref) else reference.__repr__.__self__

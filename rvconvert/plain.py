@@ -73,6 +73,7 @@ def make_deterministic(model: nn.Module, methods: tuple[str, ...], latents: froz
     def deterministic(name: str) -> Any:
         original = getattr(cls, name)
 
+        @torch.compiler.disable  # which would trace past the mode, and draw
         @functools.wraps(original)
         def method(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
             with _MeanOfNoise(latents):

@@ -158,6 +158,15 @@ def test_a_compiled_activation_gives_what_an_eager_one_gives(kind, inplace):
     torch.testing.assert_close(torch.compile(moments, backend="eager")(*arguments), moments(*arguments))
 
 
+def test_a_deterministic_model_is_one_in_a_compiled_call_too():
+    model, x = model_and_data()
+    model(x)
+    plain = rvconvert.to_plain(model.eval(), latent="mean")
+    found, again = (torch.compile(plain, backend="eager")(x)[0] for _ in range(2))
+    assert torch.equal(found, again)
+    torch.testing.assert_close(found, plain(x)[0])
+
+
 def test_a_matrix_product_inside_a_model_compiles():
     class Product(VAE):
         def forward(self, x):

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import collections
 import copy
 import functools
 import types
+import warnings
 import weakref
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -235,6 +237,38 @@ class Called:
         return self.function(*args)
 
 
+class Slotted(Called):
+    __slots__ = ("times",)
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        super().__init__(function)
+        self.times = 1
+
+    def __call__(self, *args: Any) -> Any:
+        return self.times * self.function(*args)
+
+
+class Named(NamedTuple):
+    f: Callable[..., Any]
+
+
+def recursive(function: Callable[..., Any]) -> Callable[..., Any]:
+    def wrapped(x: Tensor, times: int = 1) -> Any:
+        return wrapped(x, times - 1) if times else function(x)
+
+    return wrapped
+
+
+def mutual(function: Callable[..., Any]) -> Callable[..., Any]:
+    def first(x: Tensor, times: int = 1) -> Any:
+        return second(x, times) if times else function(x)
+
+    def second(x: Tensor, times: int) -> Any:
+        return first(x, times - 1)
+
+    return first
+
+
 WRAPPERS: dict[str, Callable[[Any], Any]] = {
     "function": timed,
     "autocast": torch.autocast("cpu", torch.bfloat16, enabled=False),
@@ -244,6 +278,16 @@ WRAPPERS: dict[str, Callable[[Any], Any]] = {
     "a list": lambda f: (lambda held: lambda *args: held[0](*args))([f]),
     "a dict": lambda f: (lambda held: lambda *args: held["f"](*args))({"f": f}),
     "an object": lambda f: timed(Called(f)),
+    "an object with slots": lambda f: timed(Slotted(f)),
+    "a weak reference": lambda f: (lambda held, g: lambda *args: g(held(), *args))(weakref.ref(f.__self__), f.__func__),
+    "a weak proxy": lambda f: (lambda held, g: lambda *args: g(held, *args))(weakref.proxy(f.__self__), f.__func__),
+    "an ordered dict": lambda f: (lambda held: lambda *args: held["f"](*args))(collections.OrderedDict(f=f)),
+    "a named tuple": lambda f: (lambda held: lambda *args: held.f(*args))(Named(f)),
+    "a set": lambda f: (lambda held: lambda *args: next(iter(held))(*args))({f}),
+    "a queue": lambda f: (lambda held: lambda *args: held[0](*args))(collections.deque([f])),
+    "itself": lambda f: recursive(f),
+    "a function that holds it": lambda f: mutual(f),
+    "a cache": lambda f: functools.lru_cache(f),
 }
 SMALL = torch.rand(3, 12)
 
@@ -320,3 +364,52 @@ def test_models_of_one_class_and_their_copies_are_of_one_class() -> None:
     assert type(first) is type(second) is type(copy.deepcopy(first)) is not Methods
     stacked, _ = torch.func.stack_module_state([first, second])
     assert stacked["decoder.weight"].shape == (2, 12, 4)
+
+
+def test_functions_in_objects_that_a_module_keeps_follow_the_copy() -> None:
+    vae = Methods()
+    vae.kept = types.SimpleNamespace(decode=lambda z: vae.decoder(z))  # type: ignore[assignment]
+    vae.decode = lambda z: vae.kept.decode(z)  # type: ignore[method-assign, union-attr]
+    rv = rvconvert.convert(vae)
+    rv(SMALL).square().sum().backward()
+    assert rv.decoder.weight.grad is not None and vae.decoder.weight.grad is None
+
+
+def test_a_cycle_of_containers_ends() -> None:
+    vae = Methods()
+    held: list[Any] = [1]
+    held.append(held)
+    vae.held = held  # type: ignore[assignment]
+    assert rvconvert.convert(vae)(SMALL).shape == SMALL.shape
+
+
+def test_replicas_are_converted() -> None:
+    """As DataParallel makes them: an object of the class, by ``__new__``."""
+    rv = rvconvert.convert(Methods())
+    rv(SMALL)
+    replica = rv._replicate_for_data_parallel()
+    replica.encoder, replica.decoder = rv.encoder, rv.decoder
+    assert torch.equal(replica(SMALL), rv(SMALL))
+
+
+def test_a_class_that_another_library_has_put_in_the_place_of_the_converted_one_leads_back() -> None:
+    rv = rvconvert.convert(Methods())
+    expected = rv(SMALL)
+    rv.__class__ = type("Sharded", (type(rv),), {})
+    assert torch.equal(rv(SMALL), expected)
+    plain = rvconvert.to_plain(rv, latent="mean")
+    torch.testing.assert_close(plain(SMALL), expected)
+
+
+def test_a_method_of_what_the_model_is_a_part_of_is_no_adapter() -> None:
+    class Lit(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.vae = Methods()
+            self.vae.log = self.log  # type: ignore[assignment]
+
+        def log(self, value: Any) -> None: ...
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        rvconvert.convert(Lit().vae)

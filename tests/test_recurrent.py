@@ -151,3 +151,22 @@ def test_a_cell_follows_its_weights_and_its_input():
         cell.weight_hh.mul_(2)
     torch.testing.assert_close(cell(x, h).var, cell(x, fresh).var)
     assert not torch.equal(cell(x, h).var, out.var)
+
+
+@named("kind", [nn.GRUCell, nn.LSTMCell])
+def test_a_cell_s_steps_may_be_made_again_for_the_gradients(kind):
+    torch.manual_seed(0)
+    cell, x, h = kind(3, 4), rvconvert.RandomVariable(*torch.rand(2, 5, 3)), torch.rand(2, 5, 4)
+    h = rvconvert.RandomVariable(*h)
+
+    def steps():
+        state = cell(x, (h, h) if kind is nn.LSTMCell else h)
+        state = cell(x, state)
+        state = state[0] if kind is nn.LSTMCell else state
+        return state.mean.square().sum() + state.var.sum()
+
+    expected, found = (
+        torch.autograd.grad(loss, tuple(cell.parameters()))
+        for loss in (steps(), torch.utils.checkpoint.checkpoint(steps, use_reentrant=False))
+    )
+    torch.testing.assert_close(found, expected)

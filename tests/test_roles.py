@@ -3298,3 +3298,88 @@ def test_tokens_that_are_embedded_row_by_row(rows: str) -> None:
     rv(x)
     var = strings.encoder(torch.stack([strings.tokens(row).mean(0) for row in ROWS[rows](x)])).chunk(2, 1)[1].exp()
     assert float(rv.last_penalty) == pytest.approx(penalty_of_linear(strings.decoder, var), rel=1e-4)
+
+
+ERRORS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "squared": lambda y, x: ((y - x) ** 2).sum(1).mean(),
+    "mse_loss": lambda y, x: F.mse_loss(y, x),
+    "without reduction": lambda y, x: F.mse_loss(y, x, reduction="none").sum(1).mean(),
+    "Bernoulli": lambda y, x: -(x * y.sigmoid().log() + (1 - x) * (1 - y.sigmoid()).log()).sum(1).mean(),
+}
+
+
+@pytest.mark.parametrize("error", ERRORS)
+def test_a_batch_that_is_put_on_the_model_beforehand_is_an_input(error: str) -> None:
+    class Set(VAE):
+        def set_input(self, x: Tensor) -> None:
+            self.x = x
+
+        def compute_loss(self) -> Tensor:
+            mu, logvar = self.encoder(self.x).chunk(2, 1)
+            y = self.decoder(mu + torch.randn_like(mu) * (0.5 * logvar).exp())
+            return ERRORS[error](y, self.x) - 0.5 * (1 + logvar - mu**2 - logvar.exp()).sum(1).mean()
+
+    class Given(Set):
+        def forward(self, x: Tensor) -> Tensor:
+            self.x = x
+            return self.compute_loss()
+
+    rv, other = rvconvert.convert(Set(None, False), methods=("compute_loss",)), rvconvert.convert(Given(None, False))  # type: ignore[arg-type]
+    for n in (8, 8, 5):
+        x = torch.rand(n, 12)
+        rv.set_input(x)
+        torch.testing.assert_close(rv.compute_loss(), other(x))
+        torch.testing.assert_close(rv.last_penalty, other.last_penalty)
+        assert rv.last_penalty > 0
+
+
+HEADS_BESIDE: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {
+    "several draws and their weights": ((3, 8, 4), (3,)),
+    "a larger picture and classes": ((1, 16, 16), (10,)),
+    "a longer future and its kind": ((12, 2), (3,)),
+}
+
+
+@pytest.mark.parametrize("name", HEADS_BESIDE)
+def test_a_head_beside_a_reconstruction_that_is_as_no_input(name: str) -> None:
+    shape, head = HEADS_BESIDE[name]
+
+    class Two(VAE):
+        def __init__(self) -> None:
+            super().__init__(None, False)  # type: ignore[arg-type]
+            self.last, self.head = nn.Linear(4, math.prod(shape)), nn.Linear(4, math.prod(head))
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            mu, logvar = self.encoder(x).chunk(2, 1)
+            z = mu + torch.randn_like(mu) * (0.5 * logvar).exp()
+            return self.last(z).view(-1, *shape), self.head(z).view(-1, *head)
+
+    two, x = Two(), torch.rand(8, 12)
+    rv = rvconvert.convert(two)
+    rv(x)
+    var = two.encoder(x).chunk(2, 1)[1].exp()
+    assert float(rv.last_penalty) == pytest.approx(penalty_of_linear(two.last, var), rel=1e-4)
+
+
+@pytest.mark.parametrize("cut", [False, True])
+def test_a_reward_beside_means_and_variances_by_one_layer(cut: bool) -> None:
+    """Or beside a reconstruction that is cut from what one layer gives with it: then it is a part of that."""
+
+    class World(VAE):
+        def __init__(self) -> None:
+            super().__init__(None, False)  # type: ignore[arg-type]
+            self.last, self.reward = nn.Linear(4, 25 if cut else 24), nn.Linear(4, 1)
+
+        def forward(self, x: Tensor, r: Tensor) -> Tensor:
+            mu, logvar = self.encoder(x).chunk(2, 1)
+            z = mu + torch.randn_like(mu) * (0.5 * logvar).exp()
+            y = self.last(z)
+            m, v = y[:, :24].chunk(2, 1)
+            reward = y[:, 24:] if cut else self.reward(z)
+            return (0.5 * ((x - m) ** 2 * (-v).exp() + v)).mean() + F.mse_loss(reward, r)
+
+    world, x = World(), torch.rand(8, 12)
+    rv = rvconvert.convert(world)
+    rv(x, torch.rand(8, 1))
+    var = world.encoder(x).chunk(2, 1)[1].exp()
+    assert float(rv.last_penalty) == pytest.approx(penalty_of_linear(world.last, var), rel=1e-4)

@@ -158,7 +158,7 @@ class Recorder(TorchFunctionMode, Handler):
             for key in held.keys:
                 node = self.graph.call_function(operator.getitem, (node, key))
                 node.meta.update(where="", source="", module="", part=True)
-            node.meta["requires_grad"] = tensor.requires_grad
+            node.meta.update(requires_grad=tensor.requires_grad, shape=tuple(tensor.shape), dtype=tensor.dtype, held=True)
             if held.keys:
                 self.recording.entries[node] = tensor
             else:

@@ -173,8 +173,12 @@ class ReconstructedGraph(ScoredGraph):
         largest = max(map(size_of, read), default=0)
         labels = {n for n in leaves if n not in read and self.inputs_like(n) and size_of(n) < largest}
         kept = [n for n in leaves if n not in dropped and n not in labels]
-        least = min((size_of(n) for n in kept if n in fits), default=0)  # fewer numbers beside it are a score: logits of classes
-        return [n for n in kept if size_of(n) >= least]
+        # Fewer numbers beside it are a score, logits of classes; where none is as an input is, those in fewer dimensions.
+        sizes = [size_of(n) for n in kept if n in fits]
+        if sizes or not kept:
+            return [n for n in kept if size_of(n) >= min(sizes)]
+        first = max(kept, key=size_of)
+        return [n for n in kept if size_of(n) == size_of(first) or rank_of(n) >= rank_of(first)]
 
     def siblings(self, leaves: list[fx.Node]) -> set[fx.Node]:
         """Functions of each element of one reconstruction that leaves too, a residual and a probability: it is the one."""
@@ -244,7 +248,8 @@ class ReconstructedGraph(ScoredGraph):
 
     def heads(self, edges: list[Edge], leaves: list[fx.Node]) -> set[fx.Node]:
         """Of the values that meet inputs, those of fewer numbers than a reconstruction that meets others: logits, a reward."""
-        met = [(n, at) for n, _, at in edges if at is not None]
+        pieces = [(n, self.piece(n, at), at) for n, _, at in edges if at is not None]
+        met = [(piece, at) for _, piece, at in pieces]
         fitting = [(n, at) for n, at in met if self.fits_an_input(n)]
         parts = [(n, at) for n, at in met if self.fits_a_part(n, at)]
         # What is held against an input that no layer reads, a label or a reward, or a part of one, beside a larger one that is.
@@ -259,7 +264,14 @@ class ReconstructedGraph(ScoredGraph):
         else:  # beside a target that is joined of several inputs
             small = {n for n, at in met if size_of(n) < largest and not self.meets_what_is_read(at)} - {n for n, _ in parts}
         places = {at for _, at in (fitting if whole else held)}  # a term of it meets the input where it does
-        return (small - {n for n, at in met if at in places}) | targets | self.heads_of_steps(edges)
+        found = (small - {n for n, at in met if at in places}) | targets
+        others = {n for n, piece, _ in pieces if piece not in found}  # some of whose pieces are a reconstruction's
+        return {n for n, *_ in pieces if n not in others} | self.heads_of_steps(edges)
+
+    def piece(self, node: fx.Node, at: fx.Node) -> fx.Node:
+        """What is cut from a value and meets an input ``at`` a place: of means and variances by one layer, the means."""
+        cut = [n for n in at.all_input_nodes if n in self.random and size_of(n) < size_of(node) and self.same(node, n)]
+        return cut[0] if len(cut) == 1 and not self.fits_an_input(node) else node
 
     def heads_of_steps(self, edges: list[Edge]) -> set[fx.Node]:
         """The same where inputs are met step by step, ``x[:, t]``: the head's target is an input of its own, as a reward is."""

@@ -55,6 +55,10 @@ class RecordedGraph:
         self.given = set(recording.random_inputs)
         self.random: set[fx.Node] | frozenset[fx.Node] = recording.depends  # less of them once latents are known
         self.placeholders = [n for n in self.nodes if n.op == "placeholder" and "number" not in n.meta]
+        if not any(
+            "shape" in n.meta for n in self.placeholders
+        ):  # the batch was put on the model beforehand, as set_input(x) does
+            self.placeholders = [n for n in self.nodes if n.meta.get("held") and rank_of(n) >= 2]
         self.inputs = [n for n in self.placeholders if n not in self.given]
         self.outputs = list(recording.output.all_input_nodes)
         given: tuple[object, ...] = recording.output.args[0]  # type: ignore[assignment]
@@ -78,7 +82,7 @@ class RecordedGraph:
         sources = node.all_input_nodes
         if "number" in node.meta:
             return
-        if node.op == "placeholder":
+        if node in self.placeholders:
             if node not in self.given:
                 self.raw.add(node)
             self.conditioned.add(node)

@@ -229,7 +229,8 @@ class _Once(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        step, given, gave = ctx.step, ctx.saved_tensors[: ctx.given], _pairs(ctx.saved_tensors[ctx.given :])
+        step, saved = ctx.step, ctx.saved_tensors
+        given, gave = saved[: ctx.given], _pairs(saved[ctx.given :])
         gates, of_h, *state = _pairs(given)
         if torch.is_grad_enabled():  # for a graph of the backward pass (create_graph=True)
 
@@ -238,9 +239,9 @@ class _Once(torch.autograd.Function):
                 return [x for pair in step.forward(gates, of_h, tuple(state))[0] for x in pair]
 
             return None, *gradients_with_graph(composed, given, grads)
-        _, saved = step.forward(gates, of_h, tuple(state), *gave)
-        partials = [read(*took) for read, took in zip((sigmoid_partials, tanh_partials), saved, strict=False)]
-        of_x, by_h, before = step.backward(saved, partials, _pairs(grads))
+        _, pairs = step.forward(gates, of_h, tuple(state), *gave)
+        partials = [read(*took) for read, took in zip((sigmoid_partials, tanh_partials), pairs, strict=False)]
+        of_x, by_h, before = step.backward(pairs, partials, _pairs(grads))
         by_state = (x for pair in before for x in ((None, None) if pair is None else pair))
         return None, *of_x, *by_h, *by_state
 
