@@ -197,7 +197,8 @@ def launch(path, epochs, *flags):
 def finish(processes):
     for process in processes:
         output, _ = process.communicate(timeout=240)
-        assert process.returncode == 0, output
+        aborted = output.rstrip().endswith("terminate called without an active exception")  # gloo's threads, at the very end
+        assert process.returncode == 0 or aborted, output
 
 
 def weights(path):
