@@ -135,6 +135,6 @@ def _level() -> int:
     """The ``stacklevel`` at which a warning shows the line of the user's own code that is under way."""
     frame: types.FrameType | None = sys._getframe(1)
     level = 1
-    while frame is not None and is_internal(frame):
+    while frame is not None and is_internal(frame) and frame.f_globals.get("__name__") != "__main__":
         frame, level = frame.f_back, level + 1
     return level if frame is not None else 2

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 __all__ = ["bound_modules", "copied", "copied_state", "redirected"]
 
 _DEPTH = 6  # how far down configurations are looked at
+_NOTHING = object()  # by whose id a memo has what holds nothing that was copied
 _WEAK = (weakref.ReferenceType, weakref.ProxyType, weakref.CallableProxyType)
 _CACHED = type(functools.cache(len))
 _MANY = 256  # entries of a container that a function holds, beyond which it is data
@@ -93,10 +94,10 @@ def _follow(original: nn.Module, made: nn.Module, memo: dict[int, Any]) -> None:
         redirected(module, memo, own)
 
 
-def redirected(module: nn.Module, memo: dict[int, Any], own: Collection[int] = ()) -> None:
+def redirected(module: nn.Module, memo: dict[int, Any], own: Collection[int] | None = None) -> None:
     """Let the functions on a module itself close over what ``memo`` has in the place of what they close over.
 
-    So do those of objects that it keeps whose id is in ``own``, changed in place.
+    So do those of containers and objects that it keeps: changed in place if their id is in ``own``, where that is given.
     """
     state = vars(module)
     for name, value in state.items():
@@ -118,14 +119,17 @@ def bound_modules(model: nn.Module) -> Iterator[nn.Module]:
                     todo += held
 
 
-def _following(value: Any, memo: dict[int, Any], own: Collection[int]) -> Any:
-    if isinstance(value, (list, dict)) or (id(value) in own and _is_record(value)):  # hooks too
+def _following(value: Any, memo: dict[int, Any], own: Collection[int] | None) -> Any:
+    opened = isinstance(value, (list, dict)) or (own is not None and _is_record(value))  # hooks too
+    if opened and (own is None or id(value) in own):
         held = value if isinstance(value, (list, dict)) else vars(value)
         if id(held) in memo:
             return value
         memo[id(held)] = held
         for key, each in enumerate(held) if isinstance(held, list) else list(held.items()):
-            held[key] = _following(each, memo, own)
+            made = _following(each, memo, own)
+            if made is not each:  # a container may count what is put into it
+                held[key] = made
         return value
     return tuple(_following(each, memo, own) for each in value) if type(value) is tuple else _copy_of(value, memo)
 
@@ -143,7 +147,9 @@ def _copy_of(value: Any, memo: dict[int, Any]) -> Any:
     """``value`` with copies in the place of what was copied; itself if it holds nothing that was."""
     if id(value) in memo:
         return memo[id(value)]
-    if not _reaches(value, memo, set()):
+    seen: dict[int, Any] = {}
+    if not _reaches(value, memo, seen):
+        memo.setdefault(id(_NOTHING), {}).update(seen)
         return value
     if type(value) in _WEAK:
         return (weakref.ref if isinstance(value, weakref.ref) else weakref.proxy)(_copy_of(_target(value), memo))
@@ -155,9 +161,10 @@ def _copy_of(value: Any, memo: dict[int, Any]) -> Any:
         return type(value)(_copy_of(value.func, memo), *_copy_of(value.args, memo), **_copy_of(value.keywords, memo))
     if isinstance(value, _CACHED):
         return functools.lru_cache(**value.cache_parameters())(_copy_of(value.__wrapped__, memo))
-    if isinstance(value, (tuple, set, frozenset)):
-        found = [_copy_of(each, memo) for each in value]
-        return value._make(found) if hasattr(value, "_make") else type(value)(found)
+    if type(value) in (tuple, set, frozenset):
+        return type(value)(_copy_of(each, memo) for each in value)
+    if _is_named(value):
+        return value._make(_copy_of(each, memo) for each in value)
     if isinstance(value, (list, dict, collections.deque)):
         made = memo[id(value)] = copy.copy(value)
         for key, each in value.items() if isinstance(value, dict) else enumerate(value):
@@ -166,13 +173,13 @@ def _copy_of(value: Any, memo: dict[int, Any]) -> Any:
     return _copied_object(value, memo)
 
 
-def _reaches(value: Any, memo: dict[int, Any], seen: set[int]) -> bool:
+def _reaches(value: Any, memo: dict[int, Any], seen: dict[int, Any]) -> bool:
     """``value`` is, or holds, something that was copied."""
     if id(value) in memo:
         return memo[id(value)] is not value
-    if id(value) in seen:
+    if id(value) in seen or id(value) in memo.get(id(_NOTHING), ()):
         return False
-    seen.add(id(value))
+    seen[id(value)] = value
     return any(_reaches(each, memo, seen) for each in _held_by(value))
 
 
@@ -186,9 +193,9 @@ def _held_by(value: Any) -> list[Any]:
         return [value.__func__, value.__self__]
     if isinstance(value, functools.partial):
         return [value.func, value.args, value.keywords]
-    if isinstance(value, (list, tuple, set, frozenset, dict, collections.deque)):
-        held = value.values() if isinstance(value, dict) else value
-        return list(held) if len(value) <= _MANY else []
+    if isinstance(value, (list, set, frozenset, dict, collections.deque)) or type(value) is tuple or _is_named(value):
+        held = list(value.values() if isinstance(value, dict) else value)
+        return held if len(held) <= _MANY or isinstance(held[0], (torch.Tensor, nn.Module)) else []
     opened = callable(value) and hasattr(value, "__dict__") and not isinstance(value, (type, nn.Module))
     return [vars(value)] if opened else []
 
@@ -196,7 +203,7 @@ def _held_by(value: Any) -> list[Any]:
 def _copied_function(function: types.FunctionType, memo: dict[int, Any]) -> types.FunctionType:
     closure = []
     for cell in function.__closure__ or ():
-        if id(cell) not in memo and _reaches(_contents(cell), memo, set()):
+        if id(cell) not in memo and _reaches(_contents(cell), memo, {}):
             memo[id(cell)] = types.CellType()
         closure.append(memo.get(id(cell), cell))
     made = types.FunctionType(function.__code__, function.__globals__, function.__name__, None, tuple(closure) or None)
@@ -218,11 +225,19 @@ def _copied_object(value: Any, memo: dict[int, Any]) -> Any:
         return value
     memo[id(value)] = made
     for cls in type(value).__mro__:
-        for name in vars(cls).get("__slots__", ()):
+        slots = vars(cls).get("__slots__", ())
+        for name in (slots,) if isinstance(slots, str) else slots:
+            if name[:2] == "__" and name[-2:] != "__":
+                name = f"_{cls.__name__.lstrip('_')}{name}"  # as Python has it
             if name not in ("__dict__", "__weakref__") and hasattr(value, name):
                 object.__setattr__(made, name, getattr(value, name))
     vars(made).update({name: _copy_of(each, memo) for name, each in vars(value).items()})
     return made
+
+
+def _is_named(value: Any) -> bool:
+    """A named tuple."""
+    return isinstance(value, tuple) and hasattr(type(value), "_make")
 
 
 def _contents(cell: types.CellType) -> Any:

@@ -413,3 +413,42 @@ def test_a_method_of_what_the_model_is_a_part_of_is_no_adapter() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         rvconvert.convert(Lit().vae)
+
+
+def test_what_a_copy_shares_with_its_model_is_left_as_it_is() -> None:
+    class Shared(dict[str, Any]):
+        def __deepcopy__(self, memo: Any) -> Any:
+            return self
+
+    vae = Methods()
+    function = lambda z: vae.decoder(z)  # noqa: E731
+    vae.registry = Shared(f=function)  # type: ignore[assignment]
+    rvconvert.convert(vae)
+    assert vae.registry["f"] is function  # type: ignore[index]
+
+
+def test_a_container_that_counts_what_is_put_into_it_counts_nothing_more() -> None:
+    class Meter(dict[str, float]):
+        total = 0
+
+        def __setitem__(self, key: str, value: float) -> None:
+            type(self).total += 1
+            super().__setitem__(key, value)
+
+    vae = Methods()
+    vae.meter = Meter()  # type: ignore[assignment]
+    vae.meter["loss"] = 1.0  # type: ignore[index]
+    copy.deepcopy(vae)
+    by_deepcopy, Meter.total = Meter.total - 1, 0
+    rvconvert.convert(vae)
+    assert Meter.total == by_deepcopy
+
+
+def test_a_hook_over_many_parameters_follows_the_copy() -> None:
+    vae = Methods()
+    vae.many = nn.ParameterList(nn.Parameter(torch.ones(())) for _ in range(300))
+    held = list(vae.many.parameters())
+    vae.decoder.register_forward_hook(lambda module, args, y: y * held[-1])
+    rv = rvconvert.convert(vae)
+    rv(SMALL).square().sum().backward()
+    assert rv.many[-1].grad is not None and vae.many[-1].grad is None  # type: ignore[union-attr, index]

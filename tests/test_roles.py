@@ -3333,32 +3333,45 @@ def test_a_batch_that_is_put_on_the_model_beforehand_is_an_input(error: str) -> 
         assert rv.last_penalty > 0
 
 
-HEADS_BESIDE: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {
-    "several draws and their weights": ((3, 8, 4), (3,)),
-    "a larger picture and classes": ((1, 16, 16), (10,)),
-    "a longer future and its kind": ((12, 2), (3,)),
-}
-
-
-@pytest.mark.parametrize("name", HEADS_BESIDE)
-def test_a_head_beside_a_reconstruction_that_is_as_no_input(name: str) -> None:
-    shape, head = HEADS_BESIDE[name]
-
-    class Two(VAE):
+def test_a_prior_that_is_kept_on_the_model_is_no_batch() -> None:
+    class Prior(VAE):
         def __init__(self) -> None:
             super().__init__(None, False)  # type: ignore[arg-type]
-            self.last, self.head = nn.Linear(4, math.prod(shape)), nn.Linear(4, math.prod(head))
+            self.prior_mean, self.prior_std = torch.zeros(1, 4), torch.ones(1, 4)
 
-        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        def forward(self, x: Tensor) -> Tensor:
             mu, logvar = self.encoder(x).chunk(2, 1)
-            z = mu + torch.randn_like(mu) * (0.5 * logvar).exp()
-            return self.last(z).view(-1, *shape), self.head(z).view(-1, *head)
+            return self.decoder(mu + torch.randn_like(mu) * (0.5 * logvar).exp())
 
-    two, x = Two(), torch.rand(8, 12)
-    rv = rvconvert.convert(two)
-    rv(x)
-    var = two.encoder(x).chunk(2, 1)[1].exp()
-    assert float(rv.last_penalty) == pytest.approx(penalty_of_linear(two.last, var), rel=1e-4)
+        def sample(self, n: int) -> Tensor:
+            return self.decoder(self.prior_mean + self.prior_std * torch.randn(n, 4))
+
+    rv = rvconvert.convert(Prior(), methods=("forward", "sample"))
+    rv(torch.rand(8, 12))
+    with pytest.raises(ConversionError, match="no latent"):
+        rv.sample(16)
+
+
+@pytest.mark.parametrize("function", [torch.log1p, torch.tanh, lambda a: (a > 0.5).float()], ids=["log1p", "tanh", "threshold"])
+def test_a_modality_whose_target_is_made_of_an_input_by_a_function_has_its_penalty(function: Callable[[Tensor], Tensor]) -> None:
+    """Counts are decoded as their logarithms, beside a larger picture that is decoded as it came."""
+
+    class Both(VAE):
+        def __init__(self) -> None:
+            super().__init__(None, False)  # type: ignore[arg-type]
+            self.joint, self.counts = nn.Linear(18, 8), nn.Linear(4, 6)
+
+        def forward(self, x: Tensor, counts: Tensor) -> Tensor:
+            mu, logvar = self.joint(torch.cat([x, counts], 1)).chunk(2, 1)
+            z = mu + torch.randn_like(mu) * (0.5 * logvar).exp()
+            return F.mse_loss(self.decoder(z), x) + F.mse_loss(self.counts(z), function(counts))
+
+    both, x, counts = Both(), torch.rand(8, 12), torch.rand(8, 6)
+    rv = rvconvert.convert(both)
+    rv(x, counts)
+    var = both.joint(torch.cat([x, counts], 1)).chunk(2, 1)[1].exp()
+    expected = penalty_of_linear(both.decoder, var) + penalty_of_linear(both.counts, var)
+    assert float(rv.last_penalty) == pytest.approx(expected, rel=1e-4)
 
 
 @pytest.mark.parametrize("cut", [False, True])

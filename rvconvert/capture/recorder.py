@@ -616,6 +616,8 @@ class Recorder(TorchFunctionMode, Handler):
         finally:
             functions, self.leaf = self.leaf, None
         mutated = [x for x, v in zip(mutable, versions, strict=True) if _version(x) != v]
+        if _is_sharded(module) and any(DRAWS.get(function) for function in functions):
+            raise TracingError(f"{path} is sharded by itself and draws: draw outside of it, or shard the whole model alone")
         self.stack.append(path)
         rule = self.registry.find_module(type(module))
         opaque = isinstance(module, torch.jit.ScriptModule) or (rule is not None and rule.body is not None)
@@ -640,7 +642,7 @@ class Recorder(TorchFunctionMode, Handler):
         """True for torch's own layers, scripted modules, sharded ones, and modules whose class has a rule."""
         if isinstance(module, torch.jit.ScriptModule):
             return True
-        if any(cls.__name__ == "FSDPModule" for cls in type(module).__mro__):  # whose hooks give it other parameters within
+        if _is_sharded(module):
             return True
         if "forward" in module.__dict__ or isinstance(module, _CONTAINERS):
             return False
@@ -797,6 +799,11 @@ def _tensors(*values: Any) -> list[torch.Tensor]:
         elif isinstance(value, dict):
             found += _tensors(*value.values())
     return found
+
+
+def _is_sharded(module: nn.Module) -> bool:
+    """A unit of FSDP2, whose hooks give it other parameters within its call."""
+    return any(cls.__name__ == "FSDPModule" for cls in type(module).__mro__)
 
 
 def _version(tensor: torch.Tensor) -> int:

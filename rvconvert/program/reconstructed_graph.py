@@ -173,12 +173,8 @@ class ReconstructedGraph(ScoredGraph):
         largest = max(map(size_of, read), default=0)
         labels = {n for n in leaves if n not in read and self.inputs_like(n) and size_of(n) < largest}
         kept = [n for n in leaves if n not in dropped and n not in labels]
-        # Fewer numbers beside it are a score, logits of classes; where none is as an input is, those in fewer dimensions.
-        sizes = [size_of(n) for n in kept if n in fits]
-        if sizes or not kept:
-            return [n for n in kept if size_of(n) >= min(sizes)]
-        first = max(kept, key=size_of)
-        return [n for n in kept if size_of(n) == size_of(first) or rank_of(n) >= rank_of(first)]
+        least = min((size_of(n) for n in kept if n in fits), default=0)  # fewer numbers beside it are a score: logits of classes
+        return [n for n in kept if size_of(n) >= least]
 
     def siblings(self, leaves: list[fx.Node]) -> set[fx.Node]:
         """Functions of each element of one reconstruction that leaves too, a residual and a probability: it is the one."""
@@ -279,6 +275,7 @@ class ReconstructedGraph(ScoredGraph):
         least = min((size_of(n) for n, _ in of_steps), default=0)
         reconstructed = {given for _, at in of_steps for given in self.inputs_met(at)}
         small = [(n, at) for n, _, at in edges if at is not None and size_of(n) < least]
+        small = [(n, at) for n, at in small if not (self.fits_an_input(n) and self.meets_what_is_read(at))]
         return {n for n, at in small if not reconstructed & self.inputs_met(at)}
 
     def fits_a_step(self, node: fx.Node, at: fx.Node) -> bool:

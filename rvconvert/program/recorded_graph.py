@@ -55,10 +55,6 @@ class RecordedGraph:
         self.given = set(recording.random_inputs)
         self.random: set[fx.Node] | frozenset[fx.Node] = recording.depends  # less of them once latents are known
         self.placeholders = [n for n in self.nodes if n.op == "placeholder" and "number" not in n.meta]
-        if not any(
-            "shape" in n.meta for n in self.placeholders
-        ):  # the batch was put on the model beforehand, as set_input(x) does
-            self.placeholders = [n for n in self.nodes if n.meta.get("held") and rank_of(n) >= 2]
         self.inputs = [n for n in self.placeholders if n not in self.given]
         self.outputs = list(recording.output.all_input_nodes)
         given: tuple[object, ...] = recording.output.args[0]  # type: ignore[assignment]
@@ -73,10 +69,22 @@ class RecordedGraph:
         self.by_products = False  # products with what is given, or of two latents, and warps decode: where nothing else does
         for node in self.nodes:
             self._describe(node)
+        if not any("shape" in n.meta for n in self.placeholders) and (batch := self._put_on_the_model()):
+            self.placeholders = self.inputs = batch
+            for described in (self.raw, self.conditioned, self.learned, self.weights):
+                described.clear()
+            for node in self.nodes:
+                self._describe(node)
         self.reference = self._modules_applied_to_inputs()
         self.filters = self._filters()
 
     # --- what a node is ----------------------------------------------------------------------------
+
+    def _put_on_the_model(self) -> list[fx.Node]:
+        """Tensors that a model keeps as attributes and an encoder's layers read: a batch, as ``set_input(x)`` puts it there."""
+        held = [n for n in self.nodes if n.meta.get("held") and rank_of(n) >= 2]
+        plain = {n: self.forward_of((n,), stop=lambda each: each in self.recording.depends) for n in held}
+        return [n for n in held if any(self.has_weights(each) for each in plain[n])]
 
     def _describe(self, node: fx.Node) -> None:
         sources = node.all_input_nodes
