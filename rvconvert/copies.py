@@ -6,6 +6,7 @@ import collections
 import copy
 import functools
 import types
+import warnings
 import weakref
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 __all__ = ["bound_modules", "copied", "copied_state", "redirected"]
 
 _DEPTH = 6  # how far down configurations are looked at
+_HOLDERS = object()  # by whose id a memo has the classes of objects that a function holds and that hold what was copied
 _NOTHING = object()  # by whose id a memo has what holds nothing that was copied
 _WEAK = (weakref.ReferenceType, weakref.ProxyType, weakref.CallableProxyType)
 _CACHED = type(functools.cache(len))
@@ -30,6 +32,12 @@ def copied(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
     """A deepcopy of ``module``, sharing nothing but what ``memo`` holds."""
     made = copy.deepcopy(module, _detached(module, memo))
     _follow(module, made, memo)
+    if names := sorted(memo.get(id(_HOLDERS), ())):
+        warnings.warn(
+            f"functions on {type(module).__name__} hold an object of {', '.join(names)}, which holds layers of the model: those "
+            "of the copy compute with the original's weights. Let them hold the layers, or convert(model, inplace=True)",
+            stacklevel=3,
+        )
     return made
 
 
@@ -180,7 +188,17 @@ def _reaches(value: Any, memo: dict[int, Any], seen: dict[int, Any]) -> bool:
     if id(value) in seen or id(value) in memo.get(id(_NOTHING), ()):
         return False
     seen[id(value)] = value
+    if _is_record(value) and not callable(value) and any(_is_copied(each, memo) for each in vars(value).values()):
+        memo.setdefault(id(_HOLDERS), set()).add(type(value).__name__)
     return any(_reaches(each, memo, seen) for each in _held_by(value))
+
+
+def _is_copied(value: Any, memo: dict[int, Any]) -> bool:
+    """A parameter, or a module of parameters, of which the copy has others."""
+    if not isinstance(value, (nn.Parameter, nn.Module)):
+        return False
+    parameters = value.parameters() if isinstance(value, nn.Module) else (value,)
+    return any(memo.get(id(p), p) is not p for p in parameters)
 
 
 def _held_by(value: Any) -> list[Any]:

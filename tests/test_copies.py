@@ -452,3 +452,20 @@ def test_a_hook_over_many_parameters_follows_the_copy() -> None:
     rv = rvconvert.convert(vae)
     rv(SMALL).square().sum().backward()
     assert rv.many[-1].grad is not None and vae.many[-1].grad is None  # type: ignore[union-attr, index]
+
+
+def test_an_object_that_a_function_holds_is_not_followed_which_is_said() -> None:
+    class Scaled:
+        def __init__(self, layer: nn.Module) -> None:
+            self.layer, self.run = layer, layer.forward
+
+    vae = Methods()
+    scaled = Scaled(vae.decoder)
+    vae.decoder.forward = lambda z: 2 * scaled.run(z)  # type: ignore[method-assign]
+    with pytest.warns(UserWarning, match="hold an object of Scaled, which holds layers"):
+        rvconvert.convert(vae)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        rv = rvconvert.convert(vae, inplace=True)
+    rv(SMALL).square().sum().backward()
+    assert vae.decoder.weight.grad is not None and rv.decoder.weight is vae.decoder.weight
