@@ -67,8 +67,7 @@ def convert(
     _check_methods(module, options)
     memo: dict[int, Any] = {}
     if inplace:
-        own: list[nn.Module] = [module, *bound_modules(module)]
-        memo = {id(t): t for each in own for t in (*each.parameters(), *each.buffers())}
+        memo = _shared(module)
     else:
         _warn_of_adapters(module)
     model = convert_copy(copied(module, memo), options)
@@ -97,8 +96,7 @@ def plan(
     _check_module(module)
     options = Options.of(options, changes)
     _check_methods(module, options)
-    shared = {id(t): t for t in (*module.parameters(), *module.buffers())}
-    model = convert_copy(copied(module, shared), options)
+    model = convert_copy(copied(module, _shared(module)), options)
     conversion = conversion_of(model)
     reports = []
     for name in options.methods:
@@ -127,6 +125,12 @@ def _check_module(module: Any) -> None:
         raise ConversionError("a compiled model has no code of its own; convert first: torch.compile(rvconvert.convert(model))")
     if is_converted(module):
         raise ConversionError("this model is converted already; rvconvert.to_plain(model) gives the plain one back")
+
+
+def _shared(module: nn.Module) -> dict[int, Any]:
+    """For a copy that has the model's own parameters and buffers, and those of adapters beside it."""
+    own: list[nn.Module] = [module, *bound_modules(module)]
+    return {id(t): t for each in own for t in (*each.parameters(), *each.buffers())}
 
 
 def _warn_of_adapters(module: nn.Module) -> None:

@@ -234,12 +234,9 @@ def measure(
     ):
         # Paths have a generator of their own: what is drawn and is no latent, a mask, is the same in each phase.
         sampled = dataclasses.replace(own, covariance="sampled", pairs=pairs, seed=seed)
-        phases = {"truth": sampled, "independent": own, "fit": own}
-        if gains.mode != "evaluation":
-            del phases["independent"]
-        for phase, settings in phases.items():
+        for phase in ("truth", "independent", "fit") if gains.mode == "evaluation" else ("truth", "fit"):
             torch.manual_seed(seed)
-            conversion.settings = settings
+            conversion.settings = sampled if phase == "truth" else own
             gains.phase(phase)
             conversion.run(name, model, args, kwargs)
     conversion.last_penalty = last_penalty

@@ -93,6 +93,7 @@ def _has_no_copy(value: dict[Any, Any]) -> bool:
 def _follow(original: nn.Module, made: nn.Module, memo: dict[int, Any]) -> None:
     """Let the functions on a copy, ``lambda h: h * self.gain``, close over the copy, where deepcopy leaves the original."""
     own = {id(each) for each in memo.values()}
+    memo[id(_NOTHING)] = {}  # another model may have been copied since
     for path, module in made.named_modules():
         if isinstance(module, torch.jit.ScriptModule):  # whose parameters torch copies with a graph
             for name, parameter in original.get_submodule(path).named_parameters(recurse=False):
@@ -157,7 +158,7 @@ def _copy_of(value: Any, memo: dict[int, Any]) -> Any:
         return memo[id(value)]
     seen: dict[int, Any] = {}
     if not _reaches(value, memo, seen):
-        memo.setdefault(id(_NOTHING), {}).update(seen)
+        memo.setdefault(id(_NOTHING), {}).update(seen)  # each is looked through once
         return value
     if type(value) in _WEAK:
         return (weakref.ref if isinstance(value, weakref.ref) else weakref.proxy)(_copy_of(_target(value), memo))
@@ -214,21 +215,18 @@ def _held_by(value: Any) -> list[Any]:
     if isinstance(value, (list, set, frozenset, dict, collections.deque)) or type(value) is tuple or _is_named(value):
         held = list(value.values() if isinstance(value, dict) else value)
         return held if len(held) <= _MANY or isinstance(held[0], (torch.Tensor, nn.Module)) else []
-    opened = callable(value) and hasattr(value, "__dict__") and not isinstance(value, (type, nn.Module))
-    return [vars(value)] if opened else []
+    return [vars(value)] if callable(value) and _is_record(value) else []
 
 
 def _copied_function(function: types.FunctionType, memo: dict[int, Any]) -> types.FunctionType:
-    closure = []
-    for cell in function.__closure__ or ():
-        if id(cell) not in memo and _reaches(_contents(cell), memo, {}):
-            memo[id(cell)] = types.CellType()
-        closure.append(memo.get(id(cell), cell))
-    made = types.FunctionType(function.__code__, function.__globals__, function.__name__, None, tuple(closure) or None)
+    cells = function.__closure__ or ()
+    fresh = [cell for cell in cells if id(cell) not in memo and _reaches(_contents(cell), memo, {})]
+    memo.update({id(cell): types.CellType() for cell in fresh})  # of two functions that share one, the copies do
+    closure = tuple(memo.get(id(cell), cell) for cell in cells)
+    made = types.FunctionType(function.__code__, function.__globals__, function.__name__, None, closure or None)
     memo[id(function)] = made  # one may close over itself
-    for cell, other in zip(function.__closure__ or (), closure, strict=True):
-        if other is not cell and _contents(other) is None:
-            other.cell_contents = _copy_of(_contents(cell), memo)
+    for cell in fresh:
+        memo[id(cell)].cell_contents = _copy_of(_contents(cell), memo)
     made.__defaults__, made.__kwdefaults__ = _copy_of(function.__defaults__, memo), _copy_of(function.__kwdefaults__, memo)
     made.__qualname__ = function.__qualname__
     made.__dict__.update(_copy_of(function.__dict__, memo))

@@ -23,7 +23,7 @@ from rvconvert.core.random_variable import RandomVariable, Settings
 from rvconvert.core.tree import flatten
 from rvconvert.covariance.calibrated import calibrated, level_of
 from rvconvert.errors import ConversionError
-from rvconvert.examination import Examination
+from rvconvert.examination import Examination, Examined
 from rvconvert.program.gains import gain_keys
 from rvconvert.program.plan import node_row
 from rvconvert.rules.kinds import Elementwise, substitute, unique
@@ -34,7 +34,6 @@ if TYPE_CHECKING:
 
     from rvconvert.capture.recording import Recording
     from rvconvert.conversion import Conversion
-    from rvconvert.examination import Examined
     from rvconvert.options import Options
 
 __all__ = ["OutputVariances", "Verification", "VerifiedNode", "output_variances", "truth_ratio", "verify"]

@@ -189,11 +189,10 @@ def unrolled(step: Step, gates: Pair, weight: Tensor, bias: Tensor | None, state
     Returns:
         The outputs, (times, batch, width), and the state after the last step.
     """
-    flat = [x for pair in state for x in pair]
     if step.backward is None or gates.mean.dtype != torch.float32 or is_traced():
         outputs, states = _run(step, gates, weight, bias, state)
         return outputs, states[-1]
-    mean, var, *ends = _Unrolled.apply(step, *gates, weight, bias, *flat)
+    mean, var, *ends = _Unrolled.apply(step, *gates, weight, bias, *_flat(state))
     return Pair(mean, var), _pairs(ends)
 
 
@@ -201,7 +200,12 @@ def once(step: Step, gates: Pair, of_h: Pair, state: State) -> State:
     """The state after one step of a cell, of the gates of its input and of its hidden state."""
     if step.backward is None or not torch.is_grad_enabled() or gates.mean.dtype != torch.float32 or is_traced():
         return step.forward(gates, of_h, state)[0]
-    return _pairs(_Once.apply(step, *gates, *of_h, *(x for pair in state for x in pair)))
+    return _pairs(_Once.apply(step, *gates, *of_h, *_flat(state)))
+
+
+def _flat(state: Sequence[Pair]) -> list[Tensor]:
+    """The means and variances of a state, one after the other."""
+    return [x for pair in state for x in pair]
 
 
 def _pairs(flat: Sequence[Tensor]) -> State:
@@ -224,8 +228,8 @@ class _Once(torch.autograd.Function):
         gates, of_h, *state = _pairs(given)
         after, saved = step.forward(gates, of_h, tuple(state))
         ctx.step, ctx.given = step, len(given)
-        ctx.save_for_backward(*given, *(x for pair in saved[2:4] for x in pair))
-        return (*(x for pair in after for x in pair),)
+        ctx.save_for_backward(*given, *_flat(saved[2:4]))
+        return tuple(_flat(after))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
@@ -236,7 +240,7 @@ class _Once(torch.autograd.Function):
 
             def composed(*given: Tensor) -> list[Tensor]:
                 gates, of_h, *state = _pairs(given)
-                return [x for pair in step.forward(gates, of_h, tuple(state))[0] for x in pair]
+                return _flat(step.forward(gates, of_h, tuple(state))[0])
 
             return None, *gradients_with_graph(composed, given, grads)
         _, pairs = step.forward(gates, of_h, tuple(state), *gave)
@@ -255,7 +259,7 @@ class _Unrolled(torch.autograd.Function):
         others = [x for each in zip(*(state[1:] for state in states[:-1]), strict=True) for x in joined(each, torch.stack)]
         ctx.step, ctx.states = step, len(state)
         ctx.save_for_backward(mean, var, weight, bias, *state, *outputs, *others)
-        return *outputs, *(x.clone() for pair in states[-1] for x in pair)
+        return *outputs, *(x.clone() for x in _flat(states[-1]))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
@@ -265,7 +269,7 @@ class _Unrolled(torch.autograd.Function):
 
             def composed(mean: Tensor, var: Tensor, weight: Tensor, bias: Tensor | None, *start: Tensor) -> list[Tensor]:
                 again, states = _run(step, Pair(mean, var), weight, bias, _pairs(start))
-                return [*again, *(x for pair in states[-1] for x in pair)]
+                return [*again, *_flat(states[-1])]
 
             return None, *gradients_with_graph(composed, (mean, var, weight, bias, *rest[: ctx.states]), grads)
         before = Pair(*(torch.cat((h[None], x[:-1])) for h, x in zip(start[0], outputs, strict=True)))
@@ -288,4 +292,4 @@ class _Unrolled(torch.autograd.Function):
         hidden = Pair(*(x.flatten(0, 1) for x in before))
         by_weight = torch.addcmul(by_hidden.mean.t() @ hidden.mean, weight, by_hidden.var.t() @ hidden.var, value=2)
         by_bias = None if bias is None else by_hidden.mean.sum(0)
-        return None, *by_gates, by_weight, by_bias, *(x for pair in state for x in pair)
+        return None, *by_gates, by_weight, by_bias, *_flat(state)
