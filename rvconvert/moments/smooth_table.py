@@ -38,18 +38,18 @@ from rvconvert.moments.table import (
     Kernels,
     Partials,
     as_table,
+    curvatures,
     integrals,
     moments_at_corners,
     partials_at_corners,
     tabulated,
     tabulated_partials,
-    with_curvatures,
 )
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-_GRID = Grid(end=8, in_p=2048, in_q=320, spacing=24)  # of a function that turns
+_GRID = Grid(end=8, in_p=2688, in_q=320, spacing=24)  # of a function that turns
 _OF_RISING = _GRID._replace(in_p=4096)
 _OF_PARTIALS = _GRID._replace(in_q=160)
 _CHEBYSHEV = 33  # points of q where quadrature is done
@@ -120,9 +120,9 @@ class Smooth(Curve):
         else:
             spread = rest * root**2 / var + _MIX * gain**2
             logarithm = np.log2((spread if self.level is None else spread * (root / width) ** 2) + 1e-300)
-            moments = moments_at_corners(_GRID, _in_q(_GRID), logarithm, gain, first)
-            moments = with_curvatures(moments)
-            moments[1][:, [0, -1]] = self.slopes
+            numbers = moments_at_corners(_GRID, _in_q(_GRID), gain, first, logarithm)
+            moments = np.concatenate((numbers, curvatures(numbers[:2])))
+            moments[0][:, [0, -1]] = self.slopes
         far = 1 - _OF_PARTIALS.corners()[1]  # c/S
         falls, grows = (1 - far**2) / 2, (1 - far**2) * far / 2
         partials = partials_at_corners(_OF_PARTIALS, _in_q(_OF_PARTIALS), gain, rest + gain**2, falls, grows, 1 / width)[:4]
@@ -153,8 +153,11 @@ def _kernel(
     mean: Tensor, var: Tensor, table: Tensor, function: Function, width: float, level: float | None, bound: str
 ) -> tuple[Tensor, Tensor]:
     ratio, at, x, y = _place(mean, var, width)
-    read = _OF_RISING.bilinear if table.shape[1] == 2 else _GRID.third_order
-    logarithm, *gain, change = read(table, x, y)
+    gain = None
+    if table.shape[1] == 2:  # of a function that rises
+        logarithm, change = _OF_RISING.bilinear(table, x, y)
+    else:
+        gain, change, logarithm = _GRID.third_order(table, x, y)
     share = (var * ratio).mul_(ratio)  # c² times that of the text above
     spread = logarithm.exp2_()
     if level is None:
@@ -163,9 +166,9 @@ def _kernel(
         out = torch.addcmul(function(at), change, share, value=1 / width**2)
         out = out.add_(mean - at, alpha=level) if level else out
     out = _bounded(out, mean, function, bound)
-    if not gain:  # of a function that rises
+    if gain is None:
         return out, spread * (share if level == 0 else var)
-    gain2 = gain[0].mul_(gain[0])
+    gain2 = gain.mul_(gain)
     rest = (spread if level is None else spread.mul_(ratio).mul_(ratio)).sub_(gain2, alpha=_MIX)
     return out, gain2.addcmul_(share, rest, value=1 / width**2) * var
 

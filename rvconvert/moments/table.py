@@ -90,12 +90,14 @@ class Grid(NamedTuple):
         return torch.add(first, x, alpha=0), *rest
 
     def third_order(self, table: Tensor, x: Tensor, y: Tensor) -> Sequence[Tensor]:
-        """As ``read``, of a table that is ``with_curvatures``, to third order along p; x is used up. NaN of NaN."""
-        found = self.read(table, x, y)
-        n = len(found) // 2
+        """As ``read``, the first two numbers to third order along p by the last two, their ``curvatures``; x is used up.
+
+        NaN of NaN.
+        """
+        first, second, *rest, of_first, of_second = self.read(table, x, y)
         t = x.mul_(self.in_p // 2).frac_().abs_()  # from a corner, in cells
         share = t.addcmul_(t, t, value=-1)
-        return [a.addcmul_(share, b) for a, b in zip(found[:n], found[n:], strict=True)]
+        return first.addcmul_(share, of_first), second.addcmul_(share, of_second), *rest
 
 
 def _cell(x: Tensor, cells: int) -> tuple[Tensor, Tensor]:
@@ -146,11 +148,11 @@ def local(nodes: int, cells: int, by: float = 0.0) -> np.ndarray:
     return matrix
 
 
-def with_curvatures(values: np.ndarray) -> np.ndarray:
-    """Beside values what t (1 - t) is multiplied by, t the place in a cell along p; at the ends, beyond which no curve is, 0."""
+def curvatures(values: np.ndarray) -> np.ndarray:
+    """What t (1 - t) is multiplied by, t the place in a cell along p; at the ends, beyond which no curve is, 0."""
     made = np.zeros_like(values)
     made[..., 1:-1] = values[..., 1:-1] - (values[..., 2:] + values[..., :-2]) / 2
-    return np.concatenate((values, made))
+    return made
 
 
 def moments_at_corners(grid: Grid, in_q: np.ndarray, *values: np.ndarray) -> np.ndarray:
