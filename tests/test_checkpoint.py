@@ -270,7 +270,7 @@ def test_one_state_dict_of_several_is_taken_by_its_key(tmp_path: Path) -> None:
     content = {"generator": raw.state_dict(), "ema": {"decay": 0.999, "shadow": averaged.state_dict()}, "step": 3}
     torch.save(content, path)
     with pytest.raises(CheckpointError, match=r"several state_dicts: generator \(\d+ entries\), ema\.shadow .*--key generator"):
-        read(path)
+        rvconvert.load_weights(VAE(), path)
     with pytest.raises(CheckpointError, match=r"no state_dict at 'ema'; there is generator .*, ema\.shadow"):
         read(path, key="ema")
     target = VAE()
@@ -278,6 +278,16 @@ def test_one_state_dict_of_several_is_taken_by_its_key(tmp_path: Path) -> None:
     assert_equal_states(target, averaged)
     torch.save({"ema": {"shadow": averaged.state_dict()}}, path)
     assert set(read(path).state) == set(averaged.state_dict()), "the only one is found by itself"
+
+
+@pytest.mark.parametrize("ending", ["", "_state_dict"])
+def test_the_state_dicts_of_a_models_parts_are_put_together(ending: str, tmp_path: Path) -> None:
+    vae, target = VAE(), VAE()
+    parts = {f"{name}{ending}": part.state_dict() for name, part in vae.named_children() if len(part.state_dict())}
+    torch.save({**parts, "discriminator": nn.Linear(2, 1).state_dict(), "epoch": 3}, tmp_path / "parts.pt")
+    (note,) = rvconvert.load_weights(target, tmp_path / "parts.pt")
+    assert note.startswith(f"put together of encoder{ending} (2 entries), ") and note.endswith("left out 2 entries")
+    assert_equal_states(target, vae)
 
 
 @pytest.mark.parametrize("kind", WRAPPED)

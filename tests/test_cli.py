@@ -219,7 +219,7 @@ REFUSED = {
     "not a module": ("plan net.py:helper", "net.py:helper is not a torch.nn.Module class"),
     "broken file": ("plan broken.py:VAE", "importing broken.py failed: ZeroDivisionError: division by zero (broken.py:2)"),
     "missing import": ("plan needy.py:VAE", "importing needy.py failed: ModuleNotFoundError: No module named 'no_such_thing'"),
-    "exiting file": ("plan exiting.py:VAE", "importing exiting.py failed: SystemExit: 3"),
+    "exiting file": ("plan exiting.py:VAE", "importing exiting.py failed: SystemExit: 3 (exiting.py:1); what reads the"),
     "unknown argument": (
         """plan net.py:VAE --kwargs '{"latent": 3}'""",
         "VAE(latent=3) failed: TypeError: VAE.__init__() got an unexpected keyword argument 'latent'. Its "
@@ -259,6 +259,12 @@ def test_refusals_are_one_message_and_exit_1(case: str, folder: Path, capsys) ->
     assert err.startswith("error: ") and message in " ".join(err.split()), err
     assert "Traceback" not in err
     assert not (folder / "rv.pt").exists() and not (folder / "back.pt").exists()
+
+
+def test_a_file_that_reads_the_command_line_is_pointed_to(folder: Path, capsys) -> None:
+    (folder / "parsing.py").write_text("import argparse\nparser = argparse.ArgumentParser()\nparser.parse_args(['--data'])\n")
+    code, _, err = run(capsys, "plan parsing.py:VAE")
+    assert code == 1 and "SystemExit: 2 (parsing.py:3); what reads the command line belongs below" in " ".join(err.split())
 
 
 @pytest.mark.parametrize(

@@ -75,6 +75,8 @@ class Checkpoint:
         hyper_parameters: what Lightning saved of the constructor's arguments.
         gains: of a converted model in calibrated mode, by name.
         beside: the state_dicts that the file holds beside this one, by key, such as averaged weights.
+        parts: of a file that holds several of which none is known to be the model's, their numbers of entries by key. They
+            may be those of its parts, ``{"encoder": ..., "decoder": ...}``: ``state`` has them all, each below its key.
     """
 
     path: Path
@@ -83,6 +85,7 @@ class Checkpoint:
     hyper_parameters: dict[str, Any] = dataclasses.field(default_factory=dict)
     gains: dict[str, torch.Tensor] = dataclasses.field(default_factory=dict)
     beside: tuple[str, ...] = ()
+    parts: dict[str, int] = dataclasses.field(default_factory=dict)
 
 
 def save(
@@ -232,9 +235,17 @@ def fit_keys(checkpoint: Checkpoint, model: nn.Module, prefix: str | None = None
     taken off where the model's own keys, and all of them, lie below it. What lies elsewhere is left out.
 
     Raises:
-        CheckpointError: more than one part of the file fits; ``prefix`` chooses.
+        CheckpointError: more than one part of the file fits; ``prefix`` chooses. Or the file holds several state_dicts that
+            are not those of the model's parts.
     """
     state, wanted = checkpoint.state, list(model.state_dict())
+    if checkpoint.parts:
+        if all(k in state for k in wanted):
+            return {k: state[k] for k in wanted}, ""
+        raise CheckpointError(
+            f"{checkpoint.path} holds several state_dicts: {_listed(checkpoint.parts)}; choose one: "
+            f"--key {next(iter(checkpoint.parts))} (Python: key=...)"
+        )
     if prefix is not None:
         return {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}, prefix
     if not wanted or set(state) == set(wanted):
@@ -288,6 +299,9 @@ def load_weights(
     if taken:
         left = len(source.state) - len(state)
         notes.append(f"took the prefix {taken!r} off the keys" + (f", left out {left} entries without it" if left else ""))
+    if source.parts:
+        left = len(source.state) - len(state)
+        notes.append(f"put together of {_listed(source.parts)}" + (f", left out {left} entries" if left else ""))
     broken = [k for k, v in state.items() if isinstance(v, torch.Tensor) and v.is_floating_point() and not v.isfinite().all()]
     if broken:
         more = f" and {len(broken) - 3} more" if len(broken) > 3 else ""
@@ -456,9 +470,8 @@ def _interpret(path: Path, content: Any, key: str | None = None) -> Checkpoint:
     if len(found) == 1:
         return Checkpoint(path, dict(next(iter(found.values()))), None, hyper_parameters)
     if found:
-        raise CheckpointError(
-            f"{path} holds several state_dicts: {_listed(found)}; choose one: --key {next(iter(found))} (Python: key=...)"
-        )
+        joined = {f"{key.removesuffix('_state_dict')}.{k}": v for key, state in found.items() for k, v in state.items()}
+        return Checkpoint(path, joined, None, hyper_parameters, parts=_entries(found))
     names = ", ".join(map(repr, list(content)[:6])) or "nothing"
     raise CheckpointError(f"{path} holds no state_dict, neither itself nor under {', '.join(WRAPPERS)}; it holds {names}")
 
@@ -468,7 +481,7 @@ def _state_at(path: Path, content: Mapping[str, Any], key: str) -> dict[str, Any
     found = _state_dicts(content)
     if key in found:
         return dict(found[key])
-    there = _listed(found) if found else "nothing at all: it holds " + ", ".join(map(repr, list(content)[:6]))
+    there = _listed(_entries(found)) if found else "nothing at all: it holds " + ", ".join(map(repr, list(content)[:6]))
     raise CheckpointError(f"{path} has no state_dict at {key!r}; there is {there}")
 
 
@@ -484,8 +497,12 @@ def _state_dicts(content: Mapping[Any, Any], prefix: str = "") -> dict[str, Mapp
     return found
 
 
-def _listed(found: Mapping[str, Mapping[str, Any]]) -> str:
-    return ", ".join(f"{key} ({len(state)} entries)" for key, state in list(found.items())[:8])
+def _entries(found: Mapping[str, Mapping[str, Any]]) -> dict[str, int]:
+    return {key: len(state) for key, state in found.items()}
+
+
+def _listed(entries: Mapping[str, int]) -> str:
+    return ", ".join(f"{key} ({count} entries)" for key, count in list(entries.items())[:8])
 
 
 def _is_state_dict(value: Any) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import difflib
 import importlib
@@ -267,7 +268,8 @@ def _import_file(path: str, spec: str) -> ModuleType:
 
 
 def _import_failed(what: str, error: BaseException) -> ConversionError:
-    return ConversionError(f"importing {what} failed: {_one_line(error)}{_place(error)}")
+    hint = "; what reads the command line belongs below if __name__ == '__main__':" if isinstance(error, SystemExit) else ""
+    return ConversionError(f"importing {what} failed: {_one_line(error)}{_place(error)}{hint}")
 
 
 def _one_line(error: BaseException) -> str:
@@ -278,7 +280,7 @@ def _one_line(error: BaseException) -> str:
 def _place(error: BaseException) -> str:
     """The last line of the user's own code that an error passed through."""
     own = str(Path(__file__).resolve().parent.parent)
-    libraries = (own, str(Path(torch.__file__).parent), "<frozen", importlib.__file__ or "")
+    libraries = (own, str(Path(torch.__file__).parent), "<frozen", importlib.__file__ or "", argparse.__file__)
     for frame in reversed(traceback.extract_tb(error.__traceback__)):
         if not frame.filename.startswith(libraries):
             return f" ({os.path.basename(frame.filename)}:{frame.lineno})"
