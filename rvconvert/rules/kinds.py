@@ -684,7 +684,7 @@ class Elementwise:
                 return mean.clamp(low, high) if math.isfinite(low) or math.isfinite(high) else mean, var
 
             # Of numbers alone: a tensor may be written in place by the time.
-            if key is not None and making_later() and ((closed_form is None and whole_line) or any(x.is_open for x in inputs)):
+            if key is not None and making_later() and (whole_line or any(x.is_open for x in inputs)):
                 made = like.with_later_moments(torch.broadcast_shapes(*(x.shape for x in inputs)), moments)
             else:
                 made = like.with_moments(*moments())
