@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from rvconvert.moments.normal import Moments, at_least_float32
+from rvconvert.moments.normal import Moments, affine, at_least_float32, step
 
 _LN_2 = math.log(2)
 
@@ -83,19 +83,22 @@ def wave(
 
         v (slope - height rate e^(-t/2) sin M)² + height² e^-t ((sinh t - t) + (t - 1 + e^-t) cos² M).
     """
-    half, t = 0.5 * (rate * mean + phase), rate * rate * var
+    half, t = 0.5 * rate * mean + 0.5 * phase, rate * rate * var
     drop = torch.expm1(-0.5 * t)  # of which the other exponentials are made
-    shrink, loss = 1 + drop, drop * (2 + drop)
-    of_half = torch.sin(half)
-    lifted = of_half * of_half * 2  # 1 - cos of the angle
-    cosine, sine = shrink * (1 - lifted), shrink * (2 * of_half * torch.cos(half))
+    shrink = 1 + drop
+    loss = torch.addcmul(drop, drop, shrink)
+    sine = torch.sin(half)
+    square, product = sine * sine, sine * torch.cos(half)
+    cosine, sine = shrink * affine(square, -2, 1), 2 * shrink * product
     cosine, sine = ((cosine, sine), (-sine, cosine), (-cosine, -sine), (sine, -cosine))[turns % 4]
     expected = 1 + cosine if raised else cosine
     if raised and turns % 4 == 2:
-        expected = shrink * lifted - drop
-    small = t < 0.05
-    near = torch.where(small, t, 0.0)  # where the differences would be lost to rounding
-    odd = torch.where(small, near**3 / 6 * (1 + near.square() / 20) * (1 + loss), -0.5 * loss * (2 + loss) - t * (1 + loss))
-    even = torch.where(small, near.square() / 2 * (1 - near / 3 * (1 - near / 4 * (1 - near / 5))), t + loss)
+        expected = 2 * shrink * square - drop
+    small = step(0.05 - t.detach())
+    near, left = t * small, 1 + loss  # near: where the differences would be lost to rounding
+    near2 = near * near
+    odd = torch.lerp(-0.5 * loss * (1 + left) - t * left, near * near2 * left * affine(near2, 1 / 120, 1 / 6), small)
+    even = torch.lerp(t + loss, near2 * torch.add(affine(near, -1 / 6, 0.5), near2, alpha=1 / 24), small)
     gain = slope - height * rate * sine
-    return slope * mean + height * expected, gain.square() * var + height * height * (odd + cosine.square() * even)
+    rest = torch.addcmul(odd, cosine * cosine, even)
+    return slope * mean + height * expected, gain * gain * var + height * height * rest
