@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from rvconvert.capture.module_state import unchanged
+from rvconvert.capture.python_state import Contents
 from rvconvert.core.random_variable import random_variables
 from rvconvert.core.tree import flatten
 from rvconvert.covariance.calibrated import FLOOR, Gain
@@ -226,6 +227,7 @@ def measure(
     gains, own = conversion.gains, conversion.settings
     last_penalty = conversion.last_penalty
     recorded = conversion.ready(name, model, args, kwargs)
+    outside = conversion.outside.get(name, Contents()).again()
     # The model's own code may ask for gradients, or draw only where there are any.
     with (
         torch.set_grad_enabled(recorded and torch.is_grad_enabled()),
@@ -239,6 +241,7 @@ def measure(
             conversion.settings = sampled if phase == "truth" else own
             gains.phase(phase)
             conversion.run(name, model, args, kwargs)
+    outside.put_back()
     conversion.last_penalty = last_penalty
 
 

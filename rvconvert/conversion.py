@@ -22,6 +22,7 @@ from rvconvert.capture.module_state import modules_of, put_back, tensors_written
 from rvconvert.capture.python_state import (
     ARGUMENT,
     NUMBERS,
+    Contents,
     Place,
     Scope,
     is_opaque,
@@ -87,6 +88,7 @@ class Conversion:
         self.once: set[Any] = set()  # kinds of call that are recorded each time
         self.places: dict[Any, tuple[Place, ...]] = {}  # what Python holds that a kind of call depends on
         self.recordings: Counter[Any] = Counter()  # of a kind of call
+        self.outside: dict[str, Contents] = {}  # what a method has read of Python outside the model
         self.moving: dict[Any, frozenset[Place]] = {}  # attributes that change between such calls, and are read at each
         self.moving_arguments: dict[str, frozenset[str]] = dict.fromkeys(options.methods, frozenset())  # arguments that do so
         self.last_arguments: dict[str, dict[str, float]] = {}  # the numbers among them at the last recording
@@ -367,6 +369,7 @@ class Conversion:
             moving = self.moving_now(situation, model) | self.moving_of_call(name, args, kwargs)
             examination = Examination(self, name, model, args, kwargs)
             examined = examination.examine(moving)
+            self.outside[name] = examined.recording.outside
             if examined.refusal is not None and not examination.samples_in_other_mode(examined):
                 raise examined.refusal
             refuse_unsupported(examined.report)

@@ -1149,6 +1149,24 @@ def _closure():
     return advance
 
 
+COUNT, RUNNING = torch.zeros(()), {"mean": torch.zeros(2)}
+
+
+def _tensor():
+    return COUNT.add_(1) * 1
+
+
+def _running_mean():
+    with torch.no_grad():
+        RUNNING["mean"][1] += 1
+    return RUNNING["mean"].sum()
+
+
+def _default(count=torch.zeros(1)):  # noqa: B008
+    count += 1
+    return count.sum()
+
+
 class Advancing(VAE):
     def __init__(self, advance):
         super().__init__()
@@ -1158,13 +1176,72 @@ class Advancing(VAE):
         return self.reconstruct(x), self.advance()
 
 
-@pytest.mark.parametrize("advance", [_global_number, _deque, _object, _class_and_slots, _array, _closure()])
-def test_what_is_outside_the_model_is_advanced_by_calls_and_by_no_recording(advance):
-    model, x = rvconvert.convert(Advancing(advance)), torch.rand(5, 6)
+ADVANCES = [
+    _global_number, _deque, _object, _class_and_slots, _array, _closure(), _tensor, _running_mean, _default,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("covariance", ["independent", "calibrated", "sampled"])
+@pytest.mark.parametrize("advance", ADVANCES)
+def test_what_is_outside_the_model_is_advanced_by_calls_and_by_no_recording(advance, covariance):
+    model, x = rvconvert.convert(Advancing(advance), covariance=covariance), torch.rand(5, 6)
     first = advance()
     assert [model(x)[1] for _ in range(3)] == [first + 1, first + 2, first + 3]
     assert model(torch.rand(4, 6))[1] == first + 4
     assert rvconvert.plan(Advancing(advance), example_inputs=x) and advance() == first + 5
+
+
+def _divided(weights):
+    weights /= 5
+    return weights
+
+
+def _one_more(weights):
+    weights[0] += 1
+    return weights
+
+
+def _through_views(weights):
+    weights.view(-1)[1:].mul_(3)
+    weights.data.add_(1)
+    return weights
+
+
+MADE = {
+    "a legacy tensor": lambda: torch.Tensor([0.5, 1.0]),
+    "of NumPy": lambda: torch.from_numpy(np.array([0.5, 1.0], dtype=np.float32)),
+    "a legacy tensor, moved": lambda: torch.Tensor([0.5, 1.0]).to("cpu"),
+    "zeros": lambda: torch.zeros(2),
+}
+WRITTEN = {
+    "by the loss": lambda weights, loss: weights.add_(loss),
+    "by the loss, squared": lambda weights, loss: weights.add_(loss) ** 2,
+    "by a number": lambda weights, loss: _divided(weights) * loss,
+    "in part": lambda weights, loss: _one_more(weights) * loss,
+    "by views": lambda weights, loss: _through_views(weights) * loss,
+    "as a mask": lambda weights, loss: torch.BoolTensor([True, False]).logical_not_() * loss,
+}
+
+
+@pytest.mark.parametrize("made", MADE)
+@pytest.mark.parametrize("written", WRITTEN)
+def test_a_tensor_that_no_torch_function_made_is_written_to_once(made, written):
+    class Accumulating(VAE):
+        def forward(self, x):
+            y = self.reconstruct(x)
+            return y, WRITTEN[written](MADE[made](), ((y - x) ** 2).mean()).sum()
+
+    plain, x = Accumulating(), torch.rand(5, 6)
+    with torch.no_grad():
+        plain.encoder.weight[2:], plain.encoder.bias[2:] = 0, -80  # a posterior without variance
+    rv = rvconvert.convert(plain)
+    gradients = []
+    for model in (plain, rv, rv, rv):
+        y, loss = model(x)
+        torch.testing.assert_close(loss, plain(x)[1])
+        gradients.append(torch.autograd.grad(loss, model.decoder[0].weight)[0])
+    for gradient in gradients:
+        torch.testing.assert_close(gradient, gradients[0])
 
 
 def _count(counted, name, module, args, out):

@@ -52,6 +52,11 @@ def call_hooks(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any],
     return result
 
 
+def own_copy(constant: torch.Tensor) -> torch.Tensor:
+    """A tensor that the method makes out of Python's numbers and then writes to."""
+    return constant.detach().clone().requires_grad_(constant.requires_grad)
+
+
 AutocastState = tuple[tuple[str, bool, torch.dtype], ...]
 
 

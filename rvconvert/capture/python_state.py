@@ -207,6 +207,14 @@ class ReadByName:
                 self.values[place] = read_now((place,), ())[0]
                 self.held.keep_place(place)
 
+    def has(self, tensor: torch.Tensor) -> bool:
+        """A tensor is in what was read, or a default of an argument."""
+        if id(tensor) not in self.held.tensors:
+            functions = [each for each in gc.get_referrers(*self.codes) if isinstance(each, types.FunctionType)]
+            for each in functions:
+                self.held.keep([*(each.__defaults__ or ()), *(each.__kwdefaults__ or {}).values()], depth=2)
+        return id(tensor) in self.held.tensors
+
     def draws(self) -> bool:
         """A generator of random numbers is among what was read."""
         return any(isinstance(_value(place, ()), GENERATORS) for place in self.values)
@@ -222,6 +230,8 @@ class Contents:
     def __init__(self) -> None:
         self.found: dict[int, tuple[Any, Any]] = {}
         self.names: dict[Place, Any] = {}
+        self.tensors: dict[int, torch.Tensor] = {}  # of which a recording itself knows what is written: ``Recording.steps``
+        self.numbers: list[tuple[torch.Tensor, torch.Tensor]] = []
 
     def keep_place(self, place: Place) -> None:
         """Of a scope: the name's value, and what that holds."""
@@ -231,6 +241,8 @@ class Contents:
 
     def keep(self, value: Any, depth: int = _DEPTH) -> None:
         """What a value holds now, and what its contents hold, as far down as is looked."""
+        if isinstance(value, torch.Tensor):
+            self.tensors[id(value)] = value
         content = None if depth == 0 or id(value) in self.found else _contents(value)
         if content is None or len(content) > _LARGEST:
             return
@@ -239,8 +251,21 @@ class Contents:
         for each in within if len(content) <= _MOST else ():
             self.keep(each, depth - 1)
 
+    def again(self) -> Contents:
+        """The same names and objects as they are now, with the numbers of tensors that are not large."""
+        made = Contents()
+        for place in self.names:
+            made.keep_place(place)
+        for value, _ in self.found.values():
+            made.keep(value)
+        made.numbers = [(x, x.detach().clone()) for x in self.tensors.values() if not x.is_meta and x.nbytes <= _LARGEST]
+        return made
+
     def put_back(self) -> None:
         """Let all be as it was."""
+        with torch.no_grad():
+            for tensor, value in self.numbers:
+                tensor.copy_(value)
         for place, value in self.names.items():
             if isinstance(place.owner, Scope) and _value(place, ()) is not value:
                 _rebind(place.owner.of, place.name, value)

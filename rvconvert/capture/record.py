@@ -98,6 +98,7 @@ def _run(recorder: Recorder, root: nn.Module, method: Callable[..., Any], args: 
         recording.kept.append(kept)
         leaves += found
     recording.graph.output(tuple(recorder.argument(leaf) for leaf in leaves))
+    recording.renew(read.has)
     recording.sized_by_values = recorder.data_sizes.of_values
     # What is asked for and is in no operation, Python has used: items[:n], math.log(n).
     for sizes, deciding, place in recorder.sizes_asked:

@@ -103,6 +103,7 @@ class Recorder(TorchFunctionMode, Handler):
         self.numbers = {id(module): number for number, module in enumerate(root.modules())}
         self.tensors = {id(t): path for path, t in [*root.named_parameters(), *root.named_buffers()]}
         self.parameters = {_storage(p) for p in root.parameters()} - {None}
+        self.memory: dict[int | None, tuple[str, torch.Tensor]] = {}  # of constants, with their names
         self.attributes = plain_tensor_attributes(root)
         self.began = {id(module): own_state(module) for module in root.modules()}
         self.stack: list[str] = []
@@ -187,10 +188,22 @@ class Recorder(TorchFunctionMode, Handler):
         """A node for a value that no code in the graph makes."""
         name = f"constant_{next(_CONSTANT)}"
         self.recording.constants[name] = value
+        if isinstance(value, torch.Tensor):
+            self.memory.setdefault(_storage(value), (name, value))
         node = self.graph.get_attr(f"_rvconvert.constants.{name}")
         if isinstance(value, nn.Parameter):  # of a module that is kept in a plain list or dict
             node.meta["weight"], node.meta["requires_grad"] = True, value.requires_grad
         return node
+
+    def save(self, target: torch.Tensor) -> None:
+        """Before a write: what the memory has held, if no code in the graph makes it: ``torch.Tensor([0])``, a global."""
+        storage = _storage(target)
+        unknown = self.nodes.keys() | self.writers.keys() | self.tensors.keys() | self.attributes.keys()
+        if id(target) not in unknown and _storage_key(target) not in self.storages and storage not in self.parameters:
+            self.node_of(target)
+        name, whole = self.memory.get(storage, ("", target))
+        if name and storage is not None and name not in self.recording.steps:
+            self.recording.steps[name] = whole, whole.detach().clone().requires_grad_(whole.requires_grad)
 
     def argument(self, value: Any) -> Any:
         """``value`` as an argument of a node."""
@@ -383,6 +396,8 @@ class Recorder(TorchFunctionMode, Handler):
                     "that encodes, samples and decodes: methods=(...)"
                 )
             self.recording.overwritten.append((target.detach(), target.detach().clone()))
+        elif isinstance(target, torch.Tensor):
+            self.save(target)
         result = func(*plain_args, **plain_kwargs)
         if result is NotImplemented:
             return result

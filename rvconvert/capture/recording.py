@@ -8,10 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from rvconvert.capture.graph_calls import own_copy
 from rvconvert.capture.python_state import Contents
 from rvconvert.core.tree import Structure
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
     from torch import fx, nn
 
     from rvconvert.capture.python_state import Place
@@ -58,6 +61,7 @@ class Recording:
         once: why the recording serves the call at hand alone (empty if it can be kept).
         fixed: why the batch size is part of the graph (empty if it is not).
         overwritten: parameters that the run wrote to in place, with what they were.
+        steps: of constants that the run wrote to in place, by name: the tensor, and a copy of what it was.
         writes: the nodes that write to parameters in place, of what is not random.
         initializes: parameters are written by what the graph does not make again: the run's own writes stand.
         asks_grad_mode: the method asks whether gradients are on.
@@ -88,6 +92,7 @@ class Recording:
     once: list[str] = field(default_factory=list)
     fixed: list[str] = field(default_factory=list)
     overwritten: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)
+    steps: dict[str, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
     writes: list[fx.Node] = field(default_factory=list)
     initializes: bool = False
     asks_grad_mode: bool = False
@@ -146,23 +151,41 @@ class Recording:
 
     @property
     def written(self) -> list[torch.Tensor]:
-        """Parameters that the run wrote to in place."""
-        return [target for target, _ in self.overwritten]
+        """Parameters, and tensors outside the model, that the run wrote to in place."""
+        return [target for target, _ in (*self.overwritten, *self.steps.values())]
+
+    def renew(self, is_outside: Callable[[torch.Tensor], bool]) -> None:
+        """Let the graph write to a copy of each constant that the run has made; one that is outside the model it steps."""
+        for name, (tensor, before) in list(self.steps.items()):
+            if is_outside(tensor):
+                continue
+            del self.steps[name]
+            self.constants[name] = before
+            for node in self.graph.find_nodes(op="get_attr", target=f"_rvconvert.constants.{name}"):
+                with self.graph.inserting_after(node):
+                    copy = self.graph.call_function(own_copy, (node,))
+                copy.meta.update(node.meta, part=True, where="", source="", module="")
+                node.replace_all_uses_with(copy, lambda user, copy=copy: user is not copy)
 
     def settle(self) -> None:
         """Before the graph is run, which writes parameters again: put them back, or let it write none."""
         if not self.initializes:
             self.restore()
             return
+        self._put_back(self.steps.values())
         for node in self.writes:
             node.replace_all_uses_with(node.all_input_nodes[0])
             self.graph.erase_node(node)
         self.writes.clear()
 
     def restore(self) -> None:
-        """Put back the parameters that the run wrote to."""
+        """Put back what the run wrote to and the graph writes again."""
+        self._put_back((*self.steps.values(), *reversed(self.overwritten)))
+
+    @staticmethod
+    def _put_back(overwritten: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> None:
         with torch.no_grad():
-            for target, value in reversed(self.overwritten):
+            for target, value in overwritten:
                 target.copy_(value)
 
     @property
