@@ -16,7 +16,7 @@ from rvconvert import moments as gaussian
 from rvconvert.moments import composed
 from rvconvert.moments.quadrature import quadrature
 from rvconvert.moments.recognized import recognized
-from rvconvert.moments.table import Grid
+from rvconvert.moments.table import Grid, integrals
 
 _path = Path(__file__).parents[1] / "benchmarks" / "accuracy.py"
 _spec = importlib.util.spec_from_file_location("accuracy", _path)
@@ -274,6 +274,24 @@ def test_a_table_read_by_indices_for_a_compiler_gives_the_same(in_q):
     x, y = x.view(1, 1, -1), torch.rand(1, 1, len(x), generator=generator) * 2 - 1
     y[..., :4] = torch.tensor([-1.0, 1.0, -1.0, 1.0])
     torch.testing.assert_close(grid._gathered(table, x, y), grid.read(table, x, y))
+
+
+@named("function", [torch.tanh, torch.sigmoid, torch.erf, F.hardtanh, F.relu6, F.hardsigmoid])
+def test_gradients_of_a_bounded_function_of_a_wide_input(function):
+    mean, deviation = (x.ravel() for x in torch.meshgrid(torch.tensor([-2.0, 0.5, 30.0]), torch.logspace(-1, 2, 25), indexing="ij"))
+    m, v = mean.clone().requires_grad_(), deviation.square().requires_grad_()
+    of_mean, of_var = torch.autograd.grad(getattr(gaussian, function.__name__)(m, v)[1].sum(), (m, v))
+
+    def exact(m, v):
+        _, gain, rest = integrals(function, m.double(), v.double(), (-6, -3, -1, 0, 1, 3, 6))
+        return v.double() * (gain.square() + rest)
+
+    step = 1e-3 * deviation.double()
+    by_mean = (exact(mean + step, v) - exact(mean - step, v)) / (2 * step)
+    by_var = (exact(mean, v * 1.001) - exact(mean, v * 0.999)) / (0.002 * v.double())
+    varies = exact(mean, v) > 1e-6 * v.detach()
+    assert float(((of_var - by_var).abs() / (by_var.abs() + by_mean.abs() / deviation))[varies].max()) < 0.02
+    assert float(((of_mean - by_mean).abs() / (by_mean.abs() + deviation * by_var.abs()))[varies].max()) < 0.02
 
 
 class _Denormal(TorchDispatchMode):

@@ -6,7 +6,7 @@ In these coordinates the kink is smooth, however small s is. The table holds (E[
 
     L = log2(Var f(X)/v),
 
-over c²/(s + c)² where f is bounded. A second kink, the mirror image of the first, is met by folding m to the near side of the
+over c²/(s + c)² where f is bounded, as are the partial derivatives of Var. A second kink, the mirror image of the first, is met by folding m to the near side of the
 middle. An exponential goes on beyond the table by a law of its own: over a step u from its edge, moments and gradients grow by
 e^u and e^2u.
 
@@ -98,7 +98,8 @@ class Kinked(Curve):
         found = integrals(self.function, torch.tensor(mean.ravel()), torch.tensor(var.ravel()), bends)
         expected, gain, rest = (each.numpy().reshape(mean.shape) for each in found)
         ratio = rest if shape.hardswish else rest + gain**2
-        logarithm = np.log2(ratio / (1 - q) ** 2 if shape.level else ratio)
+        ratio = ratio / (1 - q) ** 2 if shape.level else ratio
+        logarithm = np.log2(ratio)
         first = expected / root
         for value in (first, logarithm, gain, ratio):  # the first row lies a little beside q = 0, where nothing can be integrated
             value[0] -= (value[1] - value[0]) * (q[0] / (q[1] - q[0]))
@@ -112,8 +113,8 @@ class Kinked(Curve):
             moments[0, :, -1] = math.log2(shape.right**2) - (2 * np.log2((1 - at).clip(1e-5)) if shape.level else 0.0)
         moments[-1] /= grid.end  # in units of x
         at = of_partials.corners()[1]
-        by_var = np.full(len(at), 0.5), at * (1 - at) / 2
-        partials = partials_at_corners(of_partials, local(len(q), of_partials.in_q).T, gain, ratio, *by_var, grid.end)
+        by_var, rises = (np.full(len(at), 0.5), at * (1 - at) / 2), at if shape.level else 0.0
+        partials = partials_at_corners(of_partials, local(len(q), of_partials.in_q).T, gain, ratio, *by_var, grid.end, rises)
         if shape.hardswish:
             partials[..., 0] = 0.0
             partials[0] -= 0.5
@@ -124,6 +125,8 @@ class Kinked(Curve):
             if not shape.exponential:
                 partials[..., 0] = 0.0
             partials[..., -1] = np.array([shape.right, 0.0, 0.0, shape.right**2])[:, None]
+            if shape.level:
+                partials[3, :, -1] /= (1 - at).clip(1e-5) ** 2
         return as_table(moments), as_table(partials)
 
 
@@ -184,6 +187,9 @@ def _partials(mean: Tensor, var: Tensor, table: Tensor, ends: tuple[float, float
         gain, curvature = gain.mul_(growth), curvature.mul_(growth)
         growth = growth * growth
         by_mean, by_var = by_mean.mul_(growth), by_var.mul_(growth)
+    if shape.level:
+        share = affine(affine(inverse, _GRID.end * shape.width, 1).reciprocal_(), -1, 1).square_()  # c²/(s + c)²
+        by_mean, by_var = by_mean.mul_(share), by_var.mul_(share)
     if far is not None:
         sign = affine(far, -2, 1)
         curvature, by_mean = curvature.mul_(sign), by_mean.mul_(sign)

@@ -10,7 +10,7 @@ everywhere there is held beside D
 
     L = log2(N Var f(X)/v),
 
-N = S² where f has the slope 0 at both ends (Var/v falls as 1/S² then), else 1. Where f turns, Var/v comes down to 0; there are
+N = S²/c² where f has the slope 0 at both ends (Var/v falls as 1/S² then), else 1; so are the partial derivatives of Var. Where f turns, Var/v comes down to 0; there are
 held
 
     g = E[f'(X)],    L = log2(K + MIX g²),    K = (Var f(X) - v g²) S²/v²,
@@ -114,9 +114,9 @@ class Smooth(Curve):
             first = (expected / root - plain / width) / share
         else:
             first = (expected - plain - self.level * (mean - width * p)) / share
+        ratio = (rest + gain**2) * ((root / width) ** 2 if self.level == 0 else 1.0)
         if self.rises:
-            spread = (rest + gain**2) * ((root / width) ** 2 if self.level == 0 else 1.0)
-            moments = moments_at_corners(_OF_RISING, _in_q(_OF_RISING), np.log2(spread), first)
+            moments = moments_at_corners(_OF_RISING, _in_q(_OF_RISING), np.log2(ratio), first)
         else:
             spread = rest * root**2 / var + _MIX * gain**2
             logarithm = np.log2((spread if self.level is None else spread * (root / width) ** 2) + 1e-300)
@@ -125,7 +125,8 @@ class Smooth(Curve):
             moments[0][:, [0, -1]] = self.slopes
         far = 1 - _OF_PARTIALS.corners()[1]  # c/S
         falls, grows = (1 - far**2) / 2, (1 - far**2) * far / 2
-        partials = partials_at_corners(_OF_PARTIALS, _in_q(_OF_PARTIALS), gain, rest + gain**2, falls, grows, 1 / width)[:4]
+        rises = 1 - far**2 if self.level == 0 else 0.0
+        partials = partials_at_corners(_OF_PARTIALS, _in_q(_OF_PARTIALS), gain, ratio, falls, grows, 1 / width, rises)[:4]
         partials[..., [0, -1]] = 0.0
         partials[0][:, [0, -1]] = self.slopes
         partials[3][:, [0, -1]] = np.square(self.slopes)
@@ -191,6 +192,9 @@ def _partials(
 ) -> Partials:
     ratio, _, x, y = _place(mean, var, width)
     gain, curvature, by_mean, by_var = _OF_PARTIALS.bilinear(table, x, y)
+    if level == 0:
+        share = ratio * ratio
+        by_mean, by_var = by_mean.mul_(share), by_var.mul_(share)
     return Partials(gain, curvature.mul_(ratio), by_mean.mul_(ratio).mul_(var), by_var)
 
 

@@ -168,18 +168,26 @@ def moments_at_corners(grid: Grid, in_q: np.ndarray, *values: np.ndarray) -> np.
 
 
 def partials_at_corners(
-    grid: Grid, in_q: np.ndarray, gain: np.ndarray, ratio: np.ndarray, falls: np.ndarray, grows: np.ndarray, unit: float
+    grid: Grid,
+    in_q: np.ndarray,
+    gain: np.ndarray,
+    ratio: np.ndarray,
+    falls: np.ndarray,
+    grows: np.ndarray,
+    unit: float,
+    rises: np.ndarray | float = 0.0,
 ) -> np.ndarray:
-    """(5, q, p), U ``unit`` units of p: E[f'], U/2 E[f''], U/v dVar/dm, dVar/dv and v times E[f'] by v.
+    """(5, q, p), U ``unit`` units of p: E[f'], U/2 E[f''], N U/v dVar/dm, N dVar/dv and v times E[f'] by v.
 
     Of the mean's, dE/dm = E[f'] and dE/dv = E[f'']/2 (Stein).
 
     Args:
         grid: of the table.
         in_q: (q, rows) interpolation.
-        gain, ratio: (rows, nodes) E[f'] and Var/v.
+        gain, ratio: (rows, nodes) E[f'] and N Var/v, N what a variance that has a limit is held by.
         falls, grows: (q,) -v/p dp/dv and v dq/dv.
         unit: of U.
+        rises: (q,) v/N dN/dv.
     """
     step = 0.01
     here, ahead, behind = (local(len(grid.nodes()), grid.in_p, by) for by in (0.0, step, -step))
@@ -190,7 +198,7 @@ def partials_at_corners(
     def by_logarithm_of_var(values: np.ndarray, by_p: np.ndarray) -> np.ndarray:
         return grows[:, None] * np.gradient(values, q, axis=0, edge_order=2) - falls[:, None] * p * by_p
 
-    by_var = ratios + by_logarithm_of_var(ratios, slopes)
+    by_var = ratios * np.expand_dims(1 - rises, -1) + by_logarithm_of_var(ratios, slopes)
     return np.stack([gains, unit / 2 * curvatures, unit * slopes, by_var, by_logarithm_of_var(gains, curvatures)])
 
 
