@@ -41,7 +41,8 @@ def variance_penalty(y: RandomVariable, weight: float = 50.0, kind: str = "squar
         )
     if kind not in KINDS:
         raise ConversionError(f"kind={kind!r} is not one of {KINDS}")
-    return weight * (y.var.square() if kind == "squared" else y.var).mean()
+    values = y.var.square() if kind == "squared" else y.var
+    return weight * (values.mean() if values.numel() else values.sum())  # of no elements there is none
 
 
 class _Attach(torch.autograd.Function):
@@ -61,7 +62,7 @@ class _Attach(torch.autograd.Function):
         (var,) = ctx.saved_tensors
         wide = var.to(torch.promote_types(var.dtype, torch.float32))  # what is small in float32 may be 0 or infinite in half
         slope = 2 * wide if ctx.kind == "squared" else torch.ones_like(wide)
-        return flushed(slope * (ctx.factor / var.numel())).to(var.dtype), None, None, None, *grads
+        return flushed(slope * (ctx.factor / max(var.numel(), 1))).to(var.dtype), None, None, None, *grads
 
 
 class _Joined:

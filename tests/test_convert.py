@@ -113,6 +113,15 @@ def test_attached_penalty_is_the_explicit_sum(images: Tensor) -> None:
         torch.testing.assert_close(a.grad, b.grad, msg=name)
 
 
+def test_an_empty_batch_has_no_penalty() -> None:
+    vae = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
+    rv = rvconvert.convert(vae, random_inputs=("input",))
+    z = RandomVariable(torch.zeros(0, 3), torch.zeros(0, 3))
+    rv(z).square().sum().backward()  # type: ignore[arg-type]
+    assert rv.last_penalty == 0
+    assert all(p.grad is not None and not p.grad.any() for p in rv.parameters())
+
+
 def test_penalty_scale_and_detached(images: Tensor) -> None:
     vae = VanillaVAE().eval()
     grads = []

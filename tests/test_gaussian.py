@@ -278,7 +278,8 @@ def test_a_table_read_by_indices_for_a_compiler_gives_the_same(in_q):
 
 @named("function", [torch.tanh, torch.sigmoid, torch.erf, F.hardtanh, F.relu6, F.hardsigmoid])
 def test_gradients_of_a_bounded_function_of_a_wide_input(function):
-    mean, deviation = (x.ravel() for x in torch.meshgrid(torch.tensor([-2.0, 0.5, 30.0]), torch.logspace(-1, 2, 25), indexing="ij"))
+    means, deviations = torch.tensor([-2.0, 0.5, 30.0]), torch.logspace(-1, 2, 25)
+    mean, deviation = (x.ravel() for x in torch.meshgrid(means, deviations, indexing="ij"))
     m, v = mean.clone().requires_grad_(), deviation.square().requires_grad_()
     of_mean, of_var = torch.autograd.grad(getattr(gaussian, function.__name__)(m, v)[1].sum(), (m, v))
 
@@ -378,6 +379,20 @@ def test_generic_quadrature_splits_at_kinks(name):
     scale = np.sqrt(expected**2 + variance + 1e-12)
     assert (np.abs(out.numpy() - expected) / scale).max() <= 5e-5
     assert (np.abs(out_var.numpy() - variance) / (variance + 1e-6)).max() <= 5e-3
+
+
+@named("dtype", [torch.float32, torch.float64])
+@named("function", [torch.tanh, torch.atan, torch.sigmoid, F.silu])
+def test_generic_quadrature_of_a_law_much_wider_than_the_bend(function, dtype):
+    away, deviation = (x.ravel() for x in torch.meshgrid(torch.linspace(-4, 4, 33), torch.logspace(-1, 2, 31), indexing="ij"))
+    mean, var = (away * deviation).double(), deviation.double().square()
+    expected, gain, rest = integrals(function, mean, var, (-40, -10, -3, -1, 0, 1, 3, 10, 40))
+    out, out_var = quadrature(function, mean.to(dtype), var.to(dtype))
+    variance = var * (gain.square() + rest)
+    varies = variance > 1e-6 * var
+    of_mean, of_var = (3e-4, 5e-3) if dtype == torch.float64 else (1e-3, 0.02)
+    assert float(((out - expected).abs() / (expected.square() + variance).sqrt()).max()) < of_mean
+    assert float(((out_var - variance).abs() / variance)[varies].max()) < of_var
 
 
 def test_generic_quadrature_of_a_written_out_elu():

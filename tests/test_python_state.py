@@ -1237,7 +1237,7 @@ def test_a_tensor_that_no_torch_function_made_is_written_to_once(made, written):
     rv = rvconvert.convert(plain)
     gradients = []
     for model in (plain, rv, rv, rv):
-        y, loss = model(x)
+        _, loss = model(x)
         torch.testing.assert_close(loss, plain(x)[1])
         gradients.append(torch.autograd.grad(loss, model.decoder[0].weight)[0])
     for gradient in gradients:

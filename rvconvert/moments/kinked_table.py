@@ -6,9 +6,9 @@ In these coordinates the kink is smooth, however small s is. The table holds (E[
 
     L = log2(Var f(X)/v),
 
-over c²/(s + c)² where f is bounded, as are the partial derivatives of Var. A second kink, the mirror image of the first, is met by folding m to the near side of the
-middle. An exponential goes on beyond the table by a law of its own: over a step u from its edge, moments and gradients grow by
-e^u and e^2u.
+over c²/(s + c)² where f is bounded, as are the partial derivatives of Var. A second kink, the mirror image of the first, is met
+by folding m to the near side of the middle. An exponential goes on beyond the table by a law of its own: over a step u from its
+edge, moments and gradients grow by e^u and e^2u.
 
 Hardswish is a parabola between its kinks, and f(x) = x + f(-x). Beyond the table its mean is v/6 from f; beside that of the
 mean are held

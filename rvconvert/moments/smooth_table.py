@@ -10,8 +10,8 @@ everywhere there is held beside D
 
     L = log2(N Var f(X)/v),
 
-N = S²/c² where f has the slope 0 at both ends (Var/v falls as 1/S² then), else 1; so are the partial derivatives of Var. Where f turns, Var/v comes down to 0; there are
-held
+N = S²/c² where f has the slope 0 at both ends (Var/v falls as 1/S² then), else 1; so are the partial derivatives of Var. Where f
+turns, Var/v comes down to 0; there are held
 
     g = E[f'(X)],    L = log2(K + MIX g²),    K = (Var f(X) - v g²) S²/v²,
 
