@@ -127,8 +127,8 @@ def _panels(mean: Tensor, s: Tensor, kinks: Sequence[float | Tensor]) -> Iterato
     low, high = window(mean, s)
     if not kinks:
         # At 0, where a function bends; of a narrow law it is smooth anyway, and panels of like length serve it better.
-        ends = 7.0 if mean.dtype == torch.float64 else 5.0
-        furthest = 2.5 + (ends - 2.5) * torch.clamp(0.5 * s - 0.5, 0.0, 1.0)
+        end = 7.0 if mean.dtype == torch.float64 else 5.0
+        furthest = 2.5 + (end - 2.5) * torch.clamp(0.5 * s - 0.5, 0.0, 1.0)
         middle = torch.minimum(torch.maximum(-mean / s, -furthest), furthest)
         yield from panel(low, middle, STEEP_NODES)
         yield from panel(middle, high, STEEP_NODES)
