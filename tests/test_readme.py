@@ -6,6 +6,7 @@ Run as a script to renew the table: python tests/test_readme.py.
 from __future__ import annotations
 
 import importlib.util
+import json
 import re
 import shlex
 import sys
@@ -20,6 +21,7 @@ from PIL import Image
 from torch import nn
 
 import rvconvert
+from benchmarks import speed
 from rvconvert.cli import main as cli
 from rvconvert.cli.demo import DigitVAE, kl_divergence, loss_function
 from rvconvert.core.registry import Exactness
@@ -50,6 +52,14 @@ class VAE(nn.Module):
         mu, logvar = self.encoder(x).chunk(2, 1)
         return self.to_pixels(self.decoder(mu + torch.randn_like(mu) * torch.exp(0.5 * logvar))), mu, logvar
 """
+
+
+@pytest.mark.parametrize(("page", "every"), [(README, False), (ROOT / "examples" / "guide" / "speed.md", True)])
+def test_the_table_of_speed_is_what_its_command_wrote(page: Path, every: bool) -> None:
+    rows = json.loads((ROOT / "benchmarks" / "results" / "speed.json").read_text())
+    _, begin, rest = page.read_text().partition("<!-- speed: begin -->\n")
+    assert begin and rest.partition("\n<!-- speed: end -->")[0] == speed.markdown(rows, every=every)
+    assert len({(row["model"], row["dtype"], row["device"], row["memory_kept"]) for row in rows}) == len(rows)
 
 
 def blocks(page: Path, language: str) -> list[str]:
