@@ -198,8 +198,7 @@ class Recorder(TorchFunctionMode, Handler):
     def save(self, target: torch.Tensor) -> None:
         """Before a write: what the memory has held, if no code in the graph makes it: ``torch.Tensor([0])``, a global."""
         storage = _storage(target)
-        unknown = self.nodes.keys() | self.writers.keys() | self.tensors.keys() | self.attributes.keys()
-        if id(target) not in unknown and _storage_key(target) not in self.storages and storage not in self.parameters:
+        if not any(id(target) in known for known in (self.nodes, self.writers, self.tensors, self.attributes)):
             self.node_of(target)
         name, whole = self.memory.get(storage, ("", target))
         if name and storage is not None and name not in self.recording.steps:
