@@ -49,11 +49,11 @@ from rvconvert.moments.table import (
 if TYPE_CHECKING:
     from torch import Tensor
 
-_GRID = Grid(end=8, in_p=2688, in_q=320, spacing=24)  # of a function that turns
+_GRID = Grid(end=8, in_p=2048, in_q=320, spacing=24)  # of a function that turns
 _OF_RISING = _GRID._replace(in_p=4096)
 _OF_PARTIALS = _GRID._replace(in_q=160)
 _CHEBYSHEV = 33  # points of q where quadrature is done
-_MIX = 0.1  # keeps the logarithm smooth where f'' is 0
+_MIX = 0.4  # keeps the logarithm smooth where f'' is 0
 
 
 # ---- filling -----------------------------------------------------------------------------------------------------
