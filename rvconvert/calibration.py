@@ -12,7 +12,6 @@ import torch
 from torch import nn
 
 from rvconvert.capture.module_state import unchanged
-from rvconvert.capture.python_state import Contents
 from rvconvert.core.random_variable import random_variables
 from rvconvert.core.tree import flatten
 from rvconvert.covariance.calibrated import FLOOR, Gain
@@ -227,11 +226,11 @@ def measure(
     gains, own = conversion.gains, conversion.settings
     last_penalty = conversion.last_penalty
     recorded = conversion.ready(name, model, args, kwargs)
-    outside = conversion.outside.get(name, Contents()).again()
     # The model's own code may ask for gradients, or draw only where there are any.
     with (
         torch.set_grad_enabled(recorded and torch.is_grad_enabled()),
         unchanged(model, model.parameters()),
+        conversion.aside(name),
         _in_phases(conversion),
     ):
         # Paths have a generator of their own: what is drawn and is no latent, a mask, is the same in each phase.
@@ -241,7 +240,6 @@ def measure(
             conversion.settings = sampled if phase == "truth" else own
             gains.phase(phase)
             conversion.run(name, model, args, kwargs)
-    outside.put_back()
     conversion.last_penalty = last_penalty
 
 

@@ -218,6 +218,15 @@ class Conversion:
             self.prepare(name, model, args, kwargs, to_run=False)
         return self.key(name, model, leaves, structure, batch=False) in self.once
 
+    @contextlib.contextmanager
+    def aside(self, name: str) -> Iterator[None]:
+        """Within, a method that has been recorded runs on the side; after, what it knows outside the model is as it was."""
+        held = self.outside.get(name, Contents()).again()
+        try:
+            yield
+        finally:
+            held.put_back()
+
     def normalized(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The same call spelled one way, positional first, so that equal calls share a program."""
         try:
@@ -369,7 +378,6 @@ class Conversion:
             moving = self.moving_now(situation, model) | self.moving_of_call(name, args, kwargs)
             examination = Examination(self, name, model, args, kwargs)
             examined = examination.examine(moving)
-            self.outside[name] = examined.recording.outside
             if examined.refusal is not None and not examination.samples_in_other_mode(examined):
                 raise examined.refusal
             refuse_unsupported(examined.report)

@@ -391,12 +391,13 @@ def verify(
             leaves = flatten((args, kwargs))[0]
             if examined.refusal is not None:
                 raise examined.refusal
-            if examined.recording.once:
-                rows = _outputs_only(conversion, rv_model, name, args, kwargs, samples, modes)
-            else:
-                if "calibrated" in modes:
-                    renew(conversion, name, rv_model, args, kwargs)
-                rows = _node_by_node(conversion, name, examined, rv_model, leaves, samples, modes)
+            with conversion.aside(name):
+                if examined.recording.once:
+                    rows = _outputs_only(conversion, rv_model, name, args, kwargs, samples, modes)
+                else:
+                    if "calibrated" in modes:
+                        renew(conversion, name, rv_model, args, kwargs)
+                    rows = _node_by_node(conversion, name, examined, rv_model, leaves, samples, modes)
     finally:
         for module, mode in training.items():
             module.training = mode
@@ -618,7 +619,7 @@ def output_variances(
     conversion = conversion_of(rv_model)
     options = conversion.options
     name = method or options.methods[0]
-    with torch.no_grad(), unchanged(rv_model, rv_model.parameters()):
+    with torch.no_grad(), unchanged(rv_model, rv_model.parameters()), conversion.aside(name):
         inputs = _given(inputs)
         own = _reconstructions(conversion, rv_model, options, name, inputs, kwargs)
         true = _reconstructions(conversion, rv_model, options.in_mode("sampled", pairs=pairs), name, inputs, kwargs)

@@ -1162,6 +1162,16 @@ def _running_mean():
     return RUNNING["mean"].sum()
 
 
+def _out():
+    torch.add(COUNT, 1, out=COUNT)
+    return COUNT * 1
+
+
+def _many():
+    torch._foreach_add_([COUNT, RUNNING["mean"]], 1.0)
+    return COUNT * 1
+
+
 def _default(count=torch.zeros(1)):  # noqa: B008
     count += 1
     return count.sum()
@@ -1177,18 +1187,42 @@ class Advancing(VAE):
 
 
 ADVANCES = [
-    _global_number, _deque, _object, _class_and_slots, _array, _closure(), _tensor, _running_mean, _default,
+    _global_number, _deque, _object, _class_and_slots, _array, _closure(), _tensor, _running_mean, _out, _many, _default,
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize("covariance", ["independent", "calibrated", "sampled"])
 @pytest.mark.parametrize("advance", ADVANCES)
 def test_what_is_outside_the_model_is_advanced_by_calls_and_by_no_recording(advance, covariance):
-    model, x = rvconvert.convert(Advancing(advance), covariance=covariance), torch.rand(5, 6)
-    first = advance()
+    x, first = torch.rand(5, 6), advance()
+    model = rvconvert.convert(Advancing(advance), covariance=covariance, example_inputs=x)
     assert [model(x)[1] for _ in range(3)] == [first + 1, first + 2, first + 3]
     assert model(torch.rand(4, 6))[1] == first + 4
     assert rvconvert.plan(Advancing(advance), example_inputs=x) and advance() == first + 5
+
+
+RUNNING_LOSS = torch.zeros(())
+
+
+@pytest.mark.parametrize("covariance", ["independent", "calibrated", "sampled"])
+def test_a_running_mean_outside_the_model_is_of_what_is_random(covariance):
+    class Measuring(VAE):
+        def forward(self, x):
+            y = self.reconstruct(x)
+            with torch.no_grad():
+                RUNNING_LOSS.mul_(0.5).add_(((y - x) ** 2).mean())
+            return y
+
+    plain, x = Measuring(), torch.rand(5, 6)
+    with torch.no_grad():
+        plain.encoder.weight[2:], plain.encoder.bias[2:] = 0, -80  # a posterior without variance
+    found = []
+    for model in (plain, rvconvert.convert(plain, covariance=covariance, example_inputs=x)):
+        RUNNING_LOSS.zero_()
+        for _ in range(3):
+            model(x)
+        found.append(RUNNING_LOSS.clone())
+    torch.testing.assert_close(*found)
 
 
 def _divided(weights):

@@ -395,8 +395,9 @@ class Recorder(TorchFunctionMode, Handler):
                     "that encodes, samples and decodes: methods=(...)"
                 )
             self.recording.overwritten.append((target.detach(), target.detach().clone()))
-        elif isinstance(target, torch.Tensor):
-            self.save(target)
+        else:
+            for each in _targets(name, target, plain_args, plain_kwargs):
+                self.save(each)
         result = func(*plain_args, **plain_kwargs)
         if result is NotImplemented:
             return result
@@ -552,6 +553,9 @@ class Recorder(TorchFunctionMode, Handler):
             self.recording.once.append(f"a parameter is written in place: {self.line()}")
             self.recording.initializes = True
             return
+        name, outside = self.memory.get(key, ("", None))
+        if outside is tensor and self.python.has(tensor):
+            path = f"_rvconvert.constants.{name}"
         if path is not None:
             self.add("call_function", assign_mean, (self.graph.get_attr(path), node), {}).meta.update(mutates=True, part=True)
         whole, stale = None if tensor.requires_grad else _storage_key(tensor), set(self.writers)
@@ -818,6 +822,12 @@ def _tensors(*values: Any) -> list[torch.Tensor]:
 def _is_sharded(module: nn.Module) -> bool:
     """A unit of FSDP2, whose hooks give it other parameters within its call."""
     return any(cls.__name__ == "FSDPModule" for cls in type(module).__mro__)
+
+
+def _targets(name: str, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[torch.Tensor]:
+    """What a call is to write to: its first argument, those of ``torch._foreach_add_``, or ``out``."""
+    many = args[0] if args and name.startswith("_foreach_") and name.endswith("_") else ()
+    return _tensors(target, many, kwargs.get("out"))
 
 
 def _version(tensor: torch.Tensor) -> int:
