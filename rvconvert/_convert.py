@@ -192,7 +192,7 @@ def _prepare(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
                 continue
             if not other:
                 leaves = flatten(conversion.normalized(name, given, options))[0]
-                with unchanged(model, model.parameters()), conversion.aside(name), torch.enable_grad():
+                with unchanged(model, model.parameters()), conversion.aside(), torch.enable_grad():
                     program.run(model, *all_entering(leaves, conversion.settings))
     conversion.forget_calls()
 

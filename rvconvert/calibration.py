@@ -230,7 +230,7 @@ def measure(
     with (
         torch.set_grad_enabled(recorded and torch.is_grad_enabled()),
         unchanged(model, model.parameters()),
-        conversion.aside(name),
+        conversion.aside(),
         _in_phases(conversion),
     ):
         # Paths have a generator of their own: what is drawn and is no latent, a mask, is the same in each phase.

@@ -88,7 +88,8 @@ class Conversion:
         self.once: set[Any] = set()  # kinds of call that are recorded each time
         self.places: dict[Any, tuple[Place, ...]] = {}  # what Python holds that a kind of call depends on
         self.recordings: Counter[Any] = Counter()  # of a kind of call
-        self.outside: dict[str, Contents] = {}  # what a method has read of Python outside the model
+        self.scopes: set[Place] = set()  # what recordings have read outside the model
+        self.stepped: dict[int, torch.Tensor] = {}  # tensors there that they write to, by ``id``
         self.moving: dict[Any, frozenset[Place]] = {}  # attributes that change between such calls, and are read at each
         self.moving_arguments: dict[str, frozenset[str]] = dict.fromkeys(options.methods, frozenset())  # arguments that do so
         self.last_arguments: dict[str, dict[str, float]] = {}  # the numbers among them at the last recording
@@ -219,13 +220,21 @@ class Conversion:
         return self.key(name, model, leaves, structure, batch=False) in self.once
 
     @contextlib.contextmanager
-    def aside(self, name: str) -> Iterator[None]:
-        """Within, a method that has been recorded runs on the side; after, what it knows outside the model is as it was."""
-        held = self.outside.get(name, Contents()).again()
+    def aside(self) -> Iterator[None]:
+        """Within, what has been recorded runs on the side; after, what it changes outside the model is as it was."""
+        held, numbers = Contents(), {x: x.detach().clone() for x in self.stepped.values()}
+        for place in self.scopes:
+            held.keep_place(place)
         try:
             yield
         finally:
             held.put_back()
+            put_back(numbers)
+
+    def note_outside(self, recording: Recording) -> None:
+        """Know what a recording changes outside the model."""
+        self.scopes |= {place for place in recording.places if isinstance(place.owner, Scope)}
+        self.stepped |= {id(tensor): tensor for tensor, _ in recording.steps.values()}
 
     def normalized(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The same call spelled one way, positional first, so that equal calls share a program."""

@@ -391,7 +391,7 @@ def verify(
             leaves = flatten((args, kwargs))[0]
             if examined.refusal is not None:
                 raise examined.refusal
-            with conversion.aside(name):
+            with conversion.aside():
                 if examined.recording.once:
                     rows = _outputs_only(conversion, rv_model, name, args, kwargs, samples, modes)
                 else:
@@ -619,7 +619,7 @@ def output_variances(
     conversion = conversion_of(rv_model)
     options = conversion.options
     name = method or options.methods[0]
-    with torch.no_grad(), unchanged(rv_model, rv_model.parameters()), conversion.aside(name):
+    with torch.no_grad(), unchanged(rv_model, rv_model.parameters()), conversion.aside():
         inputs = _given(inputs)
         own = _reconstructions(conversion, rv_model, options, name, inputs, kwargs)
         true = _reconstructions(conversion, rv_model, options.in_mode("sampled", pairs=pairs), name, inputs, kwargs)

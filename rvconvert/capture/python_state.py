@@ -159,6 +159,7 @@ class ReadByName:
         self.seeds = False  # some of it names what sets the state of torch's generators
         self.within: set[Any] = set()  # code of functions that are made in the run, of its own variables
         self.held = Contents()  # of what is outside the model, before the run
+        self.looked_at = 0  # how many of the codes had been seen when the defaults of arguments were looked at
 
     def __call__(self, frame: types.FrameType, event: str, argument: Any) -> None:
         code = frame.f_code
@@ -209,7 +210,8 @@ class ReadByName:
 
     def has(self, tensor: torch.Tensor) -> bool:
         """A tensor is in what was read, or a default of an argument."""
-        if id(tensor) not in self.held.tensors:
+        if id(tensor) not in self.held.tensors and self.looked_at != len(self.codes):
+            self.looked_at = len(self.codes)
             functions = [each for each in gc.get_referrers(*self.codes) if isinstance(each, types.FunctionType)]
             for each in functions:
                 self.held.keep([*(each.__defaults__ or ()), *(each.__kwdefaults__ or {}).values()], depth=2)
@@ -231,7 +233,6 @@ class Contents:
         self.found: dict[int, tuple[Any, Any]] = {}
         self.names: dict[Place, Any] = {}
         self.tensors: dict[int, torch.Tensor] = {}  # of which a recording itself knows what is written: ``Recording.steps``
-        self.numbers: list[tuple[torch.Tensor, torch.Tensor]] = []
 
     def keep_place(self, place: Place) -> None:
         """Of a scope: the name's value, and what that holds."""
@@ -251,21 +252,8 @@ class Contents:
         for each in within if len(content) <= _MOST else ():
             self.keep(each, depth - 1)
 
-    def again(self) -> Contents:
-        """The same names and objects as they are now, with the numbers of tensors that are not large."""
-        made = Contents()
-        for place in self.names:
-            made.keep_place(place)
-        for value, _ in self.found.values():
-            made.keep(value)
-        made.numbers = [(x, x.detach().clone()) for x in self.tensors.values() if not x.is_meta and x.nbytes <= _LARGEST]
-        return made
-
     def put_back(self) -> None:
         """Let all be as it was."""
-        with torch.no_grad():
-            for tensor, value in self.numbers:
-                tensor.copy_(value)
         for place, value in self.names.items():
             if isinstance(place.owner, Scope) and _value(place, ()) is not value:
                 _rebind(place.owner.of, place.name, value)
