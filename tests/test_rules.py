@@ -145,6 +145,27 @@ def test_batch_norm_of_half_precision_is_that_of_float32(parameters, dtype):
         torch.testing.assert_close(found.float(), expected, rtol=2e-2, atol=2e-2)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("affine", [True, False])
+def test_batch_norm_in_eval_mode_is_the_plain_layer_and_its_square_with_and_without_gradients(affine, dtype):
+    torch.manual_seed(0)
+    layer = torch.nn.BatchNorm2d(3, affine=affine).to(dtype)
+    for each in layer.state_dict().values():
+        each.copy_(torch.rand(each.shape) + 0.5)
+    layer.eval()
+    mean, var = torch.randn(4, 3, 6, 5).to(dtype), torch.rand(4, 3, 6, 5).to(dtype)
+    gain2 = (layer.weight.detach().square() if affine else 1) / (layer.running_var + layer.eps)
+    precise = {"rtol": 2e-2, "atol": 2e-2} if dtype == torch.bfloat16 else {"rtol": 1e-5, "atol": 1e-5}
+    kept = mean.clone(), var.clone()
+    for grad in (True, False):
+        with torch.set_grad_enabled(grad):
+            out = layer(RandomVariable(mean, var))
+        assert out.mean.dtype == out.var.dtype == dtype
+        torch.testing.assert_close(out.mean, layer(mean), **precise)
+        torch.testing.assert_close(out.var, var * gain2.view(3, 1, 1), **precise)
+    assert torch.equal(mean, kept[0]) and torch.equal(var, kept[1])
+
+
 @pytest.mark.parametrize("order", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("normalized", ["group_norm", "instance_norm", "batch_norm"])
 def test_normalization_of_many_elements_has_the_gradients_of_its_formula(normalized, order):

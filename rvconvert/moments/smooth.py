@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rvconvert.moments.normal import Moments, at_least_float32
-from rvconvert.moments.quadrature import quadrature
+from rvconvert.moments.quadrature import INV_SQRT_2PI, LOG2_E, quadrature
 from rvconvert.moments.smooth_table import Smooth, table_moments, table_partials
 
 if TYPE_CHECKING:
@@ -24,6 +24,14 @@ def _gelu(x: Tensor) -> Tensor:
     return torch.special.erfc(-math.sqrt(0.5) * x).mul_(x).mul_(0.5)
 
 
+def _gelu_known(mean: Tensor, var: Tensor, inverse: Tensor, at: Tensor) -> Moments:
+    """m Phi(t) + v phi(t)/S and Phi(t) + t phi(t)/S², S² = 1 + v and t = m/S."""
+    at = at.clamp(-8, 8)  # the square of g is a denormal number further out
+    below = torch.special.erfc(-math.sqrt(0.5) * at).mul_(0.5)
+    density = (at * at).mul_(-0.5 * LOG2_E).exp2_().mul_(INV_SQRT_2PI).mul_(inverse)
+    return (below * mean).addcmul_(density, var), below.addcmul_(density.mul_(at), inverse)
+
+
 def _gelu_tanh(x: Tensor) -> Tensor:
     return x * torch.sigmoid(_GELU_RATE * x * (1 + _GELU_CUBIC * x * x))
 
@@ -35,7 +43,7 @@ _SOFTPLUS, _LOGSIGMOID = (
     Smooth(F.softplus, 3.0, rises=True, bound="above"),
     Smooth(F.logsigmoid, 3.0, rises=True, bound="below"),
 )
-_GELU, _GELU_TANH = Smooth(_gelu, 0.75), Smooth(_gelu_tanh, 0.75)
+_GELU, _GELU_TANH = Smooth(_gelu, 1.0, known=_gelu_known), Smooth(_gelu_tanh, 0.75)
 
 
 @at_least_float32

@@ -15,14 +15,15 @@ turns, Var/v comes down to 0; there are held
 
     g = E[f'(X)],    L = log2(K + MIX g²),    K = (Var f(X) - v g²) S²/v²,
 
-and Var = v (g² + K v/S²): the linear part of f and the rest, neither negative, without a difference of large numbers.
-Gradients: dE/dm = g and dE/dv = E[f'']/2 (Stein).
+and Var = v (g² + K v/S²): the linear part of f and the rest, neither negative, without a difference of large numbers. Where E and
+g have closed forms, the table is that of L. Gradients: dE/dm = g and dE/dv = E[f'']/2 (Stein).
 """
 
 from __future__ import annotations
 
 import functools
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -50,10 +51,12 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _GRID = Grid(end=8, in_p=2048, in_q=320, spacing=24)  # of a function that turns
-_OF_RISING = _GRID._replace(in_p=4096)
+_OF_RISING = _OF_KNOWN = _GRID._replace(in_p=4096)
 _OF_PARTIALS = _GRID._replace(in_q=160)
 _CHEBYSHEV = 33  # points of q where quadrature is done
 _MIX = 0.4  # keeps the logarithm smooth where f'' is 0
+
+Known = Callable[["Tensor", "Tensor", "Tensor", "Tensor"], "tuple[Tensor, Tensor]"]
 
 
 # ---- filling -----------------------------------------------------------------------------------------------------
@@ -82,11 +85,14 @@ class Smooth(Curve):
         rises: its slope is above 0 everywhere, which makes its table cheaper.
         bound: where the mean lies, which rounding leaves: ``"range"`` in [-1, 1]; ``"probability"`` in [f(m)/2, 1];
             ``"above"`` or ``"below"`` f(m), as of a convex or a concave one (Jensen).
+        known: closed forms of E[f(X)] and E[f'(X)], of (m, v, c/S, c p), for a function that turns.
     """
 
-    def __init__(self, function: Function, width: float, rises: bool = False, bound: str = "") -> None:
+    def __init__(
+        self, function: Function, width: float, rises: bool = False, bound: str = "", known: Known | None = None
+    ) -> None:
         super().__init__(function)
-        self.width, self.rises, self.bound = width, rises, bound
+        self.width, self.rises, self.bound, self.known = width, rises, bound, known
 
     @functools.cached_property
     def slopes(self) -> tuple[float, float]:
@@ -120,9 +126,12 @@ class Smooth(Curve):
         else:
             spread = rest * root**2 / var + _MIX * gain**2
             logarithm = np.log2((spread if self.level is None else spread * (root / width) ** 2) + 1e-300)
-            numbers = moments_at_corners(_GRID, _in_q(_GRID), gain, first, logarithm)
-            moments = np.concatenate((numbers, curvatures(numbers[:2])))
-            moments[0][:, [0, -1]] = self.slopes
+            if self.known:
+                moments = moments_at_corners(_OF_KNOWN, _in_q(_OF_KNOWN), logarithm)
+            else:
+                numbers = moments_at_corners(_GRID, _in_q(_GRID), gain, first, logarithm)
+                moments = np.concatenate((numbers, curvatures(numbers[:2])))
+                moments[0][:, [0, -1]] = self.slopes
         far = 1 - _OF_PARTIALS.corners()[1]  # c/S
         falls, grows = (1 - far**2) / 2, (1 - far**2) * far / 2
         rises = 1 - far**2 if self.level == 0 else 0.0
@@ -134,7 +143,7 @@ class Smooth(Curve):
 
     def moments(self, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
         """By a table of this call's own, in float32 on the processor: to be held against something."""
-        return _kernel(mean[None, None], var[None, None], self.fill()[0], self.function, self.width, self.level, self.bound)
+        return _kernel(mean[None, None], var[None, None], self.fill()[0], *_constants(self))
 
 
 # ---- reading -----------------------------------------------------------------------------------------------------
@@ -151,17 +160,28 @@ def _place(mean: Tensor, var: Tensor, width: float) -> tuple[Tensor, Tensor, Ten
 
 
 def _kernel(
-    mean: Tensor, var: Tensor, table: Tensor, function: Function, width: float, level: float | None, bound: str
+    mean: Tensor,
+    var: Tensor,
+    table: Tensor,
+    function: Function,
+    width: float,
+    level: float | None,
+    bound: str,
+    known: Known | None,
 ) -> tuple[Tensor, Tensor]:
     ratio, at, x, y = _place(mean, var, width)
     gain = None
-    if table.shape[1] == 2:  # of a function that rises
+    if known:
+        (logarithm,) = _OF_KNOWN.bilinear(table, x, y)
+    elif table.shape[1] == 2:  # of a function that rises
         logarithm, change = _OF_RISING.bilinear(table, x, y)
     else:
         gain, change, logarithm = _GRID.third_order(table, x, y)
     share = (var * ratio).mul_(ratio)  # c² times that of the text above
     spread = logarithm.exp2_()
-    if level is None:
+    if known:
+        out, gain = known(mean, var, ratio, at)
+    elif level is None:
         out = torch.addcmul(function(at), change, share, value=1 / width).div_(ratio)
     else:
         out = torch.addcmul(function(at), change, share, value=1 / width**2)
@@ -188,7 +208,7 @@ def _bounded(out: Tensor, mean: Tensor, function: Function, bound: str) -> Tenso
 
 
 def _partials(
-    mean: Tensor, var: Tensor, table: Tensor, function: Function, width: float, level: float | None, bound: str
+    mean: Tensor, var: Tensor, table: Tensor, function: Function, width: float, level: float | None, *unused: Any
 ) -> Partials:
     ratio, _, x, y = _place(mean, var, width)
     gain, curvature, by_mean, by_var = _OF_PARTIALS.bilinear(table, x, y)
@@ -205,12 +225,16 @@ def table_moments(curve: Smooth, mean: Tensor, var: Tensor) -> tuple[Tensor, Ten
     """Mean and variance of a curve of X ~ N(mean, var): by its table; in float64, which a table does not serve, by quadrature."""
     if mean.dtype == torch.float64:
         return quadrature(curve.function, mean, var)
-    return tabulated(curve, _KERNELS, mean, var, curve.function, curve.width, _level(curve.number), curve.bound)
+    return tabulated(curve, _KERNELS, mean, var, *_constants(curve))
 
 
 def table_partials(curve: Smooth, mean: Tensor, var: Tensor) -> Partials:
     """Partial derivatives of ``table_moments``, in float32."""
-    return tabulated_partials(curve, _KERNELS, mean, var, curve.function, curve.width, _level(curve.number), curve.bound)
+    return tabulated_partials(curve, _KERNELS, mean, var, *_constants(curve))
+
+
+def _constants(curve: Smooth) -> tuple[Any, ...]:
+    return curve.function, curve.width, _level(curve.number), curve.bound, curve.known
 
 
 @torch.compiler.assume_constant_result

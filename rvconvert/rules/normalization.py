@@ -205,7 +205,11 @@ def _normalized_over_the_batch(
     x = input
     with full_precision(x):
         if not training and mean is not None and var is not None:
-            scale = torch.rsqrt(var + eps) if weight is None else torch.rsqrt(var + eps) * weight
+            scale = torch.rsqrt(var + eps)
+            if not torch.is_grad_enabled() and not is_traced():
+                batch = _Batch(x.mean, x.var, weight, bias, mean, var, scale)
+                return x.with_moments(batch.normalized_mean(eps), batch.normalized_var(eps))
+            scale = scale if weight is None else scale * weight
             out = F.batch_norm(x.mean, mean, var, weight, bias, False, momentum, eps)
             return x.with_moments(out, x.var * _per_channel(scale.square(), x.ndim))
         if not torch.compiler.is_compiling():
