@@ -26,7 +26,8 @@ from rvconvert.errors import ConversionError
 from rvconvert.examination import Examination, Examined
 from rvconvert.program.gains import gain_keys
 from rvconvert.program.plan import node_row
-from rvconvert.rules.kinds import Elementwise, substitute, unique
+from rvconvert.rules.calls import substitute, unique
+from rvconvert.rules.kinds import Elementwise
 from rvconvert.rules.noise import all_entering, nth_source
 
 if TYPE_CHECKING:

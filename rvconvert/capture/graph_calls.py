@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from rvconvert.core.random_variable import RandomVariable, Settings, in_settings, propagate, random_variables
-from rvconvert.rules.kinds import under_law
+from rvconvert.rules.ancestry import under_law
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -44,8 +44,9 @@ from rvconvert.core.random_variable import is_in_place
 from rvconvert.core.tree import flatten
 from rvconvert.errors import TracingError
 from rvconvert.places import short_place
+from rvconvert.rules.calls import out_of_place
 from rvconvert.rules.draws import CATEGORICAL, DRAWS, one_hot_categorical_like
-from rvconvert.rules.kinds import Metadata, Read, out_of_place
+from rvconvert.rules.kinds import Metadata, Read
 from rvconvert.rules.shape import setitem
 
 if TYPE_CHECKING:

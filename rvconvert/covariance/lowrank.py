@@ -20,7 +20,8 @@ from rvconvert.core.mode import MODES, Mode, Sampler
 from rvconvert.core.random_variable import RandomVariable, Settings, is_in_place, random_variables
 from rvconvert.covariance.rows import Rows, moved, reordered, still
 from rvconvert.covariance.sampled import SampledVariable, drawn_paths, squared
-from rvconvert.rules.kinds import MOVES_ANY_LAYOUT, Collapse, Elementwise, Metadata, Shape, out_of_place, substitute
+from rvconvert.rules.calls import out_of_place, substitute
+from rvconvert.rules.kinds import MOVES_ANY_LAYOUT, Collapse, Elementwise, Metadata, Shape
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence

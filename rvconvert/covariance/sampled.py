@@ -19,7 +19,8 @@ from rvconvert.core.random_variable import Identity, RandomVariable, Settings, i
 from rvconvert.core.registry import Exactness
 from rvconvert.covariance.chunks import Chunks, JointBatchNorm, alike, joined
 from rvconvert.errors import ConversionError
-from rvconvert.rules.kinds import Collapse, Metadata, Read, substitute
+from rvconvert.rules.calls import substitute
+from rvconvert.rules.kinds import Collapse, Metadata, Read
 from rvconvert.rules.noise import entering
 from rvconvert.rules.normalization import batch_norm_arguments
 from rvconvert.rules.shape import setitem

@@ -14,19 +14,10 @@ from torch import nn
 from rvconvert import moments as gaussian
 from rvconvert.core.random_variable import RandomVariable, random_variables
 from rvconvert.core.registry import Exactness
+from rvconvert.rules.ancestry import Interval, anywhere, everywhere, not_everywhere
+from rvconvert.rules.calls import bind
 from rvconvert.rules.intervals import OFF_ZERO, POSITIVE, is_bounded, keeps_above, monotone, of_clamp, within
-from rvconvert.rules.kinds import (
-    Composite,
-    Elementwise,
-    Interval,
-    Shape,
-    add_rule,
-    anywhere,
-    bind,
-    everywhere,
-    first_order,
-    not_everywhere,
-)
+from rvconvert.rules.kinds import Composite, Elementwise, Shape, add_rule, first_order
 from rvconvert.rules.relations import rows_of
 
 if TYPE_CHECKING:

@@ -14,6 +14,8 @@ from rvconvert.core.random_variable import RandomVariable, random_variables
 from rvconvert.core.registry import Exactness
 from rvconvert.errors import UnsupportedOperationError
 from rvconvert.moments.quadrature import quadrature
+from rvconvert.rules.ancestry import everywhere, interval_of
+from rvconvert.rules.calls import at_means, bind, moments, spread, unique
 from rvconvert.rules.extrema import constants
 from rvconvert.rules.intervals import (
     divisor_keeps_off_zero,
@@ -28,19 +30,7 @@ from rvconvert.rules.intervals import (
     of_sum,
     reversed_divisor_keeps_off_zero,
 )
-from rvconvert.rules.kinds import (
-    Composite,
-    Elementwise,
-    add_rule,
-    at_means,
-    bind,
-    everywhere,
-    first_order,
-    interval_of,
-    moments,
-    spread,
-    unique,
-)
+from rvconvert.rules.kinds import Composite, Elementwise, add_rule, first_order
 from rvconvert.rules.relations import OfRows, copied, is_same, rows_of
 
 if TYPE_CHECKING:

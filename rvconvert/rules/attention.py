@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from rvconvert.core.random_variable import RandomVariable
 from rvconvert.core.registry import Exactness
 from rvconvert.moments.compilation import is_traced
-from rvconvert.rules.kinds import Composite, add_rule, full_precision, moments, own_python, recomputed
+from rvconvert.rules.calls import full_precision, moments, own_python, recomputed
+from rvconvert.rules.kinds import Composite, add_rule
 from rvconvert.rules.relations import OfRows
 
 if TYPE_CHECKING:

@@ -12,8 +12,9 @@ from rvconvert import moments as gaussian
 from rvconvert.core.random_variable import RandomVariable
 from rvconvert.core.registry import Exactness
 from rvconvert.errors import UnsupportedOperationError
+from rvconvert.rules.calls import bind, moments
 from rvconvert.rules.intervals import of_extremum
-from rvconvert.rules.kinds import Composite, Elementwise, add_rule, bind, moments
+from rvconvert.rules.kinds import Composite, Elementwise, add_rule
 from rvconvert.rules.relations import reducing
 
 __all__ = ["by_pairs", "clark_maximum", "constants", "maximum_over"]

@@ -10,7 +10,8 @@ import math
 from typing import TYPE_CHECKING, Any
 
 from rvconvert.core.random_variable import RandomVariable
-from rvconvert.rules.kinds import ANYWHERE, Interval, bind, interval_of
+from rvconvert.rules.ancestry import ANYWHERE, Interval, interval_of
+from rvconvert.rules.calls import bind
 from rvconvert.rules.relations import is_same
 
 if TYPE_CHECKING:

@@ -8,57 +8,51 @@ moments. Adding an operation of a known kind takes one line; see README.md besid
 from __future__ import annotations
 
 import math
-import types
-from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.utils.checkpoint import checkpoint
 
 from rvconvert.core.random_variable import Origin, RandomVariable, making_later, random_variables
-from rvconvert.core.registry import NAMESPACES, REGISTRY, Exactness, FunctionTable, Kind, Rule, operation_name, spellings
+from rvconvert.core.registry import REGISTRY, Exactness, FunctionTable, Kind, Rule, operation_name, spellings
 from rvconvert.errors import ConversionError, UnsupportedOperationError
-from rvconvert.moments.compilation import is_traced
 from rvconvert.moments.composed import composed_moments
 from rvconvert.moments.quadrature import Detached
-from rvconvert.rules.density import moments_under
+from rvconvert.rules.ancestry import (
+    Interval,
+    UnderLaw,
+    ancestors,
+    anywhere,
+    as_numbers,
+    everywhere,
+    followed_by,
+    gaussian_ancestor,
+    identity,
+    interval_of,
+    meetings,
+    not_everywhere,
+    of_floats,
+    spelling,
+    under_law,
+)
+from rvconvert.rules.calls import (
+    Function,
+    at_means,
+    bind,
+    full_precision,
+    join,
+    moments,
+    out_of_place,
+    shapes_of,
+    substitute,
+    unique,
+)
 from rvconvert.rules.learned import learned_moments
 from rvconvert.rules.relations import is_same, rows_moved, transposes
 
-__all__ = [
-    "ANYWHERE",
-    "MOVES_ANY_LAYOUT",
-    "Bilinear",
-    "Collapse",
-    "Composite",
-    "Elementwise",
-    "FixedLinear",
-    "Interval",
-    "Metadata",
-    "Read",
-    "Shape",
-    "add_rule",
-    "at_means",
-    "bind",
-    "first_order",
-    "full_precision",
-    "gaussian_ancestor",
-    "interval_of",
-    "moments",
-    "out_of_place",
-    "own_python",
-    "recomputed",
-    "same_map",
-    "spread",
-    "substitute",
-    "under_law",
-    "unique",
-    "value_error",
-]
-
-Function = Callable[..., Any]
+if TYPE_CHECKING:
+    from collections.abc import Callable, Hashable, Sequence
 
 
 def add_rule(
@@ -78,81 +72,6 @@ def add_rule(
     if found or modules:  # an operation that this version of torch does not have needs no rule
         REGISTRY.register(rule, found)
     return rule
-
-
-def substitute(value: Any, replace: Callable[[RandomVariable], Any]) -> Any:
-    """``value`` with every random variable in nested lists, tuples and dicts replaced."""
-    if isinstance(value, RandomVariable):
-        return replace(value)
-    if isinstance(value, (list, tuple)):
-        items = [substitute(each, replace) for each in value]
-        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
-    if isinstance(value, dict):
-        return {key: substitute(each, replace) for key, each in value.items()}
-    return value
-
-
-def join(mean: Any, var: Any, like: RandomVariable) -> Any:
-    """Random variables out of two equal structures of tensors."""
-    if isinstance(mean, torch.Tensor):
-        return like.with_moments(mean, var) if mean.is_floating_point() else mean
-    if isinstance(mean, (list, tuple)):
-        items = [join(a, b, like) for a, b in zip(mean, var, strict=True)]
-        return items if isinstance(mean, list) else tuple(items)
-    return mean
-
-
-def bind(
-    names: Sequence[str], args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[list[Any], tuple[Any, ...], dict[str, Any]]:
-    """Split a call into the named leading arguments (None where absent), the other positional ones and keywords."""
-    rest = dict(kwargs)
-    values = [args[i] if i < len(args) else rest.pop(name, None) for i, name in enumerate(names)]
-    return values, args[len(names) :], rest
-
-
-def recomputed(function: Function, *tensors: torch.Tensor | None) -> Any:
-    """``function(*tensors)``, of which gradients keep the tensors alone and run it again."""
-    if is_traced() or not torch.is_grad_enabled():
-        return function(*tensors)
-    return checkpoint(function, *tensors, use_reentrant=False, preserve_rng_state=False)
-
-
-def unique(*values: Any) -> list[RandomVariable]:
-    """The random variables in nested arguments, each once, in order."""
-    return list({id(x): x for x in random_variables(*values)}.values())
-
-
-def at_means(func: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """``func`` with every random variable at its mean."""
-    return func(*substitute(args, lambda x: x.mean), **substitute(kwargs, lambda x: x.mean))
-
-
-def spread(var: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """``var`` broadcast to the shape of ``like``."""
-    return var if var.shape == like.shape else var.expand(like.shape)
-
-
-def moments(value: Any) -> tuple[Any, Any]:
-    """Mean and variance of a value; the variance of what is not random is None."""
-    return (value.mean, value.var) if isinstance(value, RandomVariable) else (value, None)
-
-
-class full_precision:
-    """Context in which autocast does not lower the precision of moments."""
-
-    def __init__(self, x: RandomVariable | torch.Tensor) -> None:
-        device = x.device.type
-        lowered = device != "meta" and torch.is_autocast_enabled(device)
-        self._context = torch.autocast(device, enabled=False) if lowered else None
-
-    def __enter__(self) -> None:
-        if self._context is not None:
-            self._context.__enter__()
-
-    def __exit__(self, *error: Any) -> None:
-        if self._context is not None:
-            self._context.__exit__(*error)
 
 
 @dataclass(frozen=True)
@@ -221,7 +140,7 @@ class Shape:
             return self.call(func, substitute(present, lambda x: x.mean), rest, options)
         mean = self.call(func, {n: substitute(v, lambda x: x.mean) for n, v in present.items()}, rest, options)
         if mean is like.mean:  # x.float() of what is float already, x.contiguous(): the variable itself
-            return _as_numbers(like) if getattr(func, "__name__", "") in _CASTS else like
+            return as_numbers(like) if getattr(func, "__name__", "") in _CASTS else like
         name = getattr(func, "__name__", "")
         if name in _KEEPS_ORDER and mean.shape == like.shape and isinstance(present.get("input"), RandomVariable):
             return like  # so is what is viewed as what it is
@@ -232,7 +151,7 @@ class Shape:
             options,
         )
         made = join(mean, var, like)
-        key = None if self.same else _spelling(func, args, kwargs, {id(x): x.key for x in random_variables(args, kwargs)})
+        key = None if self.same else spelling(func, args, kwargs, {id(x): x.key for x in random_variables(args, kwargs)})
         if key is not None:
             for index, each in enumerate(random_variables(made)):
                 each.selected((key, index))
@@ -413,195 +332,10 @@ def widened(product: Function, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor
 _ABOVE = dict.fromkeys(("gt", "ge", "greater", "greater_equal"), True) | dict.fromkeys(("lt", "le", "less", "less_equal"), False)
 
 
-Interval = tuple[float, float]
-ANYWHERE: Interval = (-math.inf, math.inf)
-
-
-def interval_of(value: Any) -> Interval:
-    """Where a number is, and where the values of a random variable lie, as far as that is known."""
-    if isinstance(value, RandomVariable):
-        return ANYWHERE if value.origin is None else value.origin.interval
-    return (float(value), float(value)) if isinstance(value, (int, float)) else ANYWHERE
-
-
-def anywhere(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Interval:
-    """Nothing is known of where the values lie."""
-    return ANYWHERE
-
-
-def everywhere(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """The function is defined on the whole line, whatever its arguments."""
-    return True
-
-
-def not_everywhere(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """The function is defined on a part of the line: a logarithm, a root."""
-    return False
-
-
-Line = tuple[float, float]
-
-
-class Ancestor(NamedTuple):
-    """A variable that another one is an elementwise function of, and the function; see ``Origin``."""
-
-    variable: RandomVariable
-    function: Function
-    kinks: tuple[float, ...]
-    whole_line: bool
-    line: Line | None
-    key: Hashable | None
-
-
-def _ancestors(x: RandomVariable) -> Iterator[Ancestor]:
-    """Each variable that ``x`` is an elementwise function of, nearest first.
-
-    Kinks of a later function are known on the axis of an earlier variable where lines alone lie between.
-    """
-    found = Ancestor(x, _identity, (), True, (1.0, 0.0), ())
-    yield found
-    origin = x.origin
-    while origin is not None:
-        slope, shift = origin.line or (0.0, 0.0)
-        line = found.line
-        found = Ancestor(
-            origin.parent,
-            _chain(origin.function, found.function),
-            (*origin.kinks, *((k - shift) / slope for k in found.kinks if slope)),
-            found.whole_line and origin.whole_line,
-            (line[0] * slope, line[0] * shift + line[1]) if line and origin.line else None,
-            None if origin.key is None or found.key is None else (origin.key, found.key),
-        )
-        yield found
-        origin = origin.parent.origin
-
-
-def gaussian_ancestor(x: RandomVariable) -> Ancestor | None:
-    """The farthest variable that ``x`` is a function of, if the function is bent and defined on the whole line."""
-    found, origin = None, x.origin
-    bent = False
-    for ancestor in _ancestors(x):
-        if not ancestor.whole_line:
-            return None
-        found = ancestor
-    while origin is not None:
-        bent = bent or not origin.affine
-        origin = origin.parent.origin
-    return found if bent else None
-
-
-def _identity(x: torch.Tensor) -> torch.Tensor:
-    return x
-
-
-class _NotSpelledError(Exception):
-    pass
-
-
-def _spelling(func: Function, args: tuple[Any, ...], kwargs: dict[str, Any], keys: dict[int, Hashable | None]) -> Hashable | None:
-    """A call as a key: equal keys are equal functions. None where a tensor takes part, or a function that has none."""
-
-    def spelled(value: Any) -> Hashable:
-        if isinstance(value, RandomVariable):
-            if (key := keys[id(value)]) is not None:
-                return (RandomVariable, key)
-        elif isinstance(value, (bool, int, float, str, torch.dtype)) or value is None or value is ...:
-            return (type(value), value)
-        elif isinstance(value, slice):
-            return (slice, *map(spelled, (value.start, value.stop, value.step)))
-        elif isinstance(value, (list, tuple)):
-            return tuple(map(spelled, value))
-        raise _NotSpelledError
-
-    try:
-        return (func, *map(spelled, args), *((name, spelled(value)) for name, value in sorted(kwargs.items())))
-    except _NotSpelledError:
-        return None
-
-
-@dataclass(frozen=True)
-class UnderLaw:
-    """A call as a function of one draw that is not Gaussian: its root, the function, and whether it joins elements."""
-
-    root: RandomVariable
-    function: Function
-    joint: bool
-
-    @property
-    def can_join(self) -> bool:
-        """The root has nodes for functions that join its elements."""
-        return self.root.density is not None and self.root.density.joint_nodes(self.root) is not None
-
-    def result(self, like: RandomVariable, joint: bool = False) -> RandomVariable:
-        """The call's moments, integrated over the root's own law."""
-        joint = joint or self.joint
-        mean, var = moments_under(self.function, self.root, joint)
-        return like.with_moments(mean, var).derived(origin=Origin(self.root.snapshot(), self.function, joint=joint))
-
-
-def under_law(func: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> UnderLaw | None:
-    """The call as a function of a draw that is not Gaussian, if all random variables in it are functions of one."""
-    inputs = unique(args, kwargs)
-    functions, roots, joint = {}, {}, False
-    for x in inputs:
-        root, function = x, _identity
-        while root.origin is not None:
-            joint = joint or root.origin.joint
-            function = _chain(root.origin.function, function)
-            root = root.origin.parent
-        if root.density is None:
-            return None
-        functions[id(x)] = function
-        roots[root.key] = root
-    if len(roots) != 1:
-        return None
-
-    def call(value: torch.Tensor) -> Any:
-        values = {key: function(value) for key, function in functions.items()}
-        return func(*substitute(args, lambda x: values[id(x)]), **substitute(kwargs, lambda x: values[id(x)]))
-
-    return UnderLaw(next(iter(roots.values())), call, joint)
-
-
-def _shapes(*values: Any) -> Iterator[torch.Size]:
-    """Shapes of the tensors and random variables in a call's arguments."""
-    for value in values:
-        if isinstance(value, (torch.Tensor, RandomVariable)):
-            yield value.shape
-        elif isinstance(value, (list, tuple)):
-            yield from _shapes(*value)
-        elif isinstance(value, dict):
-            yield from _shapes(*value.values())
-
-
 def _as_wide(given: Any, value: torch.Tensor) -> Any:
     """A floating tensor, a slope say, as wide as the value it meets: not every operation takes two dtypes."""
     narrow = isinstance(given, torch.Tensor) and given.is_floating_point() and given.itemsize < value.itemsize
     return given.to(value.dtype) if narrow else given
-
-
-def _of_floats(function: Function) -> Function:
-    """``function`` with numbers in the place of truth values, as a comparison gives."""
-
-    def made(value: torch.Tensor) -> torch.Tensor:
-        result = function(value)
-        return result if result.is_floating_point() else result.to(value.dtype)
-
-    return made
-
-
-def _as_numbers(x: RandomVariable) -> RandomVariable:
-    """Truth values, which comparisons give, as the numbers that are added and multiplied; any other variable itself."""
-    origin = x.origin
-    with torch.no_grad():
-        if origin is None or origin.function(origin.parent.mean).is_floating_point():
-            return x
-    key = None if origin.key is None else ("numbers", origin.key)
-    return x.with_moments(x.mean, x.var).derived(origin=replace(origin, function=_of_floats(origin.function), key=key))
-
-
-def _chain(first: Function, second: Function) -> Function:
-    return first if second is _identity else lambda x: second(first(x))
 
 
 @dataclass(frozen=True)
@@ -656,7 +390,7 @@ class Elementwise:
             chain = gaussian_ancestor(parent) if whole_line and joined else None
             if chain is not None:
                 direct, parent, kinks = False, chain.variable, chain.kinks
-                functions = [_chain(chain.function, each) for each in functions]
+                functions = [followed_by(chain.function, each) for each in functions]
                 keys = [None if key is None or chain.key is None else (chain.key, key) for key in keys]
 
             def function(value: torch.Tensor) -> torch.Tensor:
@@ -666,7 +400,7 @@ class Elementwise:
 
             if direct and self.kinks is not None:
                 kinks = self.kinks(args, kwargs)
-            key = _spelling(func, args, kwargs, {id(x): key for x, key in zip(inputs, keys, strict=True)})
+            key = spelling(func, args, kwargs, {id(x): key for x, key in zip(inputs, keys, strict=True)})
             closed_form = self.moments if direct else None
 
             def moments() -> tuple[torch.Tensor, torch.Tensor]:
@@ -675,10 +409,10 @@ class Elementwise:
                         return closed_form(func, args, kwargs)
                 if not whole_line:
                     return first_order(function, (parent,), {})
-                shape = torch.broadcast_shapes(parent.shape, *_shapes(args, kwargs))
+                shape = torch.broadcast_shapes(parent.shape, *shapes_of(args, kwargs))
                 of = (parent.mean.expand(shape), parent.var.expand(shape))
                 wide = chain is not None
-                mean, var = composed_moments(key, _of_floats(function), *of, kinks, read=learned_moments, wide=wide)
+                mean, var = composed_moments(key, of_floats(function), *of, kinks, read=learned_moments, wide=wide)
                 low, high = lies
                 # Which rounding may leave by some millionths.
                 return mean.clamp(low, high) if math.isfinite(low) or math.isfinite(high) else mean, var
@@ -715,29 +449,24 @@ class Elementwise:
     ) -> tuple[RandomVariable, list[Function], tuple[float, ...], bool, list[Hashable | None]] | None:
         """The nearest variable that all of ``inputs`` are functions of: functions, kinks, defined everywhere, keys."""
         if len(inputs) == 1:
-            return inputs[0], [_identity], (), True, [()]
-        chains = [{found.variable.key: found for found in _ancestors(each)} for each in inputs]
+            return inputs[0], [identity], (), True, [()]
+        chains = [{found.variable.key: found for found in ancestors(each)} for each in inputs]
         for shared, first in chains[0].items():
             if all(shared in chain for chain in chains):
                 found = [chain[shared] for chain in chains]
                 kinks = {k for each in found for k in each.kinks}
                 if meeting:
-                    kinks |= _meetings([each.line for each in found if each.line])
+                    kinks |= meetings([each.line for each in found if each.line])
                 whole_line = all(each.whole_line for each in found)
                 functions, keys = [each.function for each in found], [each.key for each in found]
                 return first.variable, functions, tuple(sorted(kinks)), whole_line, keys
         return None
 
 
-def _meetings(lines: list[Line]) -> set[float]:
-    """Where lines cross."""
-    return {(d - b) / (a - c) for i, (a, b) in enumerate(lines) for c, d in lines[:i] if a != c}
-
-
 def first_order(func: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
     """An elementwise function of independent variables, linearised at the means: var = sum of (df/dx_i)^2 v_i."""
     inputs = unique(args, kwargs)
-    shape = torch.broadcast_shapes(*_shapes(args, kwargs))
+    shape = torch.broadcast_shapes(*shapes_of(args, kwargs))
     # Memory of its own for every element, as forward derivatives want.
     means = [x.mean.expand(shape).contiguous() for x in inputs]
 
@@ -756,28 +485,6 @@ def first_order(func: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -
     return mean, var
 
 
-def _twins() -> dict[Any, Function]:
-    """In-place function -> the function that leaves its argument alone."""
-    table: dict[Any, Function] = {}
-    for namespace in NAMESPACES:
-        for name in dir(namespace):
-            twin = getattr(namespace, name[:-1], None)
-            if name.endswith("_") and not name.endswith("__") and callable(twin):
-                table[getattr(namespace, name)] = twin
-    for name in ("add", "sub", "mul", "truediv", "div", "pow", "and", "or", "xor", "floordiv", "mod"):
-        if hasattr(torch.Tensor, f"__i{name}__") and hasattr(torch.Tensor, f"__{name}__"):
-            table[getattr(torch.Tensor, f"__i{name}__")] = getattr(torch.Tensor, f"__{name}__")
-    return table
-
-
-_TWINS = FunctionTable(_twins())
-
-
-def out_of_place(func: Function) -> Function:
-    """The twin of an in-place function that leaves its argument alone; any other function is its own."""
-    return _TWINS.get(func) or func
-
-
 @dataclass(frozen=True)
 class Composite:
     """An operation written out in operations that have rules: ``body`` is called with the operation's arguments.
@@ -794,15 +501,3 @@ class Composite:
             if found is not None and found.can_join:
                 return found.result(random_variables(args, kwargs)[0], joint=True)
         return self.body(*args, **kwargs)
-
-
-def own_python(func: Any) -> Function:
-    """A torch function that is itself written in Python, to be run as such on random variables.
-
-    Its first lines hand any argument that is not a plain tensor to ``__torch_function__``; here they do not.
-    """
-    checks = ("has_torch_function", "has_torch_function_unary", "has_torch_function_variadic")
-    scope = {**func.__globals__, **{check: lambda *args: False for check in checks}}
-    body = types.FunctionType(func.__code__, scope, func.__name__, func.__defaults__, func.__closure__)
-    body.__kwdefaults__ = func.__kwdefaults__
-    return body

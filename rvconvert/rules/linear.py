@@ -13,7 +13,8 @@ from torch import nn
 
 from rvconvert.core.random_variable import RandomVariable
 from rvconvert.core.registry import Exactness
-from rvconvert.rules.kinds import Bilinear, Composite, FixedLinear, MatrixProduct, add_rule, moments, of_itself, same_map
+from rvconvert.rules.calls import moments
+from rvconvert.rules.kinds import Bilinear, Composite, FixedLinear, MatrixProduct, add_rule, of_itself, same_map
 from rvconvert.rules.relations import is_same
 
 if TYPE_CHECKING:

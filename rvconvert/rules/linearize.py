@@ -12,8 +12,8 @@ from torch import Tensor
 
 from rvconvert.core.registry import REGISTRY, Exactness, Rule, as_constant, operation_name
 from rvconvert.errors import UnsupportedOperationError
+from rvconvert.rules.calls import full_precision, join, out_of_place, substitute, unique
 from rvconvert.rules.draws import DRAWS
-from rvconvert.rules.kinds import full_precision, join, out_of_place, substitute, unique
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

@@ -15,10 +15,12 @@ from torch import nn
 
 from rvconvert.core.random_variable import random_variables
 from rvconvert.core.registry import Exactness
-from rvconvert.rules.kinds import Collapse, Function, add_rule
+from rvconvert.rules.kinds import Collapse, add_rule
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    from rvconvert.rules.calls import Function
 
 
 _REDUCTIONS: dict[Any, str] = {0: "none", 1: "mean", 2: "sum"}  # by torch._C._nn's numbers

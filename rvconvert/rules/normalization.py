@@ -19,7 +19,8 @@ from rvconvert.core.registry import REGISTRY, Exactness, Rule
 from rvconvert.moments.buffers import into_buffer
 from rvconvert.moments.compilation import is_traced
 from rvconvert.moments.normal import at_least_float32, gradients_with_graph
-from rvconvert.rules.kinds import Composite, add_rule, bind, full_precision, own_python, recomputed
+from rvconvert.rules.calls import bind, full_precision, own_python, recomputed
+from rvconvert.rules.kinds import Composite, add_rule
 
 if TYPE_CHECKING:
     from collections.abc import Callable

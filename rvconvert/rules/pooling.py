@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rvconvert.core.registry import Exactness
+from rvconvert.rules.calls import bind
 from rvconvert.rules.extrema import by_pairs, clark_maximum, maximum_over
-from rvconvert.rules.kinds import Composite, FixedLinear, Shape, add_rule, bind
+from rvconvert.rules.kinds import Composite, FixedLinear, Shape, add_rule
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

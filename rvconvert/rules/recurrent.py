@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from rvconvert.core.random_variable import RandomVariable, random_variables
 from rvconvert.core.registry import Exactness
 from rvconvert.moments.compilation import is_traced
-from rvconvert.rules.kinds import Composite, Shape, add_rule, full_precision
+from rvconvert.rules.calls import full_precision
+from rvconvert.rules.kinds import Composite, Shape, add_rule
 from rvconvert.rules.recurrent_steps import STEPS, Pair, State, Step, joined, linear, once, unrolled
 
 Linear = Callable[[Pair], Pair]

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from rvconvert.core.registry import Exactness
 from rvconvert.moments import sigmoid, softplus
+from rvconvert.rules.calls import bind
 from rvconvert.rules.extrema import by_pairs
-from rvconvert.rules.kinds import Composite, FixedLinear, add_rule, bind, same_map
+from rvconvert.rules.kinds import Composite, FixedLinear, add_rule, same_map
 from rvconvert.rules.normalization import standardized
 from rvconvert.rules.relations import reducing
 

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from rvconvert.core.random_variable import RandomVariable
 from rvconvert.core.registry import Exactness
-from rvconvert.rules.kinds import Composite, FixedLinear, add_rule, bind, moments, same_map
+from rvconvert.rules.calls import bind, moments
+from rvconvert.rules.kinds import Composite, FixedLinear, add_rule, same_map
 from rvconvert.rules.linearize import LINEARIZED
 from rvconvert.rules.pooling import adaptive_average_square
 

@@ -16,7 +16,7 @@ from torch import Tensor
 import rvconvert
 from rvconvert import ConversionError, RandomVariable
 from rvconvert.covariance.lowrank import LowRankVariable
-from rvconvert.rules.kinds import gaussian_ancestor
+from rvconvert.rules.ancestry import gaussian_ancestor
 from rvconvert.rules.relations import copied
 from tests.fuzzing.programs import Program, call, generate, source, with_forward
 from tests.fuzzing.reference import Expected, Reference
