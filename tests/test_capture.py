@@ -355,6 +355,10 @@ REPORTS: dict[str, Callable[[Tensor], Any]] = {
     "tolist": lambda loss: loss.tolist(),
     "numpy": lambda loss: loss.detach().numpy(),
     "format": lambda loss: f"{loss:.3f} {loss.item():.3f}",
+    "format of an item": lambda loss: f"{loss.item():.3f}",
+    "round": lambda loss: round(loss.item(), 4),
+    "whole number": lambda loss: round(loss.item()),
+    "logarithm": lambda loss: {"psnr": [10 * math.log10(1 / loss.item())]}["psnr"][0],
 }
 
 
@@ -366,10 +370,23 @@ def test_a_loss_may_be_reported(name: str, covariance: str) -> None:
         return loss, REPORTS[name](loss)
 
     rv = rvconvert.convert(VAE(SAMPLERS["randn_like"], result), covariance=covariance)
-    for _ in range(2):
-        loss, report = rv(torch.rand(5, 6))
+    x, reports = torch.rand(5, 6), []
+    for scale in (1, 100):
+        loss, report = rv(scale * x)
         loss.backward()
         assert rv.last_penalty > 0 and not isinstance(report, Tensor)
+        reports.append(float(report.split()[-1] if isinstance(report, str) else report))
+    assert abs(reports[1] - reports[0]) > 10  # that of its own call
+
+
+def test_a_number_of_the_inputs_is_that_of_each_call() -> None:
+    rv = rvconvert.convert(
+        VAE(SAMPLERS["randn_like"], lambda y, x, mu, z: (y, math.sqrt(x.max().item()), f"{x.max().item():.3f}"))
+    )
+    x = torch.rand(5, 6)
+    for scale in (1, 4):
+        _, root, text = rv(scale * x)
+        assert root == pytest.approx(math.sqrt(scale * x.max())) and text == f"{scale * x.max():.3f}"
 
 
 @pytest.mark.parametrize("decision", [lambda loss: loss > 0, lambda loss: loss.item() > 0, bool])

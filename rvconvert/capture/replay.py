@@ -44,6 +44,16 @@ def other_values(leaves: list[torch.Tensor]) -> list[torch.Tensor]:
     return [x * 0.9 + 0.05 if x.is_floating_point() and x.layout == torch.strided else x for x in leaves]
 
 
+def _differing(recorded: Structure, returned: Structure) -> Iterator[tuple[Any, Any]]:
+    """Numbers and texts among the outputs that the graph does not make, and that another run has made otherwise."""
+    if recorded.kind == returned.kind == "constant":
+        kinds = {type(recorded.template), type(returned.template)}
+        if kinds <= {bool, int, float, str} and repr(recorded.template) != repr(returned.template):
+            yield recorded.template, returned.template
+    for own, other in zip(recorded.parts, returned.parts, strict=False):
+        yield from _differing(own, other)
+
+
 def replay_differs(run: Run, recording: Recording, model: nn.Module, method: Any, args: Any, kwargs: Any) -> str | None:
     """Run the plain graph beside the model on other inputs, another seed and another batch size.
 
@@ -51,6 +61,8 @@ def replay_differs(run: Run, recording: Recording, model: nn.Module, method: Any
     """
     leaves, structure = plain_leaves(args, kwargs)
     other = other_values(leaves)
+
+    returned: list[Structure] = []
 
     def results(call: Callable[..., Any], inputs: list[torch.Tensor]) -> list[Any]:
         with unchanged(model, recording.written), torch.enable_grad(), warnings.catch_warnings():
@@ -60,7 +72,9 @@ def replay_differs(run: Run, recording: Recording, model: nn.Module, method: Any
 
     def eager(*inputs: torch.Tensor) -> list[Any]:
         a, k = structure.build(iter(inputs))
-        return flatten(method(*a, **k), lambda x: isinstance(x, torch.Tensor))[0]
+        found, outputs = flatten(method(*a, **k), lambda x: isinstance(x, torch.Tensor))
+        returned[:] = [outputs]
+        return found
 
     def replayed(*inputs: torch.Tensor) -> tuple[Any, ...]:
         outputs = run(model, *inputs, *recording.numbers.values())
@@ -79,7 +93,8 @@ def replay_differs(run: Run, recording: Recording, model: nn.Module, method: Any
                 return f"an output of shape {tuple(b.shape)} instead of {tuple(a.shape)}"
             if not a.is_meta and not torch.allclose(a, b, rtol=1e-4, atol=1e-5, equal_nan=True):
                 return f"an output differs by {(a - b).abs().max().item():.2g}"
-        return None
+        fixed = next(_differing(recording.outputs, returned[0]), None)
+        return None if fixed is None else f"it returns {fixed[1]!r} where the recording holds {fixed[0]!r}"
 
     if recording.sized_by_values:
         difference = compare([x[torch.arange(len(x), device=x.device) // 2] if x.ndim else x for x in leaves])

@@ -144,12 +144,11 @@ for _cls, _base in ((TracedInt, int), (TracedFloat, float)):
     for _name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow"):
         setattr(_cls, f"__{_name}__", _arithmetic(getattr(operator, _name), reflected=False))
         setattr(_cls, f"__r{_name}__", _arithmetic(getattr(operator, _name), reflected=True))
-    for _name in ("neg", "abs"):
-        setattr(_cls, f"__{_name}__", _arithmetic(getattr(operator, _name), reflected=False))
+    for _name, _function in (("neg", operator.neg), ("abs", operator.abs), ("round", round)):
+        setattr(_cls, f"__{_name}__", _arithmetic(_function, reflected=False))
     for _name in ("__bool__", "__eq__", "__ne__", "__lt__", "__le__", "__gt__", "__ge__", "__hash__", "__int__", "__float__"):
         setattr(_cls, _name, _fixing(_name, _base))
     for _name in (
-        "__round__",
         "__floor__",
         "__ceil__",
         "__trunc__",

@@ -133,7 +133,7 @@ def _sizes(graph: fx.Graph) -> set[fx.Node]:
     reported = {node for node in graph.nodes if node.target == "item" or "number" in node.meta}
     for node in graph.nodes:
         inputs = node.all_input_nodes
-        arithmetic = getattr(node.target, "__module__", "") == "_operator" or node.target in (int, float, torch.Size)
+        arithmetic = getattr(node.target, "__module__", "") == "_operator" or node.target in (int, float, round, torch.Size)
         if node.target == "size" or (arithmetic and inputs and all(each in found or each in reported for each in inputs)):
             found.add(node)
     return found
