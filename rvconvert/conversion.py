@@ -516,7 +516,9 @@ def _interpreter(graph: fx.Graph) -> Callable[..., tuple[Any, ...]]:
     """A function that runs a graph node by node, for a graph that is run once."""
 
     def run(model: nn.Module, *leaves: Any) -> tuple[Any, ...]:
-        return fx.Interpreter(model, graph=graph).run(*leaves, enable_io_processing=False)  # type: ignore[no-any-return]
+        interpreter = fx.Interpreter(model, graph=graph)
+        interpreter.extra_traceback = False  # an error is the operation's own, which says what to do
+        return interpreter.run(*leaves, enable_io_processing=False)  # type: ignore[no-any-return]
 
     return run
 

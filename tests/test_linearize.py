@@ -45,6 +45,16 @@ def test_against_the_whole_jacobian(name):
     torch.testing.assert_close(linearized.var, exact_first_order(function, *inputs), rtol=1e-6, atol=1e-12)
 
 
+@pytest.mark.parametrize("name", ["cholesky_ex", "inv_ex", "lu_factor"])
+def test_whole_numbers_beside_a_result_are_those_of_the_means(name):
+    function, x = getattr(torch.linalg, name), variable(2, 3, 3)
+    x = RandomVariable(x.mean @ x.mean.mT + torch.eye(3, dtype=torch.float64), x.var)
+    result, numbers = function(x)
+    torch.testing.assert_close(result.mean, function(x.mean)[0])
+    torch.testing.assert_close(result.var, exact_first_order(lambda a: function(a)[0], x), rtol=1e-6, atol=1e-12)
+    assert torch.equal(numbers, function(x.mean)[1])
+
+
 def test_samples_of_a_large_batch_do_not_mix():
     x = variable(50, 4, 4)
     function = torch.linalg.matrix_exp

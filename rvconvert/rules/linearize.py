@@ -72,15 +72,14 @@ class Linearized:
         with full_precision(like):
             means = tuple(x.mean for x in inputs)
             mean = call(*means)
-            results = _tensors(mean)
-            if not results or any(not x.is_floating_point() for x in results):
+            if not _real(mean) or any(x.is_complex() for x in _tensors(mean)):
                 raise UnsupportedOperationError(f"{operation_name(func)} gives no real tensor to linearise; it needs a rule")
             signs = probes([m.shape for m in means], like.mean)
             deviations = [_deviation(x) for x in inputs]
 
             def derivative(*directions: Tensor) -> Any:
                 tangents = tuple(s * d for s, d in zip(deviations, directions, strict=True))
-                return tuple(_tensors(torch.func.jvp(call, means, tangents)[1]))
+                return torch.func.jvp(lambda *values: tuple(_real(call(*values))), means, tangents)[1]
 
             try:
                 found = torch.func.vmap(derivative, chunk_size=MOST_PROBES)(*signs)
@@ -147,9 +146,14 @@ def _tensors(value: Any) -> list[Tensor]:
     return [t for each in value for t in _tensors(each)] if isinstance(value, (list, tuple)) else []
 
 
+def _real(value: Any) -> list[Tensor]:
+    """The results that have a derivative; others, as pivots and error codes beside a factorization, are those of the means."""
+    return [x for x in _tensors(value) if x.is_floating_point()]
+
+
 def _rebuilt(like: Any, tensors: Any) -> Any:
     if isinstance(like, Tensor):
-        return next(tensors)
+        return next(tensors) if like.is_floating_point() else like
     return [_rebuilt(each, tensors) for each in like] if isinstance(like, (list, tuple)) else like
 
 
@@ -175,7 +179,7 @@ _REFUSED = frozenset(
     "bernoulli multinomial poisson rand_like randint_like randn_like rrelu_with_noise apply_ map_ map2_ backward "
     "register_hook data_ptr storage untyped_storage share_memory_ cauchy geometric random log_normal exponential "
     "fractional_max_pool2d fractional_max_pool3d to_sparse quantize_per_tensor fake_quantize_per_tensor_affine "
-    "median mode nanmedian quantile nanquantile cummax cummin".split()
+    "frexp median mode nanmedian quantile nanquantile cummax cummin".split()
 )
 
 
