@@ -90,6 +90,7 @@ class Conversion:
         self.recordings: Counter[Any] = Counter()  # of a kind of call
         self.scopes: set[Place] = set()  # what recordings have read outside the model
         self.stepped: dict[int, torch.Tensor] = {}  # tensors there that they write to, by ``id``
+        self.differentiates = False  # a method takes gradients inside
         self.moving: dict[Any, frozenset[Place]] = {}  # attributes that change between such calls, and are read at each
         self.moving_arguments: dict[str, frozenset[str]] = dict.fromkeys(options.methods, frozenset())  # arguments that do so
         self.last_arguments: dict[str, dict[str, float]] = {}  # the numbers among them at the last recording
@@ -226,13 +227,15 @@ class Conversion:
         for place in self.scopes:
             held.keep_place(place)
         try:
-            yield
+            with torch.set_grad_enabled(torch.is_grad_enabled() or self.differentiates):  # which may ask for no gradient itself
+                yield
         finally:
             held.put_back()
             put_back(numbers)
 
-    def note_outside(self, recording: Recording) -> None:
-        """Know what a recording changes outside the model."""
+    def note(self, recording: Recording) -> None:
+        """Know what a recording changes outside the model, and whether it takes gradients."""
+        self.differentiates |= any(node.target is torch.autograd.grad for node in recording.graph.nodes)
         self.scopes |= {place for place in recording.places if isinstance(place.owner, Scope)}
         self.stepped |= {id(tensor): tensor for tensor, _ in recording.steps.values()}
 

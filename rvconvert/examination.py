@@ -125,7 +125,7 @@ class Examination:
         if recording.once or refusal is not None:  # the call itself is still to come
             outside.put_back()
         by_hooks.put_back()
-        conversion.note_outside(recording)
+        conversion.note(recording)
         return Examined(recording, roles, report, refusal, bool(again), moving)
 
     def record(self, moving: frozenset[Place], *, told: bool | None = None, reported: float = 1.0, other: int = 0) -> Recording:

@@ -323,7 +323,7 @@ class _Spread:
         deviation = value - self.mean
         self.mean += deviation / self.n
         self.squares += deviation * (value - self.mean)
-        self.totals.append(float((value - self.centre).square().sum()))
+        self.totals.append(float((value - self.centre).detach().square().sum()))
 
     @property
     def var(self) -> float:

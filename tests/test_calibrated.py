@@ -40,6 +40,16 @@ class VAE(nn.Module):
         return torch.sigmoid(self.last(h)).flatten(1)[:, :12], mu
 
 
+class Smooth(VAE):
+    """Its loss has a gradient inside: how much the decoder changes with the posterior's mean."""
+
+    def forward(self, x):
+        y, mu = super().forward(x)
+        at = mu.detach().requires_grad_()
+        (slope,) = torch.autograd.grad(self.last(F.silu(self.up(self.first(at).view(-1, 4, 4)))).sum(), at, create_graph=True)
+        return y, slope.square().mean()
+
+
 @pytest.fixture(scope="module")
 def trained():
     """A net trained to reconstruct, so that its weights are not random."""
@@ -558,3 +568,17 @@ def test_a_graph_is_calibrated_and_verified_whole(sparse):
     rvconvert.calibrate(rv, given, pairs=8)
     assert 0.5 < truth_ratio(rv, given, pairs=8) < 2
     assert len(rvconvert.verify(rv, given, samples=20))
+
+
+def test_a_gradient_inside_the_model_is_taken_where_gains_are_measured():
+    torch.manual_seed(0)
+    rv = rvconvert.convert(Smooth(), covariance="calibrated")
+    for _ in range(2):
+        y, smoothness = rv(IMAGES[:32])
+        (F.mse_loss(y, IMAGES[:32]) + smoothness).backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in rv.parameters())
+    assert not any(gain.offset.requires_grad for gain in conversion_of(rv).gains.training.values())
+    ratio = rvconvert.verify(rv, IMAGES[:16], samples=200)
+    assert rvconvert.calibrate(rv, IMAGES[:32], pairs=4).samples == 32 and len(ratio) > 3
+    found = output_variances(rv, IMAGES[:32], pairs=64)
+    assert 0.8 < found.propagated / found.true < 1.25

@@ -245,7 +245,7 @@ class Gains:
         if type(value) is not RandomVariable or value.numel() == 0:
             return value
         if self._phase == "independent":
-            self._independent[key] = self._independent.get(key, 0.0) + float(value.var.double().sum())
+            self._independent[key] = self._independent.get(key, 0.0) + float(value.var.detach().double().sum())
             return value
         if self._phase == "fit" and key in self._truth and self._truth[key].shape == value.shape:
             slopes = self._mode == "evaluation"
