@@ -312,18 +312,18 @@ class _Spread:
 
     def __init__(self, centre: Tensor) -> None:
         self.n = 0
-        self.centre = centre.double()
+        self.centre = centre.detach().double()
         self.mean = torch.zeros_like(self.centre)
         self.squares = torch.zeros_like(self.centre)
         self.totals: list[float] = []
 
     def add(self, value: Tensor) -> None:
-        value = value.double()
+        value = value.detach().double()
         self.n += 1
         deviation = value - self.mean
         self.mean += deviation / self.n
         self.squares += deviation * (value - self.mean)
-        self.totals.append(float((value - self.centre).detach().square().sum()))
+        self.totals.append(float((value - self.centre).square().sum()))
 
     @property
     def var(self) -> float:
