@@ -106,11 +106,14 @@ class Examination:
         roles = conversion.roles(recording, self.name, model) if repeated else roles
         vars(conversion.constants).update(recording.constants)
         refusal = conversion.refusal(recording, roles, self.name, model)
-        reported = [place for node, place, _ in recording.reads if node in roles.random]
+        reported = {node: place for node, place, _ in recording.reads if node in roles.random}
         if refusal is None and reported:
-            again_by = [self.is_the_same(recording, moving, factor) for factor in (1.0, 0.01, 100.0)]
-            if again_by[0] and not all(again_by):  # what was reported came back into the graph
-                refusal = read_refusal(f"{conversion.plain_class.__name__}.{self.name}", reported[0])
+            losses = reported.keys() <= roles.scores  # which are positive, as a rule
+            again_by = [
+                self.is_the_same(recording, moving, factor) for factor in (1.0, 0.01, 100.0, *(() if losses else (-1.0,)))
+            ]
+            if not all(again_by) and (again_by[0] or not losses):  # what was reported came back into the graph
+                refusal = read_refusal(f"{conversion.plain_class.__name__}.{self.name}", next(iter(reported.values())))
         if refusal is None or isinstance(refusal, NoReparameterizationError):  # which may be served as it is: see ``prepare``
             again += [f"Python decides by the value of a tensor: {place}" for _, place, _ in recording.reads]
             if not recording.once and not again:

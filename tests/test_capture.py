@@ -23,7 +23,7 @@ from torch.func import functional_call
 
 import rvconvert
 from rvconvert import RandomVariable
-from rvconvert.errors import ConversionError, NoReparameterizationError
+from rvconvert.errors import ConversionError, NoReparameterizationError, TracingError
 
 ONCE = (False, True)  # the model reads a plain value, so that each call is recorded anew
 
@@ -389,6 +389,21 @@ def test_a_number_of_the_inputs_is_that_of_each_call() -> None:
         assert root == pytest.approx(math.sqrt(scale * x.max())) and text == f"{scale * x.max():.3f}"
 
 
+@pytest.mark.parametrize("covariance", ["independent", "calibrated"])
+def test_an_image_may_be_reported(covariance: str) -> None:
+    def result(y: Tensor, x: Tensor, mu: Tensor, z: Tensor) -> Any:
+        return F.mse_loss(y, x), y.detach().cpu().numpy(), z.tolist()
+
+    rv = rvconvert.convert(VAE(SAMPLERS["randn_like"], result), covariance=covariance)
+    x, images = torch.rand(5, 6), []
+    for _ in range(2):
+        loss, image, codes = rv(x)
+        loss.backward()
+        images.append(image)
+        assert rv.last_penalty > 0 and image.shape == (5, 6) and len(codes) == 5
+    assert not np.array_equal(*images)  # of a draw, as the plain model reports
+
+
 @pytest.mark.parametrize("decision", [lambda loss: loss > 0, lambda loss: loss.item() > 0, bool])
 def test_a_decision_by_a_loss_is_refused(decision: Callable[[Tensor], Any]) -> None:
     def result(y: Tensor, x: Tensor, mu: Tensor, z: Tensor) -> Tensor:
@@ -396,6 +411,30 @@ def test_a_decision_by_a_loss_is_refused(decision: Callable[[Tensor], Any]) -> N
         return 2 * loss if decision(loss) else loss
 
     with pytest.raises(ConversionError, match="value of a random variable"):
+        rvconvert.convert(VAE(SAMPLERS["randn_like"], result), example_inputs=torch.rand(5, 6))
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda y: y + torch.as_tensor(np.argmax(y.detach().numpy(), 1, keepdims=True)),
+        lambda y: y if y.detach().numpy().mean() > 0 else -y,
+        lambda y: y / max(map(max, y.tolist())),
+        lambda y: y + torch.from_numpy(np.clip(y.detach().numpy(), 0, 1)),
+        lambda y: 2 * y if y.detach().numpy().max() > 0.5 else y,
+    ],
+)
+def test_a_reported_image_that_comes_back_is_refused(use: Callable[[Tensor], Any]) -> None:
+    with pytest.raises(ConversionError, match="value of a random variable"):
+        rvconvert.convert(VAE(SAMPLERS["randn_like"], lambda y, x, mu, z: use(y)), example_inputs=torch.rand(5, 6))
+
+
+def test_a_write_by_numpy_is_refused() -> None:
+    def result(y: Tensor, x: Tensor, mu: Tensor, z: Tensor) -> Tensor:
+        y.detach().numpy()[:, 0] = 0.0
+        return y
+
+    with pytest.raises(TracingError, match=r"NumPy writes to the memory of a tensor; write by torch"):
         rvconvert.convert(VAE(SAMPLERS["randn_like"], result), example_inputs=torch.rand(5, 6))
 
 

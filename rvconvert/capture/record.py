@@ -79,6 +79,7 @@ def _run(recorder: Recorder, root: nn.Module, method: Callable[..., Any], args: 
             raise TracingError(
                 TRANSFORM.format(f"{short_place(f'{own[-1].filename}:{own[-1].lineno}')}: {own[-1].line}")
             ) from error
+    recorder.check_arrays()
     if inspect.isgenerator(result):
         raise TracingError(f"{method.__qualname__} gives a generator, which runs only as it is read: give a list, or a tuple")
     recording.places |= dict.fromkeys(read.values)

@@ -104,6 +104,9 @@ class Recorder(TorchFunctionMode, Handler):
         self.numbers = {id(module): number for number, module in enumerate(root.modules())}
         self.tensors = {id(t): path for path, t in [*root.named_parameters(), *root.named_buffers()]}
         self.parameters = {_storage(p) for p in root.parameters()} - {None}
+        self.arrays: list[
+            tuple[np.ndarray, bytes, str]
+        ] = []  # that share the memory of a random variable, what was in them, where
         self.memory: dict[int | None, tuple[str, torch.Tensor]] = {}  # of constants, with their names
         self.attributes = plain_tensor_attributes(root)
         self.began = {id(module): own_state(module) for module in root.modules()}
@@ -204,6 +207,12 @@ class Recorder(TorchFunctionMode, Handler):
         name, whole = self.memory.get(storage, ("", target))
         if name and storage is not None and name not in self.recording.steps:
             self.recording.steps[name] = whole, whole.detach().clone().requires_grad_(whole.requires_grad)
+
+    def check_arrays(self) -> None:
+        """NumPy has written to no random variable: no graph would know of it."""
+        for array, before, place in self.arrays:
+            if array.tobytes() != before:
+                raise TracingError(f"{place}: NumPy writes to the memory of a tensor; write by torch, or to a copy of the array")
 
     def argument(self, value: Any) -> Any:
         """``value`` as an argument of a node."""
@@ -364,6 +373,8 @@ class Recorder(TorchFunctionMode, Handler):
             return value
         known = [self.nodes[id(t)] for t in tensors if id(t) in self.nodes]
         random = [node for node in known if node in self.recording.depends]
+        if random and isinstance(value, np.ndarray):
+            self.arrays.append((value, value.tobytes(), self.line()))
         if known or any(id(t) in self.tensors or id(t) in self.attributes for t in tensors):
             self.note_read(random[0] if random else known[0] if known else None, getattr(func, "__name__", ""))
         return value
@@ -778,7 +789,7 @@ class Recorder(TorchFunctionMode, Handler):
         return torch._C.is_grad_enabled() if self.told is None else self.told
 
 
-_REPORTS = frozenset("__float__ __array__ numpy tolist".split())  # as a log takes a loss
+_REPORTS = frozenset("__float__ __array__ numpy tolist __format__ __str__ __repr__".split())  # as a log takes a loss
 
 
 def _times(value: Any, factor: float) -> Any:

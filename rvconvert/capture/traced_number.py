@@ -159,6 +159,8 @@ for _cls, _base in ((TracedInt, int), (TracedFloat, float)):
     ):
         if hasattr(_base, _name):
             setattr(_cls, _name, _fixing(_name, _base))
+for _name in ("__format__", "__str__", "__repr__"):  # a text of a size is that of a message, as a rule
+    setattr(TracedFloat, _name, _fixing(_name, float))
 setattr(TracedInt, "__index__", _fixing("__index__", int))  # noqa: B010 - set beside its twins above
 
 

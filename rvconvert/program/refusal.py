@@ -38,7 +38,7 @@ def refusal(
     """
     label = f"{plain_class.__name__}.{name}"
     for node, place, decides in recording.reads:
-        if node in roles.random and (decides or node not in roles.scores):
+        if node in roles.random and decides:
             return read_refusal(label, place)
     for writer, place in recording.stale:
         if writer in roles.random:
