@@ -454,6 +454,7 @@ class Conversion:
         written = tensors_written(model)
         recording, _ = record(model, self.method(name, model), args, kwargs, self.settings.registry, keeps_draws=True)
         put_back(written)  # the run writes it again
+        recording.renew(self.stepped)
         recording.settle()
         recording.once = ["as asked"]
         roles = self.roles(recording, name, model)

@@ -23,7 +23,7 @@ from rvconvert.program.refusal import read_refusal
 from rvconvert.program.rewrite import compile_graph
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
 
     from torch import nn
 
@@ -74,11 +74,12 @@ class Examination:
             recording = self.record(moving)
         outside = recording.outside
         counted = recording.counted - moving - conversion.still
-        if counted:  # self.steps += 1
+        if counted or recording.builds:
             recording.restore()
+        if counted:  # self.steps += 1
             moving = self.that_can_move(moving | counted)
         if recording.builds:
-            self.build()
+            self.build(recording.written)
         with unchanged(model), torch.enable_grad():
             if recording.builds or counted:
                 recording = self.record(moving)
@@ -136,16 +137,25 @@ class Examination:
 
         Python hears whether gradients are on, or what it is ``told``, and ``reported`` times the values that it asks for.
         """
-        made, _ = record(
-            self.model,
-            self.method,
-            self.args,
-            self.kwargs,
-            self.conversion.settings.registry,
-            told=self.grad if told is None else told,
-            reported=reported,
-            moving=Moving(moving, other),
-        )
+
+        def run() -> Recording:
+            return record(
+                self.model,
+                self.method,
+                self.args,
+                self.kwargs,
+                self.conversion.settings.registry,
+                told=self.grad if told is None else told,
+                reported=reported,
+                moving=Moving(moving, other),
+            )[0]
+
+        made, stepped = run(), self.conversion.stepped
+        if made.unexplained.keys() - stepped.keys():  # another run makes others, and steps the same that are outside
+            again = run()
+            again.restore()
+            stepped |= {key: tensor for key, tensor in made.unexplained.items() if key in again.unexplained}
+        made.renew(stepped)
         return made
 
     def that_can_move(self, moving: frozenset[Place]) -> frozenset[Place]:
@@ -173,12 +183,12 @@ class Examination:
                 return False
         return other.equals(recording)
 
-    def build(self) -> None:
-        """Call the plain method, which makes layers at its first call; what the model had stays as it was."""
+    def build(self, written: Iterable[torch.Tensor] = ()) -> None:
+        """Call the plain method, which makes layers at its first call; what the model had, and what is ``written``, stays."""
         leaves, structure = flatten((self.args, self.kwargs))
         given = (x.mean if isinstance(x, RandomVariable) else x for x in own_copies(leaves))
         args, kwargs = structure.build(given)
-        buffers = {b: b.detach().clone() for b in self.model.buffers() if not is_lazy(b)}
+        buffers = {b: b.detach().clone() for b in (*self.model.buffers(), *written) if not is_lazy(b)}
         with torch.no_grad():
             self.method(*args, **kwargs)
             for buffer, value in buffers.items():

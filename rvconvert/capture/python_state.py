@@ -274,7 +274,8 @@ def _contents(value: Any) -> Any:
 
 def _put_back(value: Any, content: Any) -> None:
     if isinstance(value, np.ndarray):
-        value[...] = content
+        if value.tobytes() != content.tobytes():
+            value[...] = content
     elif isinstance(value, (dict, list, set, collections.deque)):
         if not _is_as_it_was(value, content):
             value.clear()

@@ -50,7 +50,11 @@ def record(
     recording = Recording(fx.Graph())
     with tracing(recording.graph):
         recorder = Recorder(root, recording, registry, told=told, reported=reported, moving=moving, keeps_draws=keeps_draws)
-        return recording, _run(recorder, root, method, args, kwargs)
+        try:
+            return recording, _run(recorder, root, method, args, kwargs)
+        except BaseException:
+            recording.restore()
+            raise
 
 
 def _run(recorder: Recorder, root: nn.Module, method: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -99,7 +103,8 @@ def _run(recorder: Recorder, root: nn.Module, method: Callable[..., Any], args: 
         recording.kept.append(kept)
         leaves += found
     recording.graph.output(tuple(recorder.argument(leaf) for leaf in leaves))
-    recording.renew(read.has)
+    stepped = recording.steps.items()
+    recording.reached = {name for name, (tensor, _) in stepped if isinstance(tensor, nn.Parameter) or read.has(tensor)}
     recording.sized_by_values = recorder.data_sizes.of_values
     # What is asked for and is in no operation, Python has used: items[:n], math.log(n).
     for sizes, deciding, place in recorder.sizes_asked:

@@ -107,7 +107,7 @@ class Recorder(TorchFunctionMode, Handler):
         self.arrays: list[
             tuple[np.ndarray, bytes, str]
         ] = []  # that share the memory of a random variable, what was in them, where
-        self.memory: dict[int | None, tuple[str, torch.Tensor]] = {}  # of constants, with their names
+        self.homes: dict[int, tuple[torch.Tensor, fx.Node]] = {}  # of memory: what no code in the graph makes, and its node
         self.attributes = plain_tensor_attributes(root)
         self.began = {id(module): own_state(module) for module in root.modules()}
         self.stack: list[str] = []
@@ -172,6 +172,8 @@ class Recorder(TorchFunctionMode, Handler):
             key = _storage_key(self.unwrapped(tensor))
             shared = self.storages.get(key) if key is not None else None
             node = shared if shared is not None else self.constant(tensor)
+        if (storage := _storage(tensor)) is not None and (path is not None or held is not None or node.op == "get_attr"):
+            self.homes.setdefault(storage, (tensor, node))
         self.nodes[id(tensor)] = node
         self.alive.append(tensor)
         return node
@@ -192,8 +194,6 @@ class Recorder(TorchFunctionMode, Handler):
         """A node for a value that no code in the graph makes."""
         name = f"constant_{next(_CONSTANT)}"
         self.recording.constants[name] = value
-        if isinstance(value, torch.Tensor):
-            self.memory.setdefault(_storage(value), (name, value))
         node = self.graph.get_attr(f"_rvconvert.constants.{name}")
         if isinstance(value, nn.Parameter):  # of a module that is kept in a plain list or dict
             node.meta["weight"], node.meta["requires_grad"] = True, value.requires_grad
@@ -204,8 +204,9 @@ class Recorder(TorchFunctionMode, Handler):
         storage = _storage(target)
         if not any(id(target) in known for known in (self.nodes, self.writers, self.tensors, self.attributes)):
             self.node_of(target)
-        name, whole = self.memory.get(storage, ("", target))
-        if name and storage is not None and name not in self.recording.steps:
+        whole, node = self.homes.get(storage or 0, (target, None))
+        owner, _, name = str(node and node.target).rpartition(".")
+        if owner == "_rvconvert.constants" and name not in self.recording.steps:
             self.recording.steps[name] = whole, whole.detach().clone().requires_grad_(whole.requires_grad)
 
     def check_arrays(self) -> None:
@@ -384,7 +385,8 @@ class Recorder(TorchFunctionMode, Handler):
         plain_args, plain_kwargs = _plain(args), _plain(kwargs)
         if name == "__set__":  # x.data = y: torch gives no name to it that a graph could call
             target, value = plain_args
-            own = (id(target) in self.tensors or id(target) in self.attributes) and not isinstance(target, nn.Parameter)
+            self.node_of(target)
+            own = self.homes.get(_storage(target) or 0, (None,))[0] is target and not isinstance(target, nn.Parameter)
             if own and (target.shape, target.dtype) == (value.shape, value.dtype):
                 with self, torch.no_grad():
                     target.copy_(value)
@@ -437,7 +439,7 @@ class Recorder(TorchFunctionMode, Handler):
             # new(Size) makes that size, new(tuple) a tensor of those values
             node_args = (node_args[0], self.add("call_function", torch.Size, (list(node_args[1]),), {}))
         if (
-            func is torch.Tensor.copy_
+            func in (torch.Tensor.copy_, torch.Tensor.fill_)
             and mutated
             and isinstance(node_args[1], fx.Node)
             and node_args[1] in self.recording.depends
@@ -559,17 +561,19 @@ class Recorder(TorchFunctionMode, Handler):
 
     def write(self, tensor: torch.Tensor, node: fx.Node) -> None:
         """An in-place write of what may be random: later uses of the tensor see the node."""
-        path = self.tensors.get(id(tensor))
         key = _storage(tensor)
         if key in self.parameters:  # an initialisation by data: done now, as the plain model does it
             self.recording.once.append(f"a parameter is written in place: {self.line()}")
             self.recording.initializes = True
             return
-        name, outside = self.memory.get(key, ("", None))
-        if outside is tensor and self.python.has(tensor):
-            path = f"_rvconvert.constants.{name}"
-        if path is not None:
-            self.add("call_function", assign_mean, (self.graph.get_attr(path), node), {}).meta.update(mutates=True, part=True)
+        if key in self.homes:
+            home, part = self.homes[key]
+            if home is not tensor:  # R[0].add_(x), R.data.add_(x)
+                with torch._C.DisableTorchFunction():
+                    place = (tuple(tensor.shape), tensor.stride(), tensor.storage_offset())
+                part = self.graph.call_function(torch.as_strided, (part, *place))
+                part.meta.update(part=True, where="", source="", module="")
+            self.add("call_function", assign_mean, (part, node), {}).meta.update(mutates=True, part=True)
         whole, stale = None if tensor.requires_grad else _storage_key(tensor), set(self.writers)
         for other in list(self.alive):
             if isinstance(other, torch.Tensor) and other is not tensor and _storage(other) == key and key is not None:

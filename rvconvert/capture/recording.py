@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from rvconvert.capture.graph_calls import own_copy
+from rvconvert.capture.graph_calls import assign_mean, own_copy
 from rvconvert.capture.python_state import Contents
 from rvconvert.core.tree import Structure
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Container, Iterable
 
     from torch import fx, nn
 
@@ -62,6 +62,7 @@ class Recording:
         fixed: why the batch size is part of the graph (empty if it is not).
         overwritten: parameters that the run wrote to in place, with what they were.
         steps: of constants that the run wrote to in place, by name: the tensor, and a copy of what it was.
+        reached: the names of those that are outside the model for sure.
         writes: the nodes that write to parameters in place, of what is not random.
         initializes: parameters are written by what the graph does not make again: the run's own writes stand.
         asks_grad_mode: the method asks whether gradients are on.
@@ -93,6 +94,7 @@ class Recording:
     fixed: list[str] = field(default_factory=list)
     overwritten: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)
     steps: dict[str, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
+    reached: set[str] = field(default_factory=set)
     writes: list[fx.Node] = field(default_factory=list)
     initializes: bool = False
     asks_grad_mode: bool = False
@@ -154,10 +156,15 @@ class Recording:
         """Parameters, and tensors outside the model, that the run wrote to in place."""
         return [target for target, _ in (*self.overwritten, *self.steps.values())]
 
-    def renew(self, is_outside: Callable[[torch.Tensor], bool]) -> None:
-        """Let the graph write to a copy of each constant that the run has made; one that is outside the model it steps."""
+    @property
+    def unexplained(self) -> dict[int, torch.Tensor]:
+        """Tensors in ``steps`` that the run may have made itself, by ``id``."""
+        return {id(tensor): tensor for name, (tensor, _) in self.steps.items() if name not in self.reached}
+
+    def renew(self, outside: Container[int]) -> None:
+        """Let the graph write to a copy of each constant that the run has made; one that is ``outside`` the model it steps."""
         for name, (tensor, before) in list(self.steps.items()):
-            if is_outside(tensor):
+            if name in self.reached or id(tensor) in outside:
                 continue
             del self.steps[name]
             self.constants[name] = before
@@ -166,6 +173,7 @@ class Recording:
                     copy = self.graph.call_function(own_copy, (node,))
                 copy.meta.update(node.meta, part=True, where="", source="", module="")
                 node.replace_all_uses_with(copy, lambda user, copy=copy: user is not copy)
+                _forget_writes(copy)
 
     def settle(self) -> None:
         """Before the graph is run, which writes parameters again: put them back, or let it write none."""
@@ -192,6 +200,15 @@ class Recording:
     def kept_leaves(self) -> int:
         """How many of the outputs are tensors that the method keeps on modules."""
         return sum(each.leaves for each in self.kept)
+
+
+def _forget_writes(node: fx.Node) -> None:
+    """Of a random variable into a tensor, or a part of it, that no later call sees."""
+    for user in list(node.users):
+        if user.target is torch.as_strided and user.meta.get("part"):
+            _forget_writes(user)
+        if user.target in (assign_mean, torch.as_strided) and not user.users and user.meta.get("part"):
+            node.graph.erase_node(user)
 
 
 def _found(root: nn.Module, path: str) -> Any:
