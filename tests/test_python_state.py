@@ -1186,8 +1186,49 @@ class Advancing(VAE):
         return self.reconstruct(x), self.advance()
 
 
+GLOBAL_MODULE = nn.Module()
+GLOBAL_MODULE.register_buffer("count", torch.zeros(()))
+BANK = {number: torch.zeros(()) for number in range(300)}
+DEEP = {"a": {"b": {"c": {"d": {"e": {"f": {"g": torch.zeros(())}}}}}}}
+TABLE = np.frombuffer(np.arange(6, dtype=np.float32).tobytes(), np.float32)
+
+
+class Holder:
+    count = torch.zeros(())
+
+
+def _module():
+    return GLOBAL_MODULE.count.add_(1) * 1
+
+
+def _class_attribute():
+    return Holder.count.add_(1) * 1
+
+
+def _large():
+    return BANK[299].add_(1) * 1
+
+
+def _deep():
+    return DEEP["a"]["b"]["c"]["d"]["e"]["f"]["g"].add_(1) * 1
+
+
+def _parameter():
+    with torch.no_grad():
+        PARAMETERS[0].add_(1)
+    return PARAMETERS[0].detach() * 1
+
+
+PARAMETERS = [nn.Parameter(torch.zeros(())) for _ in range(300)]
+
+
+def _beside_what_cannot_be_written():
+    return COUNT.add_(TABLE[1].item()) * 1
+
+
 ADVANCES = [
-    _global_number, _deque, _object, _class_and_slots, _array, _closure(), _tensor, _running_mean, _out, _many, _default,
+    _global_number, _deque, _object, _class_and_slots, _array, _closure(), _tensor, _running_mean, _out, _many, _default, _module,
+    _class_attribute, _large, _deep, _parameter, _beside_what_cannot_be_written,
 ]  # fmt: skip
 
 
@@ -1201,7 +1242,128 @@ def test_what_is_outside_the_model_is_advanced_by_calls_and_by_no_recording(adva
     assert rvconvert.plan(Advancing(advance), example_inputs=x) and advance() == first + 5
 
 
+@pytest.mark.parametrize("covariance", ["independent", "calibrated"])
+def test_a_copy_knows_what_is_outside_the_model(covariance):
+    model, x = rvconvert.convert(Advancing(_module), covariance=covariance, example_inputs=torch.rand(5, 6)), torch.rand(5, 6)
+    (_, first), copied = model(x), copy.deepcopy(model)
+    if covariance == "calibrated":
+        rvconvert.calibrate(copied, x, pairs=2)
+        with pytest.raises(RuntimeError):
+            rvconvert.calibrate(copied, torch.rand(5, 7), pairs=2)
+    assert copied(x)[1] == first + 1
+
+
+def test_what_is_outside_a_model_that_makes_its_layers_is_advanced_by_calls():
+    class Made(Advancing):
+        def forward(self, x):
+            if not hasattr(self, "last"):
+                self.last = nn.Linear(6, 6)
+            y, count = super().forward(x)
+            return self.last(y), count
+
+    x, first = torch.rand(5, 6), _module()
+    model = rvconvert.convert(Made(_module), example_inputs=x)
+    assert model(x)[1] == first + 1
+
+
+@pytest.mark.parametrize("kept", [
+    lambda tensor: {("train", 0): tensor}, lambda tensor: collections.deque([tensor]), lambda tensor: {0.5: tensor},
+    lambda tensor: [[[[[tensor]]]]], lambda tensor: [torch.zeros(()) for _ in range(300)] + [tensor], lambda tensor: {tensor},
+])  # fmt: skip
+def test_a_tensor_is_advanced_in_whatever_a_model_keeps_it(kept):
+    count = torch.zeros(())
+
+    class Counting(VAE):
+        def __init__(self):
+            super().__init__()
+            self.kept = kept(count)
+
+        def forward(self, x):
+            found = self.kept
+            while not isinstance(found, torch.Tensor):
+                found = list(found.values() if isinstance(found, dict) else found)[-1]
+            found.add_(1)
+            return self.reconstruct(x), found * 1
+
+    model = rvconvert.convert(Counting(), inplace=True)
+    assert [float(model(torch.rand(5, 6))[1]) for _ in range(4)] == [1, 2, 3, 4]
+
+
+def test_layers_in_a_list_are_trained_and_written():
+    class Taught(VAE):
+        def __init__(self):
+            super().__init__()
+            self.teacher = [nn.Linear(6, 6), nn.BatchNorm1d(6)]
+
+        def forward(self, x):
+            with torch.no_grad():
+                self.teacher[0].weight.mul_(0.5)
+            return self.teacher[1](self.teacher[0](self.reconstruct(x)))
+
+    torch.manual_seed(0)
+    plain, x = Taught(), torch.rand(5, 6)
+    with torch.no_grad():
+        plain.encoder.weight[2:], plain.encoder.bias[2:] = 0, -80  # a posterior without variance
+    found = []
+    for model in (plain, rvconvert.convert(plain, example_inputs=x)):
+        layer, norm = model.teacher
+        for _ in range(3):
+            layer.weight.grad = None
+            model(x).square().sum().backward()
+        found.append((layer.weight.detach().clone(), norm.running_mean.clone(), layer.weight.grad is None))
+    torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-5)
+
+
 RUNNING_LOSS = torch.zeros(())
+WRITES = {
+    "item": lambda r, loss: r.__setitem__(0, loss),
+    "item +=": lambda r, loss: r.__setitem__(0, r[0].__iadd__(loss)),
+    "view of an item": lambda r, loss: r[0].add_(loss),
+    "slice": lambda r, loss: r[:1].add_(loss),
+    "view": lambda r, loss: r.view(-1).add_(loss),
+    "data": lambda r, loss: r.data.add_(loss),
+    "part of data": lambda r, loss: r.data[1:].add_(loss),
+    "detach": lambda r, loss: r.detach().add_(loss),
+    "select": lambda r, loss: r.select(0, 1).add_(loss),
+    "unbind": lambda r, loss: r.unbind(0)[1].add_(loss),
+    "unsqueeze": lambda r, loss: r.unsqueeze(0).add_(loss),
+    "data is set": lambda r, loss: setattr(r, "data", r.data + loss),
+    "fill": lambda r, loss: r.fill_(loss),
+    "out": lambda r, loss: torch.add(r, loss, out=r),
+    "twice": lambda r, loss: r.add_(loss).mul_(0.5),
+}
+PAIR = torch.zeros(2)
+
+
+@pytest.mark.parametrize("of", ["buffer", "attribute", "entry", "global"])
+@pytest.mark.parametrize("name", WRITES)
+def test_what_is_random_is_written_through_any_view(name, of):
+    class Measuring(VAE):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("buffer", torch.zeros(2))
+            self.attribute, self.entries = torch.zeros(2), {"of": [torch.zeros(2)]}
+
+        def kept(self):
+            return {"buffer": self.buffer, "attribute": self.attribute, "entry": self.entries["of"][0], "global": PAIR}[of]
+
+        def forward(self, x):
+            y = self.reconstruct(x)
+            with torch.no_grad():
+                WRITES[name](self.kept(), ((y - x) ** 2).mean())
+            return y
+
+    plain, x = Measuring(), torch.rand(5, 6)
+    with torch.no_grad():
+        plain.encoder.weight[2:], plain.encoder.bias[2:] = 0, -80  # a posterior without variance
+    found = []
+    for model in (plain, rvconvert.convert(plain, example_inputs=x)):
+        PAIR.zero_()
+        for _ in range(3):
+            model(x)
+        found.append(model.kept().clone())
+    torch.testing.assert_close(*found)
+    assert found[0].abs().sum() > 0
 
 
 @pytest.mark.parametrize("covariance", ["independent", "calibrated", "sampled"])

@@ -841,9 +841,12 @@ def _is_sharded(module: nn.Module) -> bool:
 
 
 def _targets(name: str, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[torch.Tensor]:
-    """What a call is to write to: its first argument, those of ``torch._foreach_add_``, or ``out``."""
+    """What a call is to write to: its first argument, those of ``torch._foreach_add_``, ``out``, or running statistics."""
     many = args[0] if args and name.startswith("_foreach_") and name.endswith("_") else ()
-    return _tensors(target, many, kwargs.get("out"))
+    running = (
+        (args[1:3], kwargs.get("running_mean"), kwargs.get("running_var")) if name in ("batch_norm", "instance_norm") else ()
+    )
+    return _tensors(target, many, kwargs.get("out"), running)
 
 
 def _version(tensor: torch.Tensor) -> int:
