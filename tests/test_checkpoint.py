@@ -290,6 +290,27 @@ def test_the_state_dicts_of_a_models_parts_are_put_together(ending: str, tmp_pat
     assert_equal_states(target, vae)
 
 
+def test_parts_are_put_together_wherever_they_lie_and_are_chosen_where_they_are_two(tmp_path: Path) -> None:
+    vae, path = VAE(), tmp_path / "parts.pt"
+    parts = {name: part.state_dict() for name, part in vae.named_children() if len(part.state_dict())}
+    wrapped = {name: {f"module.{k}": v for k, v in state.items()} for name, state in parts.items()}
+    for content in (wrapped, {"model": parts, "step": 1}, {"state_dict": parts}):
+        target = VAE()
+        torch.save(content, path)
+        rvconvert.load_weights(target, path)
+        assert_equal_states(target, vae)
+    torch.save({**parts, "encoder_state_dict": VAE().encoder.state_dict()}, path)
+    with pytest.raises(CheckpointError, match=r"holds encoder\.\w+ more than once.*--key encoder_state_dict"):
+        rvconvert.load_weights(VAE(), path)
+    torch.save({**parts, "vae": VAE().state_dict()}, path)
+    with pytest.raises(CheckpointError, match=r"several state_dicts.*--key vae"):
+        rvconvert.load_weights(VAE(), path)
+    decoder = VAE().decoder
+    torch.save(parts, path)
+    rvconvert.load_weights(decoder, path, prefix="decoder.")
+    assert_equal_states(decoder, vae.decoder)
+
+
 @pytest.mark.parametrize("kind", WRAPPED)
 def test_weights_are_loaded_in_one_line_whatever_they_are_wrapped_in(kind: str, tmp_path: Path) -> None:
     vae, target = VAE(latent_dim=3), VAE(latent_dim=3)

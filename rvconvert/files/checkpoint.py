@@ -239,12 +239,14 @@ def fit_keys(checkpoint: Checkpoint, model: nn.Module, prefix: str | None = None
             are not those of the model's parts.
     """
     state, wanted = checkpoint.state, list(model.state_dict())
-    if checkpoint.parts:
-        if all(k in state for k in wanted):
-            return {k: state[k] for k in wanted}, ""
+    if checkpoint.parts and prefix is None:
+        whole = [part for part in map(_part, checkpoint.parts) if all(f"{part}.{k}" in state for k in wanted)]
+        inside = [p for p in ("", *(f"{wrapper}." for wrapper in WRAPPERS)) if wanted and all(p + k in state for k in wanted)]
+        if len(inside) + len(whole) == 1 and inside:
+            return {k: state[inside[0] + k] for k in wanted}, ""
+        one = next((key for key in checkpoint.parts if _part(key) in whole), next(iter(checkpoint.parts)))
         raise CheckpointError(
-            f"{checkpoint.path} holds several state_dicts: {_listed(checkpoint.parts)}; choose one: "
-            f"--key {next(iter(checkpoint.parts))} (Python: key=...)"
+            f"{checkpoint.path} holds several state_dicts: {_listed(checkpoint.parts)}; choose one: --key {one} (Python: key=...)"
         )
     if prefix is not None:
         return {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}, prefix
@@ -299,7 +301,7 @@ def load_weights(
     if taken:
         left = len(source.state) - len(state)
         notes.append(f"took the prefix {taken!r} off the keys" + (f", left out {left} entries without it" if left else ""))
-    if source.parts:
+    elif source.parts:
         left = len(source.state) - len(state)
         notes.append(f"put together of {_listed(source.parts)}" + (f", left out {left} entries" if left else ""))
     broken = [k for k, v in state.items() if isinstance(v, torch.Tensor) and v.is_floating_point() and not v.isfinite().all()]
@@ -470,10 +472,24 @@ def _interpret(path: Path, content: Any, key: str | None = None) -> Checkpoint:
     if len(found) == 1:
         return Checkpoint(path, dict(next(iter(found.values()))), None, hyper_parameters)
     if found:
-        joined = {f"{key.removesuffix('_state_dict')}.{k}": v for key, state in found.items() for k, v in state.items()}
-        return Checkpoint(path, joined, None, hyper_parameters, parts=_entries(found))
+        return Checkpoint(path, _joined(path, found), None, hyper_parameters, parts=_entries(found))
     names = ", ".join(map(repr, list(content)[:6])) or "nothing"
     raise CheckpointError(f"{path} holds no state_dict, neither itself nor under {', '.join(WRAPPERS)}; it holds {names}")
+
+
+def _part(key: str) -> str:
+    return key.removesuffix("_state_dict")
+
+
+def _joined(path: Path, found: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """The entries of several state_dicts, each below the name of its part: ``encoder`` of ``model.encoder_state_dict``."""
+    joined: dict[str, Any] = {}
+    for key, state in found.items():
+        below = {f"{_part(key)}.{k.removeprefix('module.')}": v for k, v in state.items()}
+        if both := joined.keys() & below.keys():
+            raise CheckpointError(f"{path} holds {min(both)} more than once, {_listed(_entries(found))}: choose one: --key {key}")
+        joined |= below
+    return joined
 
 
 def _state_at(path: Path, content: Mapping[str, Any], key: str) -> dict[str, Any]:

@@ -94,11 +94,12 @@ def wave(
     expected = 1 + cosine if raised else cosine
     if raised and turns % 4 == 2:
         expected = 2 * shrink * square - drop
-    small = step(0.05 - t.detach())
+    small = step((0.01 if t.dtype == torch.float64 else 0.05) - t.detach())
     near, left = t * small, 1 + loss  # near: where the differences would be lost to rounding
     near2 = near * near
     odd = torch.lerp(-0.5 * loss * (1 + left) - t * left, near * near2 * left * affine(near2, 1 / 120, 1 / 6), small)
-    even = torch.lerp(t + loss, near2 * torch.add(affine(near, -1 / 6, 0.5), near2, alpha=1 / 24), small)
+    series = torch.addcmul(affine(near, -1 / 6, 0.5), near2, affine(near, -1 / 120, 1 / 24))
+    even = torch.lerp(t + loss, near2 * series, small)
     gain = slope - height * rate * sine
     rest = torch.addcmul(odd, cosine * cosine, even)
     return slope * mean + height * expected, gain * gain * var + height * height * rest

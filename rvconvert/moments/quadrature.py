@@ -130,8 +130,12 @@ def _panels(mean: Tensor, s: Tensor, kinks: Sequence[float | Tensor]) -> Iterato
         end = 7.0 if mean.dtype == torch.float64 else 5.0
         furthest = 2.5 + (end - 2.5) * torch.clamp(0.5 * s - 0.5, 0.0, 1.0)
         middle = torch.minimum(torch.maximum(-mean / s, -furthest), furthest)
-        yield from panel(low, middle, STEEP_NODES)
-        yield from panel(middle, high, STEEP_NODES)
+        ends = [low, middle, high]
+        if not is_traced() and bool((s > 10).any()):  # of a law that is much wider than the bend
+            reach = 10 / s
+            ends = [low, torch.maximum(low, middle - reach), middle, torch.minimum(high, middle + reach), high]
+        for left, right in pairwise(ends):
+            yield from panel(left, right, STEEP_NODES)
         return
     if not any(isinstance(kink, Tensor) for kink in kinks):
         kinks = sorted(kinks)
