@@ -53,7 +53,7 @@ def call_hooks(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any],
 
 
 def own_copy(constant: torch.Tensor) -> torch.Tensor:
-    """A tensor that the method makes out of Python's numbers and then writes to."""
+    """A tensor in the place of one that may be written to: an argument, or what a method makes of Python's numbers."""
     return constant.detach().clone().requires_grad_(constant.requires_grad)
 
 

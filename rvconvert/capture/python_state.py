@@ -60,6 +60,7 @@ _OPAQUE = (
     torch.Tensor, nn.Module, type, types.ModuleType, *_FUNCTIONS, logging.Logger,
 )  # fmt: skip
 _CONTAINERS = (list, tuple, dict, set, frozenset, collections.deque)
+_MOST_HELD = 1 << 14  # containers and objects whose contents are put back after a run on the side
 _DEPTH, _MOST_IN_ALL = 6, 2048  # how far down containers and objects are looked into, and at how many of their contents
 _MOST = 256  # entries of a container, fields of an object that are looked at one by one
 _LARGEST = 1 << 18  # entries that are hashed, bytes of an array that are compared: of what is larger it is the object that counts
@@ -244,7 +245,8 @@ class Contents:
         """What a value holds now, and what its contents hold, as far down as is looked."""
         if isinstance(value, torch.Tensor):
             self.tensors[id(value)] = value
-        content = None if depth == 0 or id(value) in self.found else _contents(value)
+        known = depth == 0 or id(value) in self.found or len(self.found) >= _MOST_HELD
+        content = None if known else _contents(value)
         if content is None or len(content) > _LARGEST:
             return
         self.found[id(value)] = value, content

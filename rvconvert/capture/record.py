@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import fx, nn
 
+from rvconvert.capture.graph_calls import own_copy
 from rvconvert.capture.intercept import INTERNAL, intercepting
 from rvconvert.capture.module_state import Held, is_output
 from rvconvert.capture.python_state import Moving, Place, following, random_state
@@ -125,6 +126,6 @@ def own_copies(leaves: list[Any]) -> list[Any]:
         if isinstance(leaf, RandomVariable):
             made[id(leaf)] = leaf.snapshot()
         elif type(leaf) is torch.Tensor and not leaf.is_meta:
-            own = leaf.detach().clone().requires_grad_(leaf.requires_grad)
+            own = own_copy(leaf)
             made[id(leaf)] = own if leaf.is_leaf else own.clone()  # into which a method may write in place
     return [made.get(id(leaf), leaf) for leaf in leaves]

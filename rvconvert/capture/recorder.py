@@ -23,6 +23,7 @@ from rvconvert.capture.graph_calls import (
     call_by_rule,
     call_hooks,
     call_pre_hooks,
+    own_copy,
     rewritten,
     set_autocast,
 )
@@ -207,7 +208,7 @@ class Recorder(TorchFunctionMode, Handler):
         whole, node = self.homes.get(storage or 0, (target, None))
         owner, _, name = str(node and node.target).rpartition(".")
         if owner == "_rvconvert.constants" and name not in self.recording.steps:
-            self.recording.steps[name] = whole, whole.detach().clone().requires_grad_(whole.requires_grad)
+            self.recording.steps[name] = whole, own_copy(whole)
 
     def check_arrays(self) -> None:
         """NumPy has written to no random variable: no graph would know of it."""
