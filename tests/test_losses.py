@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from torch import nn
 from torch.nn import functional as F
 
 import rvconvert
@@ -66,3 +67,33 @@ def test_refuses_what_has_no_distribution_or_another_shape(loss):
         loss(x, x)
     with pytest.raises(rvconvert.ConversionError, match=r"\(5, 3, 4\), the data \(5, 12\)"):
         loss(y, x.flatten(1))
+
+
+@pytest.mark.parametrize("covariance", ["independent", "calibrated"])
+def test_a_layer_that_is_called_with_a_draw_too_steps_once(covariance):
+    class Ladder(nn.Module):
+        """The prior of the lower latent has a BatchNorm; its scale is taken from a draw, its location as moments."""
+
+        def __init__(self):
+            super().__init__()
+            self.encoder, self.posterior, self.decoder = nn.Linear(12, 8), nn.Linear(12, 8), nn.Linear(8, 12)
+            self.prior = nn.Sequential(nn.Linear(4, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, 8))
+
+        def forward(self, x):
+            mu, logvar = self.encoder(x).chunk(2, 1)
+            top = mu + torch.randn_like(mu) * (logvar / 2).exp()
+            location, scale = self.prior(top).chunk(2, 1)
+            mu, logvar = self.posterior(x).chunk(2, 1)
+            z = mu + torch.randn_like(mu) * (logvar / 2).exp()
+            kl = 0.5 * (scale - logvar + (logvar.exp() + (mu - location) ** 2) / scale.exp() - 1).sum(1).mean()
+            return self.decoder(torch.cat([z, location], 1)), kl
+
+    torch.manual_seed(0)
+    plain, x = Ladder(), torch.rand(256, 12)
+    model = rvconvert.convert(plain, covariance=covariance)
+    for _ in range(20):
+        sum(each.sum() for each in model(x)).backward()
+        plain(x)
+    assert int(model.prior[1].num_batches_tracked) == 20
+    if covariance == "independent":  # gains are measured from few draws
+        torch.testing.assert_close(model.prior[1].running_var, plain.prior[1].running_var, rtol=0.1, atol=0.02)

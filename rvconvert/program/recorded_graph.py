@@ -398,11 +398,12 @@ class RecordedGraph:
     def forward_of(self, starts: Iterable[fx.Node], stop: Callable[[fx.Node], bool] = lambda node: False) -> set[fx.Node]:
         """The nodes that depend on ``starts``, not through one where ``stop`` holds."""
         found = set(starts)
-        for node in self.nodes:
-            if node.op == "output" or node in found or asks(node):
-                continue
-            if any(n in found for n in node.all_input_nodes) and not stop(node):
-                found.add(node)
+        todo = list(found)
+        while todo:
+            for user in todo.pop().users:
+                if user not in found and user.op != "output" and not asks(user) and not stop(user):
+                    found.add(user)
+                    todo.append(user)
         return found
 
     def ahead_of(self, node: fx.Node) -> set[fx.Node]:

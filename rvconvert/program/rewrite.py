@@ -10,7 +10,7 @@ from itertools import count
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from torch import fx
+from torch import fx, nn
 
 from rvconvert.capture.graph_calls import apply_function
 from rvconvert.core.random_variable import RandomVariable
@@ -66,7 +66,7 @@ def to_random_variables(
         copied.op, copied.target = "call_function", node.meta["draw"].random_variable
         copied.kwargs = {**copied.kwargs, "settings": settings}
 
-    replaced = _from_a_draw(graph, nodes, recording, roles)
+    twins = _from_a_draw(graph, nodes, recording, roles)
     operations = dict(nodes)
     if gains:
         insert_gains(graph, nodes, gains)
@@ -123,7 +123,7 @@ def to_random_variables(
             with graph.inserting_after(state):
                 leaving.append(graph.call_function(take_latent, (state, nodes[leaf])))
     nodes[recording.output].args = (tuple(leaving),)
-    unused = {nodes[n] for n in roles.unused} | replaced
+    unused = {nodes[n] for n in roles.unused} | twins.keys()
     for node in list(graph.nodes):
         if node.target is take_together:
             _apart_from_sizes(graph, node)
@@ -131,6 +131,12 @@ def to_random_variables(
     for node in reversed(graph.nodes):
         if node in unused and not node.users:
             graph.erase_node(node)
+    there = set(graph.nodes)
+    for node, twin in twins.items():
+        if node in there and twin in there and twin.op == "call_module":  # both are called, and one of them steps
+            with graph.inserting_before(twin):
+                module = graph.get_attr(str(twin.target))
+            twin.op, twin.target, twin.args = "call_function", called_beside, (module, *twin.args)
     return graph
 
 
@@ -161,11 +167,11 @@ def _apart_from_sizes(graph: fx.Graph, taken: fx.Node) -> None:
                 node.replace_input_with(source, copied(source))
 
 
-def _from_a_draw(graph: fx.Graph, nodes: dict[fx.Node, fx.Node], recording: Recording, roles: Roles) -> set[fx.Node]:
+def _from_a_draw(graph: fx.Graph, nodes: dict[fx.Node, fx.Node], recording: Recording, roles: Roles) -> dict[fx.Node, fx.Node]:
     """Make ``roles.drawn`` of plain tensors, from draws beside the latents; ``nodes`` follows.
 
     Returns:
-        The nodes of random variables that these take the place of.
+        The nodes of random variables that these take the place of, with these.
     """
     needed: set[fx.Node] = set()
     for node in reversed(recording.graph.nodes):
@@ -180,11 +186,11 @@ def _from_a_draw(graph: fx.Graph, nodes: dict[fx.Node, fx.Node], recording: Reco
                 plain[node] = graph.call_function(draw_from, (nodes[node],))
             else:
                 plain[node] = graph.node_copy(node, lambda n: plain.get(n, nodes[n]))
-    replaced = {nodes[n] for n in needed - set(roles.latents) if n.op != "placeholder"}
+    twins = {nodes[n]: plain[n] for n in needed - set(roles.latents) if n.op != "placeholder"}
     for node in roles.drawn:
         nodes[node].replace_all_uses_with(plain[node])
         nodes[node] = plain[node]
-    return replaced
+    return twins
 
 
 def _sort(graph: fx.Graph) -> None:
@@ -224,6 +230,18 @@ def draw_from(value: Any) -> Any:
         return value
     deviation = value.var.clamp(min=1e-20).sqrt()  # whose gradient is finite
     return torch.addcmul(value.mean, deviation, torch.randn_like(value.mean))
+
+
+def called_beside(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """What a module gives of a draw, where it is called with the random variable too: its buffers are not stepped twice."""
+    held = [(each, dict(each._buffers)) for each in module.modules()]
+    for each, buffers in held:
+        each._buffers.update({name: None if b is None else b.clone() for name, b in buffers.items()})
+    try:
+        return module(*args, **kwargs)
+    finally:
+        for each, buffers in held:
+            each._buffers.update(buffers)
 
 
 def take_latent(state: Any, value: Any) -> Any:
