@@ -96,7 +96,7 @@ class Recorder(TorchFunctionMode, Handler):
         self.registry = registry
         self.nodes: dict[int, fx.Node] = {}
         self.storages: dict[Any, fx.Node] = {}
-        self.alive: list[Any] = []
+        self.sharing: dict[int | None, dict[int, torch.Tensor]] = {}  # what has a node, by its memory
         self.writers: dict[int, fx.Node] = {}  # of tensors that are stale since
         self.data_sizes = DataSizes()
         self.sizes_asked: list[tuple[list[fx.Node], fx.Node, str]] = []  # of these: nodes, what decides one, the place
@@ -124,7 +124,7 @@ class Recorder(TorchFunctionMode, Handler):
         """Let ``value``, a tensor or a nest of them, stand for ``node``."""
         if isinstance(value, torch.Tensor):
             self.nodes[id(value)] = node
-            self.alive.append(value)
+            self.sharing.setdefault(_storage(value), {})[id(value)] = value
             self.writers.pop(id(value), None)
             with torch._C.DisableTorchFunction():
                 node.meta["shape"], node.meta["dtype"] = tuple(value.shape), value.dtype
@@ -176,7 +176,7 @@ class Recorder(TorchFunctionMode, Handler):
         if (storage := _storage(tensor)) is not None and (path is not None or held is not None or node.op == "get_attr"):
             self.homes.setdefault(storage, (tensor, node))
         self.nodes[id(tensor)] = node
-        self.alive.append(tensor)
+        self.sharing.setdefault(_storage(tensor), {})[id(tensor)] = tensor
         return node
 
     def unwrapped(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -576,8 +576,8 @@ class Recorder(TorchFunctionMode, Handler):
                 part.meta.update(part=True, where="", source="", module="")
             self.add("call_function", assign_mean, (part, node), {}).meta.update(mutates=True, part=True)
         whole, stale = None if tensor.requires_grad else _storage_key(tensor), set(self.writers)
-        for other in list(self.alive):
-            if isinstance(other, torch.Tensor) and other is not tensor and _storage(other) == key and key is not None:
+        for other in list(self.sharing.get(key, {}).values()) if key is not None else ():
+            if other is not tensor and _storage(other) == key:
                 held = self.nodes.get(id(other))
                 if held is None or whole is None or _storage_key(other) != whole:
                     self.writers[id(other)] = node
