@@ -61,7 +61,8 @@ class Advice:
 
     def without_penalty(self, name: str, last_penalty: torch.Tensor | None, *, encodes: bool) -> None:
         """Say once that a call in training attaches no L_c."""
-        beside = bool(self.options.random_inputs) and last_penalty is not None  # a prior's samples, beside a reconstruction
+        # A prior's samples, or an encoder's part alone, beside a reconstruction.
+        beside = (bool(self.options.random_inputs) or encodes) and last_penalty is not None
         if not self.attaches or beside:
             return
         why = (

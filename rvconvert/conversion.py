@@ -85,7 +85,7 @@ class Conversion:
         self.plain_class = plain_class
         self.own = own or {}  # methods that sat on the instance
         self.programs: OrderedDict[Any, Program] = OrderedDict()
-        self.once: set[Any] = set()  # kinds of call that are recorded each time
+        self.once: dict[Any, str] = {}  # kinds of call that are recorded each time, with the reason
         self.places: dict[Any, tuple[Place, ...]] = {}  # what Python holds that a kind of call depends on
         self.recordings: Counter[Any] = Counter()  # of a kind of call
         self.scopes: set[Place] = set()  # what recordings have read outside the model
@@ -385,6 +385,13 @@ class Conversion:
             leaves, structure = flatten((args, kwargs))
             key = self.key(name, model, leaves, structure, batch=False)
             if key in self.once and to_run:
+                self.recordings[key] += 1
+                if self.recordings[key] == PATIENCE:
+                    self.advice.once(
+                        "each call",
+                        f"{self.plain_class.__name__}.{name} is recorded anew at each call, which takes several steps' time: "
+                        f"{self.once[key]}",
+                    )
                 return self.recorded_once(name, model, args, kwargs)
             situation = self.situation(name, model, structure)
             moving = self.moving_now(situation, model) | self.moving_of_call(name, args, kwargs)
@@ -395,7 +402,7 @@ class Conversion:
             refuse_unsupported(examined.report)
             if examined.recording.once:
                 if examined.again:
-                    self.once.add(key)
+                    self.once[key] = examined.report.reason
                 return self.recorded_once(name, model, args, kwargs) if to_run else self.program(name, examined)
             program = self.program(name, examined)
             self.moving_arguments[name] |= {place.name for place in examined.moving if place.owner == ARGUMENT}

@@ -89,7 +89,7 @@ class ConvertedModel:
             dict(conversion.stepped),
             conversion.differentiates,
         )
-        copied.once, copied.penalty_scale = set(conversion.once), conversion.penalty_scale
+        copied.once, copied.penalty_scale = dict(conversion.once), conversion.penalty_scale
         copied.latents, copied.posteriors = set(conversion.latents), dict(conversion.posteriors)
         memo[id(self)] = made
         return made

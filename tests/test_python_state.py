@@ -1452,3 +1452,33 @@ def test_a_hook_fires_once_a_call():
     for n in (5, 4, 5):
         model(torch.rand(n, 6))
     assert seen == [5, 4, 5] and counted == {"encoder": 3}
+
+
+def test_a_model_that_is_recorded_at_each_call_says_why_once():
+    class Logging(VAE):
+        def forward(self, x):
+            y = self.reconstruct(x)
+            self.text = f"{F.mse_loss(y, x).item():.3f}"
+            return y
+
+    model, x = rvconvert.convert(Logging()), torch.rand(5, 6)
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        for _ in range(60):
+            model(x)
+    said = [str(each.message) for each in found if "recorded anew at each call" in str(each.message)]
+    assert len(said) == 1 and "test_python_state.py" in said[0]
+
+
+def test_an_encoder_alone_beside_a_reconstruction_is_no_call_without_a_penalty():
+    class Factor(VAE):
+        def forward(self, x, no_dec=False):
+            mu, logvar = self.encoder(x).chunk(2, 1)
+            z = mu + torch.randn_like(mu) * (logvar / 2).exp()
+            return z if no_dec else (self.decoder(z), z)
+
+    model, x = rvconvert.convert(Factor()), torch.rand(5, 6)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model(x)
+        model(x, no_dec=True)
