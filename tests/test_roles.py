@@ -3396,3 +3396,29 @@ def test_a_reward_beside_means_and_variances_by_one_layer(cut: bool) -> None:
     rv(x, torch.rand(8, 1))
     var = world.encoder(x).chunk(2, 1)[1].exp()
     assert float(rv.last_penalty) == pytest.approx(penalty_of_linear(world.last, var), rel=1e-4)
+
+
+def test_a_mask_of_as_many_numbers_makes_no_reconstruction_of_a_reward() -> None:
+    class World(nn.Module):
+        """Steps of a world model whose state an input resets; its reward has a number for each of the mask's."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.cell, self.posterior = nn.GRUCell(6, 8), nn.Linear(28, 8)
+            self.decoder, self.reward = nn.Linear(12, 20), nn.Linear(12, 1)
+
+        def forward(self, seen: Tensor, action: Tensor, going: Tensor) -> Any:
+            z, h, states = torch.zeros(3, 4), torch.zeros(3, 8), []
+            for t in range(len(seen)):
+                h = self.cell(torch.cat([z * going[t], action[t]], -1), h * going[t])
+                mu, logvar = self.posterior(torch.cat([h, seen[t]], -1)).chunk(2, -1)
+                z = mu + torch.randn_like(mu) * (logvar / 2).exp()
+                states.append(torch.cat([z, h], -1))
+            return self.decoder(torch.stack(states)), self.reward(torch.stack(states)).squeeze(-1)
+
+    inputs = torch.rand(5, 3, 20), torch.randn(5, 3, 2), torch.ones(5, 3, 1)
+    plain = World()
+    rv = rvconvert.convert(plain)
+    rv(*inputs)
+    apart, _ = rvconvert.convert(plain, output="distribution", attach=False)(*inputs)
+    torch.testing.assert_close(rv.last_penalty, rvconvert.variance_penalty(apart).detach())

@@ -75,6 +75,7 @@ class RecordedGraph:
                 described.clear()
             for node in self.nodes:
                 self._describe(node)
+        self.inputs = [n for n in self.inputs if not self._is_mask(n)]
         self.reference = self._modules_applied_to_inputs()
         self.filters = self._filters()
 
@@ -85,6 +86,22 @@ class RecordedGraph:
         held = [n for n in self.nodes if n.meta.get("held") and rank_of(n) >= 2]
         plain = {n: self.forward_of((n,), stop=lambda each: each in self.recording.depends) for n in held}
         return [n for n in held if any(self.has_weights(each) for each in plain[n])]
+
+    def _is_mask(self, given: fx.Node) -> bool:
+        """An input that does nothing but multiply what is not made of inputs alone: nothing is to be like it."""
+        users, todo = [], [given]
+        while todo:
+            for user in (node := todo.pop()).users:
+                if self.is_kind(user, Shape):
+                    todo.append(user)
+                elif not asks(user):
+                    users.append((node, user))
+        return bool(users) and all(
+            self.rule_name(user) in PRODUCTS
+            and len(user.all_input_nodes) == 2
+            and not set(user.all_input_nodes) - {node} & self.raw
+            for node, user in users
+        )
 
     def _describe(self, node: fx.Node) -> None:
         sources = node.all_input_nodes
