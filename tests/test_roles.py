@@ -3422,3 +3422,23 @@ def test_a_mask_of_as_many_numbers_makes_no_reconstruction_of_a_reward() -> None
     rv(*inputs)
     apart, _ = rvconvert.convert(plain, output="distribution", attach=False)(*inputs)
     torch.testing.assert_close(rv.last_penalty, rvconvert.variance_penalty(apart).detach())
+
+
+@pytest.mark.parametrize("scaled", [lambda x, scale: x / scale, lambda x, scale: x * scale])
+def test_an_input_that_is_scaled_first_is_one_to_reconstruct(scaled: Callable[[Tensor, Tensor], Tensor]) -> None:
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("scale", torch.full((6,), 2.0))
+            self.encoder, self.decoder, self.reward = nn.Linear(6, 4), nn.Linear(2, 6), nn.Linear(2, 1)
+
+        def forward(self, x: Tensor) -> Any:
+            mu, logvar = self.encoder(scaled(x, self.scale)).chunk(2, 1)
+            z = mu + torch.randn_like(mu) * (logvar / 2).exp()
+            return self.reward(z), self.decoder(z)
+
+    plain, x = Scaled(), torch.rand(5, 6)
+    rv = rvconvert.convert(plain)
+    rv(x)
+    _, apart = rvconvert.convert(plain, output="distribution", attach=False)(x)
+    torch.testing.assert_close(rv.last_penalty, rvconvert.variance_penalty(apart).detach())

@@ -105,9 +105,7 @@ class Recorder(TorchFunctionMode, Handler):
         self.numbers = {id(module): number for number, module in enumerate(root.modules())}
         self.tensors = {id(t): path for path, t in [*root.named_parameters(), *root.named_buffers()]}
         self.parameters = {_storage(p) for p in root.parameters()} - {None}
-        self.arrays: list[
-            tuple[np.ndarray, bytes, str]
-        ] = []  # that share the memory of a random variable, what was in them, where
+        self.arrays: list[tuple[np.ndarray, bytes, str]] = []  # of a random variable's memory, what was in it, the place
         self.homes: dict[int, tuple[torch.Tensor, fx.Node]] = {}  # of memory: what no code in the graph makes, and its node
         self.attributes = plain_tensor_attributes(root)
         self.began = {id(module): own_state(module) for module in root.modules()}

@@ -88,20 +88,18 @@ class RecordedGraph:
         return [n for n in held if any(self.has_weights(each) for each in plain[n])]
 
     def _is_mask(self, given: fx.Node) -> bool:
-        """An input that does nothing but multiply what is not made of inputs alone: nothing is to be like it."""
-        users, todo = [], [given]
+        """An input that does nothing but multiply random variables, and what they begin with: nothing is to be like it."""
+        others: set[fx.Node] = set()
+        todo = [given]
         while todo:
             for user in (node := todo.pop()).users:
                 if self.is_kind(user, Shape):
                     todo.append(user)
+                elif self.rule_name(user) in PRODUCTS and len(user.all_input_nodes) == 2:
+                    others.update(set(user.all_input_nodes) - {node})
                 elif not asks(user):
-                    users.append((node, user))
-        return bool(users) and all(
-            self.rule_name(user) in PRODUCTS
-            and len(user.all_input_nodes) == 2
-            and not set(user.all_input_nodes) - {node} & self.raw
-            for node, user in users
-        )
+                    return False
+        return bool(others & self.recording.depends) and not others & (self.raw | self.weights)
 
     def _describe(self, node: fx.Node) -> None:
         sources = node.all_input_nodes
