@@ -84,11 +84,8 @@ class ConvertedModel:
         copied.places, copied.moving, copied.still = dict(conversion.places), dict(conversion.moving), set(conversion.still)
         copied.moving_arguments = dict(conversion.moving_arguments)
         copied.gains = Gains.from_tensors(conversion.gains.to_tensors())
-        copied.scopes, copied.stepped, copied.differentiates = (
-            set(conversion.scopes),
-            dict(conversion.stepped),
-            conversion.differentiates,
-        )
+        copied.scopes, copied.stepped = set(conversion.scopes), dict(conversion.stepped)
+        copied.differentiates = conversion.differentiates
         copied.once, copied.penalty_scale = dict(conversion.once), conversion.penalty_scale
         copied.latents, copied.posteriors = set(conversion.latents), dict(conversion.posteriors)
         memo[id(self)] = made

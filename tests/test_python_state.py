@@ -110,6 +110,12 @@ class VAE(nn.Module):
         return self.reconstruct(x)
 
 
+@torch.no_grad()
+def take_variance(model):
+    """A posterior without variance: the converted model then does what the plain one does."""
+    model.encoder.weight[2:], model.encoder.bias[2:] = 0, -80
+
+
 class Annealed(VAE):
     """Each number of Python that the loss is made of is read in another way."""
 
@@ -1302,8 +1308,7 @@ def test_layers_in_a_list_are_trained_and_written():
 
     torch.manual_seed(0)
     plain, x = Taught(), torch.rand(5, 6)
-    with torch.no_grad():
-        plain.encoder.weight[2:], plain.encoder.bias[2:] = 0, -80  # a posterior without variance
+    take_variance(plain)
     found = []
     for model in (plain, rvconvert.convert(plain, example_inputs=x)):
         layer, norm = model.teacher
@@ -1354,8 +1359,7 @@ def test_what_is_random_is_written_through_any_view(name, of):
             return y
 
     plain, x = Measuring(), torch.rand(5, 6)
-    with torch.no_grad():
-        plain.encoder.weight[2:], plain.encoder.bias[2:] = 0, -80  # a posterior without variance
+    take_variance(plain)
     found = []
     for model in (plain, rvconvert.convert(plain, example_inputs=x)):
         PAIR.zero_()
@@ -1376,8 +1380,7 @@ def test_a_running_mean_outside_the_model_is_of_what_is_random(covariance):
             return y
 
     plain, x = Measuring(), torch.rand(5, 6)
-    with torch.no_grad():
-        plain.encoder.weight[2:], plain.encoder.bias[2:] = 0, -80  # a posterior without variance
+    take_variance(plain)
     found = []
     for model in (plain, rvconvert.convert(plain, covariance=covariance, example_inputs=x)):
         RUNNING_LOSS.zero_()
@@ -1428,8 +1431,7 @@ def test_a_tensor_that_no_torch_function_made_is_written_to_once(made, written):
             return y, WRITTEN[written](MADE[made](), ((y - x) ** 2).mean()).sum()
 
     plain, x = Accumulating(), torch.rand(5, 6)
-    with torch.no_grad():
-        plain.encoder.weight[2:], plain.encoder.bias[2:] = 0, -80  # a posterior without variance
+    take_variance(plain)
     rv = rvconvert.convert(plain)
     gradients = []
     for model in (plain, rv, rv, rv):

@@ -122,7 +122,6 @@ class Recorder(TorchFunctionMode, Handler):
         """Let ``value``, a tensor or a nest of them, stand for ``node``."""
         if isinstance(value, torch.Tensor):
             self.nodes[id(value)] = node
-            self.sharing.setdefault(_storage(value), {})[id(value)] = value
             self.writers.pop(id(value), None)
             with torch._C.DisableTorchFunction():
                 node.meta["shape"], node.meta["dtype"] = tuple(value.shape), value.dtype
@@ -130,6 +129,7 @@ class Recorder(TorchFunctionMode, Handler):
             key = _storage_key(value)
             if key is not None:
                 self.storages[key] = node
+            self.sharing.setdefault(key and key[0], {})[id(value)] = value
         elif isinstance(value, (list, tuple)):
             for index, each in enumerate(value):
                 self.track_item(each, node, index)
@@ -171,10 +171,11 @@ class Recorder(TorchFunctionMode, Handler):
             key = _storage_key(self.unwrapped(tensor))
             shared = self.storages.get(key) if key is not None else None
             node = shared if shared is not None else self.constant(tensor)
-        if (storage := _storage(tensor)) is not None and (path is not None or held is not None or node.op == "get_attr"):
+        storage = _storage(tensor)
+        if storage is not None and (held is not None or node.op == "get_attr"):
             self.homes.setdefault(storage, (tensor, node))
         self.nodes[id(tensor)] = node
-        self.sharing.setdefault(_storage(tensor), {})[id(tensor)] = tensor
+        self.sharing.setdefault(storage, {})[id(tensor)] = tensor
         return node
 
     def unwrapped(self, tensor: torch.Tensor) -> torch.Tensor:
