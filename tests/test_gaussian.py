@@ -209,6 +209,22 @@ def test_relu_in_single_precision_over_all_scales():
     assert (np.abs(out - mean) <= 3e-5 * mean + 1.2e-26).all()
 
 
+@pytest.mark.parametrize("slope", [-3.0, -1.0, -0.3, 1e-4, 0.01, 0.2, 0.99, 1.0, 4.0])
+def test_a_table_of_each_slope_holds_what_the_closed_form_gives(slope):
+    v, a = torch.meshgrid(torch.logspace(-12, 4, 33), torch.linspace(-13, 13, 313), indexing="ij")
+    mean, var = a * v.sqrt(), v.clone()
+    inputs = [x.flatten().requires_grad_() for x in (mean, var)]
+    exact = [x.detach().double().requires_grad_() for x in inputs]
+    found, right = (gaussian.leaky_relu(*x, slope) for x in (inputs, exact))
+    size = (exact[0].detach().square() + exact[1].detach()).sqrt()
+    assert ((found[0] - right[0]).abs() / size).max() < 2e-6
+    torch.testing.assert_close(found[1].double(), right[1], rtol=3e-5, atol=1e-25)
+    weight = (torch.randn(size.shape), torch.randn(size.shape))
+    for made, x in ((found, inputs), (right, exact)):
+        (made[0] * weight[0].to(made[0])).add(made[1] / made[1].detach().sqrt() * weight[1].to(made[0])).sum().backward()
+    torch.testing.assert_close(inputs[0].grad.double(), exact[0].grad, rtol=1e-3, atol=2e-3)
+
+
 def test_relu_gradient_at_zero():
     mean = torch.zeros(3, requires_grad=True)
     var = torch.tensor([1.0, 1e-6, 0.0], requires_grad=True)

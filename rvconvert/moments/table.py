@@ -49,22 +49,24 @@ class Grid(NamedTuple):
         at = np.linspace(0, 1, self.in_q + 1)
         return np.linspace(-self.end, self.end, self.in_p + 1), at / (1 + DENSER - DENSER * at)
 
-    def read(self, table: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
+    def read(self, table: Tensor, x: Tensor, y: Tensor | None = None) -> tuple[Tensor, ...]:
         """The n numbers at a place, bilinear between corners; may be changed in place.
 
         Args:
             table: (1, n, corners in q, corners in p).
             x: (images, 1, elements), p over ``end``, in [-1, 1]; a processor gives each image to one core.
-            y: of its shape, -1 at q = 0, 1 at q = 1, and between as the corners lie.
+            y: of its shape, -1 at q = 0, 1 at q = 1, and between as the corners lie; None where there is one row of them.
         """
         if torch.compiler.is_compiling():
             return self._gathered(table, x, y)
-        # Interleaved by way of complex numbers a processor takes a sixth of the time.
-        at = torch.view_as_real(torch.complex(x, y)) if x.is_cpu else torch.stack((x, y), -1)
+        if y is None:  # any number will do
+            at = x.unsqueeze(-1).expand(*x.shape, 2)
+        else:  # interleaved by way of complex numbers a processor takes a sixth of the time
+            at = torch.view_as_real(torch.complex(x, y)) if x.is_cpu else torch.stack((x, y), -1)
         each = torch.grid_sampler_2d(table.expand(x.shape[0], -1, -1, -1), at, _BILINEAR, _BORDER, True).unbind(1)
         return tuple(x.clone() for x in each) if torch.is_grad_enabled() else each  # parts do not change in place under a graph
 
-    def _gathered(self, table: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
+    def _gathered(self, table: Tensor, x: Tensor, y: Tensor | None) -> tuple[Tensor, ...]:
         """As ``read``, by indices, which Inductor fuses with what is before and after them."""
         read = torch.ops.aten._unsafe_index  # noqa: SLF001 (the one that asks nothing of each index)
         numbers = table[0].flatten(1).unbind()
@@ -77,14 +79,14 @@ class Grid(NamedTuple):
                 left, right = left * weight, right * weight
             return [read(number, [at]) * left + read(number, [at + 1]) * right for number in numbers]
 
-        if not self.in_q:
+        if y is None:
             return tuple(between(first))
         row, across = _cell(y, self.in_q)
         first = first + row * (self.in_p + 1)
         pairs = zip(between(first, 1 - across), between(first + self.in_p + 1, across), strict=True)
         return tuple(a + b for a, b in pairs)
 
-    def bilinear(self, table: Tensor, x: Tensor, y: Tensor) -> Sequence[Tensor]:
+    def bilinear(self, table: Tensor, x: Tensor, y: Tensor | None = None) -> Sequence[Tensor]:
         """As ``read``; the first number is NaN of NaN."""
         first, *rest = self.read(table, x, y)
         return torch.add(first, x, alpha=0), *rest

@@ -1,8 +1,12 @@
 """One slope above 0, another one below: relu, leaky_relu, absolute.
 
-All follow from E and Var of relu(X). With s = sqrt(var) and a = mean/s they are max(mean, 0) + s T(abs(a)) and var V(a): two
-functions of one number, in float64 in closed form, in float32 from a table of that form's logarithms. Backwards the results
-of relu say all there is: c = E/sqrt(E² + Var) rises with a, and P(X > 0) and phi sqrt(V) are functions of it.
+With s = sqrt(var) and a = mean/s the moments of relu(X) are max(mean, 0) + s T(abs(a)) and var V(a), and those of
+relu(X) - c relu(-X) are, P(a) = P(X > 0) the slope of the mean of relu(X),
+
+    mean above 0, c mean below, + s (1 - c) T(abs(a)),    var ((1 - c)² V(a) + 2 c (1 - c) P(a) + c²):
+
+two functions of one number, in float64 in closed form, in float32 from a table. Backwards the results of relu say all there is:
+k = E/sqrt(E² + Var) rises with a, and P and phi sqrt(V) are functions of it.
 """
 
 from __future__ import annotations
@@ -11,16 +15,18 @@ import functools
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from rvconvert.moments.compilation import fused
-from rvconvert.moments.normal import Moments, at_least_float32, mills, standardize, step
+from rvconvert.moments.normal import Moments, affine, at_least_float32, mills, standardize, step
 from rvconvert.moments.quadrature import density
-from rvconvert.moments.table import Curve, Grid, as_table, in_images, table_of
+from rvconvert.moments.table import Grid, as_table, in_images
 
 # Of a alone; beyond the ends V and T are what they are there: next to nothing, and no denormal number, which is slow to make.
-_GRID = Grid(end=11, in_p=1 << 14, in_q=0, spacing=0)
-_RESULT_GRID = Grid(end=1, in_p=1 << 14, in_q=0, spacing=0)  # of c
+_GRID = Grid(end=11, in_p=3 << 13, in_q=0, spacing=0)
+_RESULT_GRID = Grid(end=1, in_p=1 << 14, in_q=0, spacing=0)  # of k
+_TABLES = 16  # how many are kept, a slope each, 200 kB
 
 
 def _closed(mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -42,18 +48,18 @@ def _closed(mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return small, small + mean.clamp(min=0.0), torch.lerp(small_var, large_var, step(mean))
 
 
-class _Rectified(Curve):
-    """The logarithms of V and T."""
-
-    def fill(self) -> tuple[Tensor, ...]:
-        """(1, 2, 1, corners)."""
+@functools.lru_cache(_TABLES)
+def _filled(c: float, device: torch.device) -> Tensor:
+    """What ``_kernel`` reads: (1, 2, 1, corners) in float32, of Var/v and of the mean's share of s, in units of x."""
+    with torch.inference_mode(False), torch.no_grad(), torch.device("cpu"):  # what is kept must serve everywhere
         a = torch.from_numpy(_GRID.corners()[0])
         small, _, ratio = _closed(a, torch.ones_like(a))
-        return (as_table(torch.stack((ratio, small))[:, None].log2().numpy()),)
+        ratio = (1 - c) ** 2 * ratio + 2 * c * (1 - c) * torch.special.ndtr(a) + c * c
+        return as_table(torch.stack((ratio, _GRID.end * (1 - c) * small))[:, None].numpy()).to(device)
 
 
 def _of_standard(a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """c, P(X > 0) and phi sqrt(V), in float64."""
+    """k, P(X > 0) and phi sqrt(V), in float64."""
     _, mean, var = _closed(a, torch.ones_like(a))
     return mean * torch.rsqrt(mean.square() + var), torch.special.ndtr(a), density(a) * var.sqrt()
 
@@ -65,29 +71,35 @@ def _densely() -> list[np.ndarray]:
     return [x.numpy() for x in (a, *_of_standard(a))]
 
 
-class _Result(Curve):
-    """P(X > 0) and phi sqrt(V) of c; 0 where c < 0, which it never is."""
+@functools.cache
+def _filled_of_result(device: torch.device) -> Tensor:
+    """P(X > 0) and phi sqrt(V) of k, (1, 2, 1, corners) in float32; 0 where k < 0, which it never is."""
+    with torch.inference_mode(False), torch.no_grad(), torch.device("cpu"):
+        _, k, *values = _densely()
+        return as_table(np.stack([np.interp(_RESULT_GRID.corners()[0], k, x) for x in values])[:, None]).to(device)
 
-    def fill(self) -> tuple[Tensor, ...]:
-        """(1, 2, 1, corners)."""
-        _, c, *values = _densely()
-        return (as_table(np.stack([np.interp(_RESULT_GRID.corners()[0], c, x) for x in values])[:, None]),)
 
-
-def _of_result(c: Tensor) -> tuple[Tensor, Tensor]:
-    """P(X > 0) and phi sqrt(V) of c in float64, with a graph of first order: a step of Newton's from where c is known to be."""
+def _of_result(k: Tensor) -> tuple[Tensor, Tensor]:
+    """P(X > 0) and phi sqrt(V) of k in float64, with a graph of first order: a step of Newton's from where k is known to be."""
     a, at, *_ = _densely()
-    start = torch.from_numpy(np.interp(c.detach().cpu(), at, a)).to(c.device).requires_grad_()
+    start = torch.from_numpy(np.interp(k.detach().cpu(), at, a)).to(k.device).requires_grad_()
     here = _of_standard(start)[0]
     (slope,) = torch.autograd.grad(here.sum(), start)
-    return _of_standard(start.detach() + (c - here.detach()) / slope)[1:]
+    return _of_standard(start.detach() + (k - here.detach()) / slope)[1:]
 
 
-_RECTIFIED, _RESULT = _Rectified(torch.relu), _Result(torch.relu)
+@torch.compiler.assume_constant_result
+def _table(c: float, device: torch.device) -> Tensor:
+    return _filled(c, device)
 
 
-def _table(curve: Curve, x: Tensor) -> Tensor | None:
-    return None if x.dtype == torch.float64 else table_of(curve.number, x.device)[0]
+@torch.compiler.assume_constant_result
+def _result_table(device: torch.device) -> Tensor:
+    return _filled_of_result(device)
+
+
+def _table_for(x: Tensor, c: float = 0.0) -> Tensor | None:
+    return None if x.dtype == torch.float64 else _table(c, x.device)
 
 
 def _upper(mean: Tensor, var: Tensor, up: Tensor, up_var: Tensor) -> tuple[Tensor, Tensor]:
@@ -102,13 +114,14 @@ def _upper(mean: Tensor, var: Tensor, up: Tensor, up_var: Tensor) -> tuple[Tenso
     return above, torch.addcmul(slope, slope, far, value=-1)
 
 
-def _relu_kernel(mean, var, table):
+def _kernel(mean, var, c, table):
+    """Of relu(X) - c relu(-X), c a number."""
     if table is None:
-        return _closed(mean, var)[1:]
-    inverse = (var + 1e-37).rsqrt_()
-    x = (mean * inverse).mul_(1 / _GRID.end)
-    ratio, small = (each.exp2() for each in _GRID.bilinear(table, x, torch.zeros_like(x)))
-    return mean.clamp(min=0.0).addcmul_(inverse.mul_(var), small), ratio.mul_(var)
+        return _two_slopes_kernel(mean, var, c, None) if c else _closed(mean, var)[1:]
+    inverse = affine(var, _GRID.end**2, 1e-37).rsqrt_()
+    ratio, small = _GRID.bilinear(table, mean * inverse)
+    plain = F.leaky_relu(mean, c) if c else mean.clamp(min=0.0)
+    return plain.addcmul_(inverse.mul_(var), small), ratio.mul_(var)
 
 
 def _relu_backward(out, out_var, grad_mean, grad_var, *more):
@@ -116,9 +129,9 @@ def _relu_backward(out, out_var, grad_mean, grad_var, *more):
     if inputs:
         above, slope = _upper(inputs[0], inputs[1], out, out_var)
     else:
-        var = out_var + 1e-26  # one that was too small to be kept is of a tail, where c is 0
-        c = torch.addcmul(var, out, out).rsqrt_() * out
-        above, slope = _of_result(c) if table is None else _RESULT_GRID.bilinear(table, c, torch.zeros_like(c))
+        var = out_var + 1e-26  # one that was too small to be kept is of a tail, where k is 0
+        k = torch.addcmul(var, out, out).rsqrt_() * out
+        above, slope = _of_result(k) if table is None else _RESULT_GRID.bilinear(table, k)
         slope = slope.mul_(var.rsqrt_())
     by_mean = (grad_mean * above).addcmul_(grad_var, torch.addcmul(out, out, above, value=-1), value=2)
     by_var = torch.addcmul(above, out, slope, value=-1).mul_(grad_var).addcmul_(grad_mean, slope, value=0.5)
@@ -130,8 +143,8 @@ class _Relu(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, mean, var):
-        table = _table(_RECTIFIED, mean)
-        out = fused(in_images, mean, var, constants=(_relu_kernel, (table,)))
+        table = _table_for(mean)
+        out = fused(in_images, mean, var, constants=(_kernel, (0.0, table)))
         ctx.save_for_backward(*out, *((mean, var) if table is None else ()))
         return out
 
@@ -141,13 +154,13 @@ class _Relu(torch.autograd.Function):
         if torch.is_grad_enabled() and not inputs:  # for a graph of the backward pass (create_graph=True)
             made = _relu_backward(*(x.double() for x in (out, out_var, grad_mean, grad_var)), None)
             return tuple(x.to(out.dtype) for x in made)
-        constants = _relu_backward, (_table(_RESULT, out),)
+        constants = _relu_backward, (None if inputs else _result_table(out.device),)
         return fused(in_images, out, out_var, grad_mean, grad_var, *inputs, constants=constants)
 
 
 def _two_slopes_kernel(mean, var, c, table):
     # f = (1 - c) relu(x) + c x, and Cov(relu(X), X) = Var relu(X) + E (E - m)
-    up, up_var = _relu_kernel(mean, var, table)
+    up, up_var = _kernel(mean, var, 0.0, table)
     both, out_var = up * (up - mean), torch.lerp(up_var, var, c * c)
     share = 2 * c * (1.0 - c)
     out_var = torch.addcmul(out_var, both, share) if isinstance(c, Tensor) else torch.add(out_var, both, alpha=share)
@@ -155,7 +168,7 @@ def _two_slopes_kernel(mean, var, c, table):
 
 
 def _two_slopes_backward(mean, var, c, grad_mean, grad_var, table):
-    up, up_var = _relu_kernel(mean, var, table)
+    up, up_var = _kernel(mean, var, 0.0, table)
     above, slope = _upper(mean, var, up, up_var)
     down, under = up - mean, 1.0 - above
     by_mean = above + c * under, 2 * (1.0 - c) * (up * under + c * (down * above))
@@ -182,7 +195,7 @@ def _one_slope_backward(mean, var, out, out_var, grad_mean, grad_var, c):
 
 def _folded_backward(mean, var, out, out_var, grad_mean, grad_var, c):
     """Where the slopes are too much alike, or opposite: from the beginning."""
-    return _two_slopes_backward(mean, var, c, grad_mean, grad_var, _table(_RECTIFIED, mean))[:2]
+    return _two_slopes_backward(mean, var, c, grad_mean, grad_var, _table_for(mean))[:2]
 
 
 class _OneSlope(torch.autograd.Function):
@@ -190,7 +203,7 @@ class _OneSlope(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, mean, var, c):
-        out = fused(in_images, mean, var, constants=(_two_slopes_kernel, (c, _table(_RECTIFIED, mean))))
+        out = fused(in_images, mean, var, constants=(_kernel, (c, _table_for(mean, c))))
         ctx.save_for_backward(mean, var, *out)
         ctx.c = c
         return out
@@ -207,7 +220,7 @@ class _TwoSlopes(torch.autograd.Function):
     @staticmethod
     def forward(ctx, mean, var, c):
         ctx.save_for_backward(mean, var, c)
-        return fused(in_images, mean, var, c, constants=(_two_slopes_kernel, (_table(_RECTIFIED, mean),)))
+        return fused(in_images, mean, var, c, constants=(_two_slopes_kernel, (_table_for(mean),)))
 
     @staticmethod
     def backward(ctx, grad_mean, grad_var):
@@ -215,7 +228,7 @@ class _TwoSlopes(torch.autograd.Function):
             mean, var, c = (x.double() for x in ctx.saved_tensors)
             made = _two_slopes_backward(mean, var, c, grad_mean.double(), grad_var.double(), None)
             return tuple(x.to(grad_mean.dtype) for x in made)
-        constants = _two_slopes_backward, (_table(_RECTIFIED, grad_mean),)
+        constants = _two_slopes_backward, (_table_for(grad_mean),)
         return fused(in_images, *ctx.saved_tensors, grad_mean, grad_var, constants=constants)
 
 
