@@ -13,8 +13,9 @@ from rvconvert.capture.graph_calls import own_copy
 from rvconvert.capture.intercept import INTERNAL, intercepting
 from rvconvert.capture.module_state import Held, is_output
 from rvconvert.capture.python_state import Moving, Place, following, random_state
-from rvconvert.capture.recorder import TRANSFORM, Recorder
+from rvconvert.capture.recorder import Recorder
 from rvconvert.capture.recording import Recording
+from rvconvert.capture.tensor_nodes import TRANSFORM
 from rvconvert.capture.traced_number import tracing
 from rvconvert.core.random_variable import RandomVariable
 from rvconvert.core.tree import flatten

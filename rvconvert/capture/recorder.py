@@ -18,17 +18,12 @@ from rvconvert.capture.data_sizes import COUNTS, DataSizes, splits
 from rvconvert.capture.frames import is_of_the_model, runs, user_frame, where
 from rvconvert.capture.graph_calls import (
     apply_function,
-    assign_mean,
-    autocast_state,
     call_by_rule,
     call_hooks,
     call_pre_hooks,
-    own_copy,
-    rewritten,
-    set_autocast,
 )
 from rvconvert.capture.intercept import Handler
-from rvconvert.capture.module_state import is_output, own_state, plain_tensor_attributes
+from rvconvert.capture.module_state import is_output, own_state
 from rvconvert.capture.python_state import (
     ARGUMENT,
     GENERATORS,
@@ -40,11 +35,11 @@ from rvconvert.capture.python_state import (
 )
 from rvconvert.capture.recording import Kept, Recording
 from rvconvert.capture.surroundings import is_log, is_surrounding, reads_its_own
-from rvconvert.capture.traced_number import TracedFloat, TracedInt, ignored, is_traced_now, traced_size, untraced
+from rvconvert.capture.tensor_nodes import TRANSFORM, TensorNodes, storage_of, tensors_in
+from rvconvert.capture.traced_number import TracedFloat, TracedInt, ignored, traced_size, untraced
 from rvconvert.core.random_variable import is_in_place
 from rvconvert.core.tree import flatten
 from rvconvert.errors import TracingError
-from rvconvert.places import short_place
 from rvconvert.rules.calls import out_of_place
 from rvconvert.rules.draws import CATEGORICAL, DRAWS, one_hot_categorical_like
 from rvconvert.rules.kinds import Metadata, Read
@@ -55,8 +50,6 @@ if TYPE_CHECKING:
 
     from rvconvert.core.registry import Registry, Rule
 
-__all__ = ["TRANSFORM", "Recorder"]
-
 _TENSOR_METHODS = {
     getattr(torch.Tensor, name): name for name in reversed(dir(torch.Tensor)) if callable(getattr(torch.Tensor, name))
 }
@@ -66,14 +59,9 @@ _TENSOR_PROPERTIES = {
     if hasattr(attribute := getattr(torch.Tensor, name), "__get__") and not callable(attribute)
 }
 _LIKE_ANOTHER = frozenset("expand_as view_as reshape_as type_as to".split())  # of which the second argument is asked for no value
-_CONSTANT = itertools.count()
-TRANSFORM = (
-    "torch.vmap and the transforms of torch.func cannot be recorded inside the method: {}. Write it for the whole batch, "
-    "((y - x) ** 2).mean(1), or let the training loop do it with what the method returns"
-)
 
 
-class Recorder(TorchFunctionMode, Handler):
+class Recorder(TensorNodes, TorchFunctionMode, Handler):
     """Writes every torch function that runs into the recording, with tensors and sizes as its edges."""
 
     def __init__(
@@ -87,127 +75,20 @@ class Recorder(TorchFunctionMode, Handler):
         moving: Moving,
         keeps_draws: bool,
     ) -> None:
-        super().__init__()
+        super().__init__(root, recording, registry)
         self.told = told  # what a model that asks for the gradient mode hears; None: what is so
         self.reported = reported
         self.moving = moving
-        self.recording = recording
-        self.graph = recording.graph
-        self.registry = registry
-        self.nodes: dict[int, fx.Node] = {}
-        self.storages: dict[Any, fx.Node] = {}
-        self.sharing: dict[int | None, dict[int, torch.Tensor]] = {}  # what has a node, by its memory
-        self.writers: dict[int, fx.Node] = {}  # of tensors that are stale since
         self.data_sizes = DataSizes()
         self.sizes_asked: list[tuple[list[fx.Node], fx.Node, str]] = []  # of these: nodes, what decides one, the place
-        self.views: dict[int, tuple[torch.Tensor, Any]] = {}  # what a view was indexed from, and by what; None: it was reshaped
         self.paths = {id(module): path for path, module in root.named_modules(remove_duplicate=True)}
         self.numbers = {id(module): number for number, module in enumerate(root.modules())}
-        self.tensors = {id(t): path for path, t in [*root.named_parameters(), *root.named_buffers()]}
-        self.parameters = {_storage(p) for p in root.parameters()} - {None}
         self.arrays: list[tuple[np.ndarray, bytes, str]] = []  # of a random variable's memory, what was in it, the place
-        self.homes: dict[int, tuple[torch.Tensor, fx.Node]] = {}  # of memory: what no code in the graph makes, and its node
-        self.attributes = plain_tensor_attributes(root)
         self.began = {id(module): own_state(module) for module in root.modules()}
-        self.stack: list[str] = []
         self.leaf: list[Any] | None = None
         self.keeps_draws = keeps_draws
         self.python = ReadByName(is_of_the_model, lambda: self.leaf is None)
         self.said: list[tuple[Kept, list[Any]]] = []
-        self.autocast = autocast_state()
-
-    # --- values in, nodes out -------------------------------------------------------------------
-
-    def track(self, value: Any, node: fx.Node) -> None:
-        """Let ``value``, a tensor or a nest of them, stand for ``node``."""
-        if isinstance(value, torch.Tensor):
-            self.nodes[id(value)] = node
-            self.writers.pop(id(value), None)
-            with torch._C.DisableTorchFunction():
-                node.meta["shape"], node.meta["dtype"] = tuple(value.shape), value.dtype
-                node.meta["requires_grad"] = value.requires_grad
-            key = _storage_key(value)
-            if key is not None:
-                self.storages[key] = node
-            self.sharing.setdefault(key and key[0], {})[id(value)] = value
-        elif isinstance(value, (list, tuple)):
-            for index, each in enumerate(value):
-                self.track_item(each, node, index)
-        elif isinstance(value, dict):
-            for key, each in value.items():
-                self.track_item(each, node, key)
-
-    def track_item(self, value: Any, node: fx.Node, key: Any) -> None:
-        """Let ``value`` stand for ``node[key]``, if there is a tensor in it."""
-        if _tensors(value):
-            item = self.add("call_function", operator.getitem, (node, key), {})
-            item.meta["part"] = True
-            self.inherit(item)
-            self.track(value, item)
-
-    def node_of(self, tensor: torch.Tensor) -> fx.Node:
-        """The node that made ``tensor``; a parameter, buffer, attribute or constant gets one on first use."""
-        if id(tensor) in self.writers:
-            self.recording.stale.append((self.writers[id(tensor)], self.line()))
-        known = self.nodes.get(id(tensor))
-        if known is not None:
-            return known
-        path, held = self.tensors.get(id(tensor)), self.attributes.get(id(tensor))
-        if path is not None:
-            node = self.graph.get_attr(path)
-            node.meta["requires_grad"] = tensor.requires_grad
-            self.recording.attributes[path] = tensor
-        elif held is not None:
-            node = self.graph.get_attr(held.path)
-            for key in held.keys:
-                node = self.graph.call_function(operator.getitem, (node, key))
-                node.meta.update(where="", source="", module="", part=True)
-            node.meta.update(requires_grad=tensor.requires_grad, shape=tuple(tensor.shape), dtype=tensor.dtype, held=True)
-            if held.keys:
-                self.recording.entries[node] = tensor
-            else:
-                self.recording.attributes[held.path] = tensor
-        else:
-            key = _storage_key(self.unwrapped(tensor))
-            shared = self.storages.get(key) if key is not None else None
-            node = shared if shared is not None else self.constant(tensor)
-        storage = _storage(tensor)
-        if storage is not None and (held is not None or node.op == "get_attr"):
-            self.homes.setdefault(storage, (tensor, node))
-        self.nodes[id(tensor)] = node
-        self.sharing.setdefault(storage, {})[id(tensor)] = tensor
-        return node
-
-    def unwrapped(self, tensor: torch.Tensor) -> torch.Tensor:
-        """A tensor, out of what torch.vmap or a transform of torch.func has wrapped it into, if that is not random."""
-        if not torch._C._functorch.is_functorch_wrapped_tensor(tensor):
-            return tensor
-        while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
-            tensor = torch._C._functorch.get_unwrapped(tensor)
-        if self.nodes.get(id(tensor)) in self.recording.depends:
-            raise TracingError(TRANSFORM.format(self.line()))
-        if id(tensor) in self.nodes:
-            self.recording.once.append(f"a transform of torch.func is at work: {self.line()}")
-        return tensor
-
-    def constant(self, value: Any) -> fx.Node:
-        """A node for a value that no code in the graph makes."""
-        name = f"constant_{next(_CONSTANT)}"
-        self.recording.constants[name] = value
-        node = self.graph.get_attr(f"_rvconvert.constants.{name}")
-        if isinstance(value, nn.Parameter):  # of a module that is kept in a plain list or dict
-            node.meta["weight"], node.meta["requires_grad"] = True, value.requires_grad
-        return node
-
-    def save(self, target: torch.Tensor) -> None:
-        """Before a write: what the memory has held, if no code in the graph makes it: ``torch.Tensor([0])``, a global."""
-        storage = _storage(target)
-        if not any(id(target) in known for known in (self.nodes, self.writers, self.tensors, self.attributes)):
-            self.node_of(target)
-        whole, node = self.homes.get(storage or 0, (target, None))
-        owner, _, name = str(node and node.target).rpartition(".")
-        if owner == "_rvconvert.constants" and name not in self.recording.steps:
-            self.recording.steps[name] = whole, own_copy(whole)
 
     def check_arrays(self) -> None:
         """NumPy has written to no random variable: no graph would know of it."""
@@ -215,57 +96,10 @@ class Recorder(TorchFunctionMode, Handler):
             if array.tobytes() != before:
                 raise TracingError(f"{place}: NumPy writes to the memory of a tensor; write by torch, or to a copy of the array")
 
-    def argument(self, value: Any) -> Any:
-        """``value`` as an argument of a node."""
-        if isinstance(value, (TracedInt, TracedFloat)):
-            return value.node if is_traced_now(value) else untraced(value)
-        if isinstance(value, torch.Tensor):
-            return self.node_of(value)
-        if isinstance(value, torch.Size) or type(value) is tuple:
-            return tuple(self.argument(each) for each in value)
-        if isinstance(value, tuple) and hasattr(value, "_fields"):
-            node = self.add("call_function", type(value), tuple(self.argument(each) for each in value), {})
-            node.meta["part"] = True
-            self.inherit(node)
-            return node
-        if isinstance(value, list):
-            return [self.argument(each) for each in value]
-        if isinstance(value, dict):
-            return {key: self.argument(each) for key, each in value.items()}
-        if isinstance(value, slice):
-            return slice(self.argument(value.start), self.argument(value.stop), self.argument(value.step))
-        if isinstance(value, (np.integer, np.floating, np.bool_)):
-            return value.item()
-        if value is None or value is Ellipsis or isinstance(value, _IMMEDIATE):
-            return value
-        return self.constant(value)
-
-    def line(self) -> str:
-        """Where the model is, with the source line."""
-        place, source = where(user_frame())
-        return f"{short_place(place)}: {source}"
-
-    def add(self, op: str, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx.Node:
-        """A new node, with the model's own file and line; before it, autocast is set as it is by now."""
-        now = autocast_state()
-        if now != self.autocast:
-            self.autocast = now
-            self.graph.call_function(set_autocast, (now,)).meta["mutates"] = True
-            self.recording.sets_autocast = True
-        node = self.graph.create_node(op, target, args, kwargs)
-        node.meta["where"], node.meta["source"] = where(user_frame())
-        node.meta["module"] = self.stack[-1] if self.stack else ""
-        return node
-
     def fixed(self, name: str) -> None:
         """Told where Python fixes a batch size; an assertion or torch's own check decides nothing but an error."""
         if not where(user_frame())[1].startswith("assert") and not runs("torch/distributions", "_validate_sample"):
             self.recording.fixed.append(self.line())
-
-    def inherit(self, node: fx.Node) -> None:
-        """A node depends on a draw if one of its inputs does."""
-        if any(source in self.recording.depends for source in node.all_input_nodes):
-            self.recording.depends.add(node)
 
     # --- interception ---------------------------------------------------------------------------
 
@@ -364,8 +198,8 @@ class Recorder(TorchFunctionMode, Handler):
         value = func(*_plain(args), **_plain(kwargs))
         if self.reported != 1 and getattr(func, "__name__", "") in _REPORTS:
             return _times(value, self.reported)
-        tensors = _tensors(args, kwargs)
-        if _tensors(value):
+        tensors = tensors_in(args, kwargs)
+        if tensors_in(value):
             node = self.node_for(func, self.argument(args), self.argument(kwargs), False)
             node.meta["rule"] = rule
             self.data_sizes.note(node, rule.name, _plain(args), kwargs)
@@ -386,7 +220,7 @@ class Recorder(TorchFunctionMode, Handler):
         if name == "__set__":  # x.data = y: torch gives no name to it that a graph could call
             target, value = plain_args
             self.node_of(target)
-            own = self.homes.get(_storage(target) or 0, (None,))[0] is target and not isinstance(target, nn.Parameter)
+            own = self.homes.get(storage_of(target) or 0, (None,))[0] is target and not isinstance(target, nn.Parameter)
             if own and (target.shape, target.dtype) == (value.shape, value.dtype):
                 with self, torch.no_grad():
                     target.copy_(value)
@@ -395,13 +229,13 @@ class Recorder(TorchFunctionMode, Handler):
             result = func(*plain_args, **plain_kwargs)
             if isinstance(plain_args[0], nn.Parameter) and id(plain_args[0]) in self.tensors:
                 self.recording.initializes = True
-                self.parameters.add(_storage(plain_args[0]))
+                self.parameters.add(storage_of(plain_args[0]))
             return result
-        mutable = _tensors(plain_args, plain_kwargs)
+        mutable = tensors_in(plain_args, plain_kwargs)
         versions = [_version(x) for x in mutable]
         target = plain_args[0] if plain_args and is_in_place(func, plain_kwargs) else None
         writes = False
-        if isinstance(target, torch.Tensor) and _storage(target) in self.parameters:
+        if isinstance(target, torch.Tensor) and storage_of(target) in self.parameters:
             writes = True
             if runs("torch/optim"):
                 raise TracingError(
@@ -418,7 +252,7 @@ class Recorder(TorchFunctionMode, Handler):
         mutated = [x for x, v in zip(mutable, versions, strict=True) if _version(x) != v]
         if name == "register_hook":
             self.recording.once.append(f"a hook on a tensor: {self.line()}")
-        elif not mutated and (not _tensors(result) or name == "__deepcopy__"):
+        elif not mutated and (not tensors_in(result) or name == "__deepcopy__"):
             if name in COUNTS:
                 self.note_size(self.nodes.get(id(args[0])), name)
             return result  # a question whose answer is no tensor
@@ -471,10 +305,8 @@ class Recorder(TorchFunctionMode, Handler):
                 self.recording.drawn[node] = result.detach().clone()
         if not held or node in self.recording.depends:
             self.finish(node, result, mutated)
-        if func is torch.Tensor.__getitem__ and not mutated and _storage(result) == _storage(plain_args[0]):
-            self.views[id(result)] = plain_args[0], node_args[1]
-        elif name in _RESHAPES and not mutated and result is not plain_args[0] and _storage(result) == _storage(plain_args[0]):
-            self.views[id(result)] = plain_args[0], None
+        if not mutated and (name in _RESHAPES or func is torch.Tensor.__getitem__):
+            self.note_view(plain_args[0], result, None if name in _RESHAPES else node_args[1])
         return result
 
     def categories(self, index: fx.Node) -> fx.Node | None:
@@ -503,14 +335,6 @@ class Recorder(TorchFunctionMode, Handler):
         asked.meta["rule"] = self.registry.find(torch.empty_like)
         return asked
 
-    def is_written_back(self, target: Any, index: Any, value: Any) -> bool:
-        """``x[i] += y`` writes through a view and writes the view back: the whole has been written with the part."""
-        node = self.nodes.get(id(value))
-        if node is None or node not in self.recording.depends or id(target) in self.writers:
-            return False
-        with torch._C.DisableTorchFunction():
-            return _storage_key(target[index]) == _storage_key(value)
-
     def node_for(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], mutates: bool) -> fx.Node:
         """The node of a call; an in-place call on what may be random becomes its functional twin."""
         found: list[fx.Node] = []
@@ -536,14 +360,14 @@ class Recorder(TorchFunctionMode, Handler):
             if not mutated and isinstance(result, torch.Tensor):
                 self.track(result, node)
                 node = self.detached(node) if result.is_floating_point() else node
-            elif not mutated and _tensors(result):
+            elif not mutated and tensors_in(result):
                 self.track(result, node)
-                for each in _tensors(result):
+                for each in tensors_in(result):
                     if each.is_floating_point():
                         self.track(each, self.detached(self.nodes[id(each)]))
                 return
         if depends:
-            for tensor in {_storage(x) or id(x): x for x in reversed(mutated)}.values():  # of views, the one that was written
+            for tensor in {storage_of(x) or id(x): x for x in reversed(mutated)}.values():  # of views, the one that was written
                 self.write(tensor, node)
         if not (depends and any(result is tensor for tensor in mutated)):
             self.track(result, node)
@@ -551,54 +375,6 @@ class Recorder(TorchFunctionMode, Handler):
     def without_gradient(self, node: fx.Node) -> fx.Node:
         """A value that is written where gradients are off."""
         return self.detached(node) if node.meta.get("requires_grad") else node
-
-    def detached(self, node: fx.Node) -> fx.Node:
-        """The node without a gradient, as its value is where gradients are off."""
-        made = self.add("call_method", "detach", (node,), {})
-        made.meta["rule"] = self.registry.find(torch.Tensor.detach)
-        self.inherit(made)
-        return made
-
-    def write(self, tensor: torch.Tensor, node: fx.Node) -> None:
-        """An in-place write of what may be random: later uses of the tensor see the node."""
-        key = _storage(tensor)
-        if key in self.parameters:  # an initialisation by data: done now, as the plain model does it
-            self.recording.once.append(f"a parameter is written in place: {self.line()}")
-            self.recording.initializes = True
-            return
-        if key in self.homes:
-            home, part = self.homes[key]
-            if home is not tensor:  # R[0].add_(x), R.data.add_(x)
-                with torch._C.DisableTorchFunction():
-                    place = (tuple(tensor.shape), tensor.stride(), tensor.storage_offset())
-                part = self.graph.call_function(torch.as_strided, (part, *place))
-                part.meta.update(part=True, where="", source="", module="")
-            self.add("call_function", assign_mean, (part, node), {}).meta.update(mutates=True, part=True)
-        whole, stale = None if tensor.requires_grad else _storage_key(tensor), set(self.writers)
-        for other in list(self.sharing.get(key, {}).values()) if key is not None else ():
-            if other is not tensor and _storage(other) == key:
-                held = self.nodes.get(id(other))
-                if held is None or whole is None or _storage_key(other) != whole:
-                    self.writers[id(other)] = node
-                    continue
-                again = self.add("call_function", rewritten, (held, node), {})  # x.detach().clamp_(...)
-                again.meta["part"] = True
-                self.inherit(again)
-                self.track(other, again)
-        self.track(tensor, node)
-        while id(tensor) in self.views:  # y[:, 0:3][mask] = 0 writes y
-            of, index = self.views[id(tensor)]
-            if id(of) in stale or id(of) not in self.nodes:
-                return
-            function: Any = torch.Tensor.__setitem__
-            if index is None:  # the same elements in another shape
-                function, node = torch.Tensor.reshape_as, self.add("call_method", "reshape_as", (node, self.nodes[id(of)]), {})
-            else:
-                node = self.add("call_function", setitem, (self.nodes[id(of)], index, node), {})
-            node.meta["rule"], node.meta["function"] = self.registry.find(function), function
-            self.inherit(node)
-            self.track(of, node)
-            tensor = of
 
     # --- modules --------------------------------------------------------------------------------
 
@@ -640,7 +416,7 @@ class Recorder(TorchFunctionMode, Handler):
     def leaf_call(self, original: Callable[..., Any], module: nn.Module, path: str, args: tuple[Any, ...], kwargs: Any) -> Any:
         """A module that stands as one node."""
         plain_args, plain_kwargs = _plain(args), _plain(kwargs)
-        mutable = _tensors(plain_args, plain_kwargs)
+        mutable = tensors_in(plain_args, plain_kwargs)
         versions = [_version(x) for x in mutable]
         node_args = tuple(self.argument(a) for a in args)
         node_kwargs = {k: self.argument(v) for k, v in kwargs.items()}
@@ -693,11 +469,11 @@ class Recorder(TorchFunctionMode, Handler):
 
     def function_call(self, original: Callable[..., Any], function: type, args: tuple[Any, ...]) -> Any:
         """A ``torch.autograd.Function`` is one node, so that its own backward is kept."""
-        if self.leaf is not None or not _tensors(args):
+        if self.leaf is not None or not tensors_in(args):
             return original(*args)
         draw = DRAWS.get(torch._sample_dirichlet) if function.__name__ == "_Dirichlet" else None  # torch draws inside it
         plain_args = _plain(args)
-        mutable = _tensors(plain_args)
+        mutable = tensors_in(plain_args)
         versions = [_version(x) for x in mutable]
         node_args = (self.graph.get_attr("_rvconvert.settings"), self.constant(function), *map(self.argument, args))
         self.leaf = []
@@ -806,7 +582,6 @@ def _times(value: Any, factor: float) -> Any:
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.DataParallel)
 _KEEPS_ROWS = frozenset("T t view reshape flatten squeeze unsqueeze".split())
 _RESHAPES = frozenset("view view_as reshape reshape_as flatten unflatten squeeze unsqueeze".split())
-_IMMEDIATE = (bool, int, float, complex, str, torch.dtype, torch.device, torch.memory_format, torch.layout)
 
 
 def _plain(value: Any) -> Any:
@@ -823,18 +598,6 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def _tensors(*values: Any) -> list[torch.Tensor]:
-    found: list[torch.Tensor] = []
-    for value in values:
-        if isinstance(value, torch.Tensor):
-            found.append(value)
-        elif isinstance(value, (list, tuple)):
-            found += _tensors(*value)
-        elif isinstance(value, dict):
-            found += _tensors(*value.values())
-    return found
-
-
 def _is_sharded(module: nn.Module) -> bool:
     """A unit of FSDP2, whose hooks give it other parameters within its call."""
     return any(cls.__name__ == "FSDPModule" for cls in type(module).__mro__)
@@ -846,7 +609,7 @@ def _targets(name: str, target: Any, args: tuple[Any, ...], kwargs: dict[str, An
     running = (
         (args[1:3], kwargs.get("running_mean"), kwargs.get("running_var")) if name in ("batch_norm", "instance_norm") else ()
     )
-    return _tensors(target, many, kwargs.get("out"), running)
+    return tensors_in(target, many, kwargs.get("out"), running)
 
 
 def _version(tensor: torch.Tensor) -> int:
@@ -854,18 +617,3 @@ def _version(tensor: torch.Tensor) -> int:
         return tensor._version
     except RuntimeError:  # inference tensors have none
         return 0
-
-
-def _storage(tensor: torch.Tensor) -> int | None:
-    try:
-        return tensor.untyped_storage().data_ptr() or None
-    except (RuntimeError, NotImplementedError):
-        return None
-
-
-def _storage_key(tensor: torch.Tensor) -> Any:
-    storage = _storage(tensor)
-    if storage is None:
-        return None
-    with torch._C.DisableTorchFunction():  # a recorded size would fix the batch size by being hashed
-        return (storage, tensor.storage_offset(), tuple(tensor.shape), tensor.stride(), tensor.dtype)
