@@ -86,6 +86,12 @@ SAMPLERS: dict[str, Callable[..., Tensor]] = {
     "MultivariateNormal": lambda mu, std: MultivariateNormal(mu, scale_tril=torch.diag_embed(std)).rsample(),
     "two samples, mean": lambda mu, std: torch.cat([Normal(mu, std).rsample((1,))[0], mu], 1)[:, :4],
     "torch.jit.script": lambda mu, std: scripted(mu, std),
+    "np.random.normal": lambda mu, std: mu + std * torch.from_numpy(np.random.normal(0, 1, size=std.size())).float(),
+    "normal of a deviation": lambda mu, std: mu + std * torch.as_tensor(np.random.normal(scale=0.5, size=std.size())).to(std) * 2,
+    "np.random.randn": lambda mu, std: mu + std * torch.tensor(np.random.randn(*std.shape), dtype=torch.float32),
+    "randn.astype": lambda mu, std: mu + std * torch.from_numpy(np.random.randn(std.size(0), 4).astype(np.float32)),
+    "Variable(standard_normal)": lambda mu, std: mu + std * Variable(torch.FloatTensor(np.random.standard_normal(std.shape))),
+    "torch.Tensor(normal)": lambda mu, std: mu + std * torch.Tensor(np.random.normal(size=(len(std), 4))),
 }
 
 
@@ -103,6 +109,42 @@ def test_every_spelling_of_the_reparameterization(name: str, once: bool) -> None
         torch.testing.assert_close(z.var, logvar.exp())
         torch.testing.assert_close(y.mean, rv.decoder(mu))
         torch.testing.assert_close(y.var, logvar.exp() @ rv.decoder.weight.square().T)
+
+
+NOISES: dict[str, Callable[[Tensor], Tensor]] = {
+    "normal": lambda x: torch.from_numpy(np.random.normal(0.0, 0.1, x.shape)).float(),
+    "rand": lambda x: torch.from_numpy(np.random.rand(*x.shape).astype("float32")),
+    "uniform": lambda x: torch.as_tensor(np.random.uniform(-1, 1, size=x.shape)).to(x),
+    "worked on by numpy": lambda x: torch.from_numpy(np.sqrt(np.random.random(x.shape))).float(),
+    "of one value": lambda x: x * float(np.random.normal()),
+}
+
+
+@pytest.mark.parametrize("mode", ["independent", "calibrated", "sampled"])
+@pytest.mark.parametrize("name", NOISES)
+def test_noise_by_numpy_on_the_input_is_another_one_at_every_call(name: str, mode: str) -> None:
+    class Denoising(VAE):
+        def forward(self, x: Tensor) -> Any:
+            return super().forward(x + NOISES[name](x))
+
+    torch.manual_seed(0)
+    np.random.seed(0)
+    vae = Denoising(SAMPLERS["randn_like"], lambda y, x, mu, z: (y, mu))
+    rv, x = rvconvert.convert(vae, covariance=mode).eval(), torch.ones(500, 6)
+    with torch.no_grad():
+        found, right = ([model(x)[1] for _ in range(3)] for model in (rv, vae.eval()))
+    assert not torch.equal(found[0], found[1])
+    assert not torch.equal(found[1], found[2])
+    if name != "of one value":
+        torch.testing.assert_close(found[1].mean(0), right[0].mean(0), rtol=0, atol=0.08)
+        torch.testing.assert_close(found[1].std(0), right[0].std(0), rtol=0.2, atol=0)
+
+
+def test_a_draw_that_numpy_works_on_is_no_constant() -> None:
+    x = torch.rand(5, 6)
+    vae = VAE(lambda mu, std: mu + std * torch.from_numpy(3 * np.random.randn(*std.shape)).float(), lambda y, x, mu, z: y)
+    with pytest.raises(NoReparameterizationError, match="Python or numpy draws in it"):
+        rvconvert.convert(vae, example_inputs=x)
 
 
 @dataclasses.dataclass

@@ -220,7 +220,7 @@ def test_a_table_of_each_slope_holds_what_the_closed_form_gives(slope):
     assert ((found[0] - right[0]).abs() / size).max() < 2e-6
     torch.testing.assert_close(found[1].double(), right[1], rtol=3e-5, atol=1e-25)
     weight = (torch.randn(size.shape), torch.randn(size.shape))
-    for made, x in ((found, inputs), (right, exact)):
+    for made in (found, right):
         (made[0] * weight[0].to(made[0])).add(made[1] / made[1].detach().sqrt() * weight[1].to(made[0])).sum().backward()
     torch.testing.assert_close(inputs[0].grad.double(), exact[0].grad, rtol=1e-3, atol=2e-3)
 

@@ -24,6 +24,7 @@ from rvconvert.capture.graph_calls import (
 )
 from rvconvert.capture.intercept import Handler
 from rvconvert.capture.module_state import is_output, own_state
+from rvconvert.capture.numpy_draws import FROM_ARRAYS, NUMPY_DRAWS
 from rvconvert.capture.python_state import (
     ARGUMENT,
     GENERATORS,
@@ -118,6 +119,10 @@ class Recorder(TensorNodes, TorchFunctionMode, Handler):
             return self.read(func, rule, args, kwargs)
         if func is torch.broadcast_tensors and args and not isinstance(args[0], (list, tuple)):
             return self.broadcast(args)
+        if self.numpy_drawn and func in FROM_ARRAYS and args and isinstance(args[0], np.ndarray):
+            result = func(*_plain(args), **_plain(kwargs))
+            self.node_of(result)
+            return result
         if name == "item":
             value = func(*_plain(args))
             node = self.add("call_method", "item", (self.argument(args[0]),), {})
@@ -466,6 +471,15 @@ class Recorder(TensorNodes, TorchFunctionMode, Handler):
         parametrized = type(module).__name__.startswith("Parametrized") and hasattr(module, "parametrizations")
         own = own or (parametrized and type(module).__mro__[1].__module__.startswith("torch.nn.modules"))
         return own and (not children or isinstance(module, nn.MultiheadAttention))
+
+    def numpy_draw(self, original: Callable[..., Any], name: str, args: tuple[Any, ...], kwargs: Any) -> Any:
+        """An array that torch draws, so that a graph can."""
+        made = NUMPY_DRAWS[name](*args, **kwargs) if self.leaf is None and is_of_the_model(sys._getframe(2)) else None
+        if made is None:
+            return original(*args, **kwargs)
+        self.numpy_drawn.append(made)
+        with torch._C.DisableTorchFunction():
+            return made.numpy().copy()
 
     def function_call(self, original: Callable[..., Any], function: type, args: tuple[Any, ...]) -> Any:
         """A ``torch.autograd.Function`` is one node, so that its own backward is kept."""

@@ -44,6 +44,7 @@ class TensorNodes:
         self.writers: dict[int, fx.Node] = {}  # of tensors that are stale since
         self.views: dict[int, tuple[torch.Tensor, Any]] = {}  # what a view was indexed from, and by what; None: it was reshaped
         self.homes: dict[int, tuple[torch.Tensor, fx.Node]] = {}  # of memory: what no code in the graph makes, and its node
+        self.numpy_drawn: list[torch.Tensor] = []  # in the place of NumPy's own draws
         self.tensors = {id(t): path for path, t in [*root.named_parameters(), *root.named_buffers()]}
         self.parameters = {storage_of(p) for p in root.parameters()} - {None}
         self.attributes = plain_tensor_attributes(root)
@@ -102,7 +103,7 @@ class TensorNodes:
         else:
             key = storage_key(self.unwrapped(tensor))
             shared = self.storages.get(key) if key is not None else None
-            node = shared if shared is not None else self.constant(tensor)
+            node = shared if shared is not None else self.from_array(tensor)
         storage = storage_of(tensor)
         if storage is not None and (held is not None or node.op == "get_attr"):
             self.homes.setdefault(storage, (tensor, node))
@@ -122,8 +123,23 @@ class TensorNodes:
             self.recording.once.append(f"a transform of torch.func is at work: {self.line()}")
         return tensor
 
+    def from_array(self, tensor: torch.Tensor) -> fx.Node:
+        """The node of a tensor that no torch function made: what NumPy has drawn, in any dtype, or a constant."""
+        with torch._C.DisableTorchFunction():
+            same = (x for x in self.numpy_drawn if x.shape == tensor.shape and torch.equal(x.to(tensor.dtype), tensor.cpu()))
+            made = next(same, None)
+        if made is None:
+            return self.constant(tensor)
+        node = self.add("call_method", "to", (self.nodes[id(made)], tensor.dtype), {})
+        node.meta["rule"] = self.registry.find(torch.Tensor.to)
+        self.inherit(node)
+        self.track(tensor, node)
+        return node
+
     def constant(self, value: Any) -> fx.Node:
         """A node for a value that no code in the graph makes."""
+        if self.numpy_drawn and isinstance(value, (torch.Tensor, np.ndarray)):
+            self.recording.once.append("Python draws random numbers of its own, which it works on by numpy")
         name = f"constant_{next(_CONSTANT)}"
         self.recording.constants[name] = value
         node = self.graph.get_attr(f"_rvconvert.constants.{name}")

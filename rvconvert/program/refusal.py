@@ -69,11 +69,12 @@ def _nothing_to_convert(
     """The refusal of a method whose result depends on no latent."""
     model: nn.Module = method.__self__  # type: ignore[attr-defined]
     reason = "no draw from a Gaussian was found in it"
-    drawn = [short_place(str(n.meta["where"])) for n in recording.draws]
+    by_python = any(why.startswith("Python draws") for why in recording.once)
+    drawn = [short_place(str(n.meta["where"])) for n in recording.draws if n.users or not by_python]
     if drawn:
         places = ", ".join(dict.fromkeys(drawn))
         reason = f"the draw at {places} is no latent: no decoder's value depends on it, or no input places it"
-    elif any(why.startswith("Python draws") for why in recording.once):
+    elif by_python:
         reason += ", but Python or numpy draws in it, whose numbers no graph holds: draw by torch.randn_like(mu)"
     elif discrete := [short_place(str(n.meta["where"])) for n in recording.graph.nodes if _chooses(n)]:
         reason += f"; it picks by argmin or argmax, as vector quantization does, at {discrete[0]}"

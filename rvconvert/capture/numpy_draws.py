@@ -1,0 +1,35 @@
+"""Draws by ``numpy.random``, whose numbers no graph holds: torch makes them while a method is recorded."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+FROM_ARRAYS = frozenset((torch.tensor, torch.as_tensor, torch.asarray, torch.from_numpy))
+
+
+def _drawn(draw: Callable[..., torch.Tensor], size: Any, shift: Any = 0, scale: Any = 1) -> torch.Tensor | None:
+    """In float64; None where NumPy is to draw: one number, which Python takes, or a law of each element."""
+    if size is None or not all(isinstance(number, (int, float)) for number in (shift, scale)):
+        return None
+    size = (size,) if isinstance(size, int) else tuple(size)
+    if not size:
+        return None
+    made = draw(size, dtype=torch.float64)
+    made = made if scale == 1 else made * scale
+    return made if shift == 0 else made + shift
+
+
+NUMPY_DRAWS: dict[str, Callable[..., torch.Tensor | None]] = {  # by names in numpy.random, with the same arguments
+    "normal": lambda loc=0.0, scale=1.0, size=None: _drawn(torch.randn, size, loc, scale),
+    "standard_normal": lambda size=None: _drawn(torch.randn, size),
+    "randn": lambda *size: _drawn(torch.randn, size),
+    "uniform": lambda low=0.0, high=1.0, size=None: _drawn(torch.rand, size, low, high - low),
+    "random": lambda size=None: _drawn(torch.rand, size),
+    "random_sample": lambda size=None: _drawn(torch.rand, size),
+    "rand": lambda *size: _drawn(torch.rand, size),
+}
