@@ -167,7 +167,7 @@ def _kernel(mean: Tensor, var: Tensor, table: Tensor, ends: tuple[float, float],
     else:
         ratio = logarithm.add_(u, alpha=2 / math.log(2)).exp2_()
         out = out.sub_(u, alpha=shape.left)  # as at the edge
-        out = torch.addcmul(out, out + shape.left, F.elu(u, inplace=True))
+        out = torch.addcmul(out, out + shape.left, u.expm1_())
     if far is not None:
         out = out.addcmul_(out, far, value=-2) + mean.clamp(*ends)
     if shape.level:
