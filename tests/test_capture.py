@@ -114,6 +114,7 @@ def test_every_spelling_of_the_reparameterization(name: str, once: bool) -> None
 NOISES: dict[str, Callable[[Tensor], Tensor]] = {
     "normal": lambda x: torch.from_numpy(np.random.normal(0.0, 0.1, x.shape)).float(),
     "rand": lambda x: torch.from_numpy(np.random.rand(*x.shape).astype("float32")),
+    "normal of one size": lambda x: 0.1 * torch.from_numpy(np.random.normal(size=np.prod(x.shape))).float().view_as(x),
     "uniform": lambda x: torch.as_tensor(np.random.uniform(-1, 1, size=x.shape)).to(x),
     "worked on by numpy": lambda x: torch.from_numpy(np.sqrt(np.random.random(x.shape))).float(),
     "of one value": lambda x: x * float(np.random.normal()),

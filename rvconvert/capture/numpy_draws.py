@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 if TYPE_CHECKING:
@@ -16,7 +17,7 @@ def _drawn(draw: Callable[..., torch.Tensor], size: Any, shift: Any = 0, scale: 
     """In float64; None where NumPy is to draw: one number, which Python takes, or a law of each element."""
     if size is None or not all(isinstance(number, (int, float)) for number in (shift, scale)):
         return None
-    size = (size,) if isinstance(size, int) else tuple(size)
+    size = tuple(size) if np.iterable(size) else (size,)
     if not size:
         return None
     made = draw(size, dtype=torch.float64)
