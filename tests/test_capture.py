@@ -102,6 +102,7 @@ def test_every_spelling_of_the_reparameterization(name: str, once: bool) -> None
     vae = VAE(SAMPLERS[name], lambda y, x, mu, z: (y, mu, z), once)
     x = torch.rand(5, 6)
     rv = rvconvert.convert(vae, example_inputs=x, output="distribution")
+    assert rvconvert.plan(vae, example_inputs=x).lifetime == ("once" if once else "kept")
     for batch in (x, x[:2]):
         y, mu, z = rv(batch)
         logvar = rv.encoder(batch)[:, 4:]

@@ -13,12 +13,10 @@ import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch import nn
 from torch.utils import checkpoint
 
-from rvconvert.capture.numpy_draws import NUMPY_DRAWS
 from rvconvert.errors import TracingError
 
 if TYPE_CHECKING:
@@ -71,10 +69,6 @@ class Handler:
         """The same of an attribute that is not there."""
         raise NotImplementedError
 
-    def numpy_draw(self, original: Callable[..., Any], name: str, args: tuple[Any, ...], kwargs: Any) -> Any:
-        """A function of ``numpy.random`` is called; ``original(*args, **kwargs)`` does it."""
-        raise NotImplementedError
-
     def asks_grad_mode(self) -> bool:
         """The model asks whether gradients are on: what it is told."""
         raise NotImplementedError
@@ -121,7 +115,7 @@ def refuse_inside_transforms(name: str) -> None:
 
 @contextlib.contextmanager
 def intercepting(handler: Handler) -> Iterator[None]:
-    """Within, in this thread: modules, autograd functions, NumPy's draws and questions about gradient mode go to ``handler``.
+    """Within, in this thread: modules, autograd functions and questions about gradient mode go through ``handler``.
 
     Functions of ``torch.jit.script`` and ``torch.compile`` run as the Python they were made of, a ``Variable`` is its tensor,
     and reentrant checkpointing just calls its function.
@@ -190,13 +184,6 @@ def intercepting(handler: Handler) -> Iterator[None]:
 
             return forward
 
-        def numpy_draw(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
-            @functools.wraps(original)
-            def draw(*args: Any, **kwargs: Any) -> Any:
-                return handler.numpy_draw(original, name, args, kwargs) if capturing() else original(*args, **kwargs)
-
-            return draw
-
         ask = torch.is_grad_enabled
 
         def is_grad_enabled() -> bool:
@@ -217,8 +204,6 @@ def intercepting(handler: Handler) -> Iterator[None]:
             own = vars(cls).get("forward")
             if isinstance(own, staticmethod):
                 _patch(stack, cls, "forward", staticmethod(forward_of(cls, own.__func__)))
-        for name in NUMPY_DRAWS:
-            _patch(stack, np.random, name, numpy_draw(name, getattr(np.random, name)))
         _patch(stack, torch, "is_grad_enabled", is_grad_enabled)
         _patch(stack, torch.autograd.Variable, "__new__", variable)
         yield

@@ -1,14 +1,17 @@
-"""Draws by ``numpy.random``, whose numbers no graph holds: torch makes them while a method is recorded."""
+"""Draws by ``numpy.random``, whose numbers no graph holds: torch makes them where a graph is recorded, or compared."""
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import threading
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
 FROM_ARRAYS = frozenset((torch.tensor, torch.as_tensor, torch.asarray, torch.from_numpy))
 
@@ -25,7 +28,7 @@ def _drawn(draw: Callable[..., torch.Tensor], size: Any, shift: Any = 0, scale: 
     return made if shift == 0 else made + shift
 
 
-NUMPY_DRAWS: dict[str, Callable[..., torch.Tensor | None]] = {  # by names in numpy.random, with the same arguments
+_DRAWS: dict[str, Callable[..., torch.Tensor | None]] = {  # by names in numpy.random, with the same arguments
     "normal": lambda loc=0.0, scale=1.0, size=None: _drawn(torch.randn, size, loc, scale),
     "standard_normal": lambda size=None: _drawn(torch.randn, size),
     "randn": lambda *size: _drawn(torch.randn, size),
@@ -34,3 +37,31 @@ NUMPY_DRAWS: dict[str, Callable[..., torch.Tensor | None]] = {  # by names in nu
     "random_sample": lambda size=None: _drawn(torch.rand, size),
     "rand": lambda *size: _drawn(torch.rand, size),
 }
+
+
+def as_array(made: torch.Tensor) -> np.ndarray:
+    """What NumPy would have drawn."""
+    with torch._C.DisableTorchFunction():
+        return made.numpy().copy()
+
+
+@contextlib.contextmanager
+def drawn_by_torch(give: Callable[[torch.Tensor], np.ndarray] = as_array) -> Iterator[None]:
+    """Within, in this thread, torch draws what ``numpy.random`` is asked for, and ``give`` makes an array of it."""
+    thread, own = threading.get_ident(), {name: getattr(np.random, name) for name in _DRAWS}
+
+    def of(name: str) -> Callable[..., Any]:
+        @functools.wraps(own[name])
+        def draw(*args: Any, **kwargs: Any) -> Any:
+            made = _DRAWS[name](*args, **kwargs) if threading.get_ident() == thread else None
+            return own[name](*args, **kwargs) if made is None else give(made)
+
+        return draw
+
+    for name in own:
+        setattr(np.random, name, of(name))
+    try:
+        yield
+    finally:
+        for name, function in own.items():
+            setattr(np.random, name, function)

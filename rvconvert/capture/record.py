@@ -12,6 +12,7 @@ from torch import fx, nn
 from rvconvert.capture.graph_calls import own_copy
 from rvconvert.capture.intercept import INTERNAL, intercepting
 from rvconvert.capture.module_state import Held, is_output
+from rvconvert.capture.numpy_draws import drawn_by_torch
 from rvconvert.capture.python_state import Moving, Place, following, random_state
 from rvconvert.capture.recorder import Recorder
 from rvconvert.capture.recording import Recording
@@ -74,7 +75,7 @@ def _run(recorder: Recorder, root: nn.Module, method: Callable[..., Any], args: 
         recorder.track(leaf, node)
     args, kwargs = recorder.moving_arguments(method, *structure.build(iter(values)))
     drawn, read = random_state(), recorder.python
-    with intercepting(recorder), recorder, following(read):
+    with intercepting(recorder), recorder, drawn_by_torch(recorder.drawn_array), following(read):
         try:
             result = method(*args, **kwargs)
         except RuntimeError as error:

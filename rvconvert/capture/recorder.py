@@ -24,7 +24,7 @@ from rvconvert.capture.graph_calls import (
 )
 from rvconvert.capture.intercept import Handler
 from rvconvert.capture.module_state import is_output, own_state
-from rvconvert.capture.numpy_draws import FROM_ARRAYS, NUMPY_DRAWS
+from rvconvert.capture.numpy_draws import FROM_ARRAYS
 from rvconvert.capture.python_state import (
     ARGUMENT,
     GENERATORS,
@@ -471,15 +471,6 @@ class Recorder(TensorNodes, TorchFunctionMode, Handler):
         parametrized = type(module).__name__.startswith("Parametrized") and hasattr(module, "parametrizations")
         own = own or (parametrized and type(module).__mro__[1].__module__.startswith("torch.nn.modules"))
         return own and (not children or isinstance(module, nn.MultiheadAttention))
-
-    def numpy_draw(self, original: Callable[..., Any], name: str, args: tuple[Any, ...], kwargs: Any) -> Any:
-        """An array that torch draws, so that a graph can."""
-        made = NUMPY_DRAWS[name](*args, **kwargs) if self.leaf is None and is_of_the_model(sys._getframe(2)) else None
-        if made is None:
-            return original(*args, **kwargs)
-        self.numpy_drawn.append(made)
-        with torch._C.DisableTorchFunction():
-            return made.numpy().copy()
 
     def function_call(self, original: Callable[..., Any], function: type, args: tuple[Any, ...]) -> Any:
         """A ``torch.autograd.Function`` is one node, so that its own backward is kept."""

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from rvconvert.capture.module_state import unchanged
+from rvconvert.capture.numpy_draws import drawn_by_torch
 from rvconvert.core.random_variable import RandomVariable
 from rvconvert.core.tree import Structure, flatten
 
@@ -72,7 +73,8 @@ def replay_differs(run: Run, recording: Recording, model: nn.Module, method: Any
 
     def eager(*inputs: torch.Tensor) -> list[Any]:
         a, k = structure.build(iter(inputs))
-        found, outputs = flatten(method(*a, **k), lambda x: isinstance(x, torch.Tensor))
+        with drawn_by_torch():
+            found, outputs = flatten(method(*a, **k), lambda x: isinstance(x, torch.Tensor))
         returned[:] = [outputs]
         return found
 

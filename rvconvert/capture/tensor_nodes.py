@@ -13,6 +13,7 @@ from torch import fx, nn
 from rvconvert.capture.frames import user_frame, where
 from rvconvert.capture.graph_calls import assign_mean, autocast_state, own_copy, rewritten, set_autocast
 from rvconvert.capture.module_state import plain_tensor_attributes
+from rvconvert.capture.numpy_draws import as_array
 from rvconvert.capture.traced_number import TracedFloat, TracedInt, is_traced_now, untraced
 from rvconvert.errors import TracingError
 from rvconvert.places import short_place
@@ -122,6 +123,12 @@ class TensorNodes:
         if id(tensor) in self.nodes:
             self.recording.once.append(f"a transform of torch.func is at work: {self.line()}")
         return tensor
+
+    def drawn_array(self, made: torch.Tensor) -> np.ndarray:
+        """For a model that draws by NumPy: tensors of these numbers stand for the node."""
+        if id(made) in self.nodes:  # none is inside a layer that is one node
+            self.numpy_drawn.append(made)
+        return as_array(made)
 
     def from_array(self, tensor: torch.Tensor) -> fx.Node:
         """The node of a tensor that no torch function made: what NumPy has drawn, in any dtype, or a constant."""
