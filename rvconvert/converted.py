@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import sys
 import types
 import warnings
 import weakref
@@ -18,6 +19,8 @@ from rvconvert.copies import copied_state
 from rvconvert.covariance.calibrated import Gains
 from rvconvert.errors import ConversionError
 from rvconvert.options import Options, described
+
+_COMPILES = torch.__version__ >= "2.12"  # torch.compile of earlier ones fails on tensor subclasses; there the method runs eagerly
 
 __all__ = ["ConvertedModel", "conversion_of", "convert_copy", "is_converted", "plain_copy", "reconverted"]
 
@@ -197,7 +200,8 @@ def _new_class(cls: type[nn.Module], methods: tuple[str, ...]) -> type[nn.Module
                 return (original if isinstance(self, made) else getattr(type(self), name))(self, *args, **kwargs)
             if intercept.runs_plainly():
                 return conversion.method(name, self)(*args, **kwargs)
-            return conversion.run(name, self, args, kwargs)
+            run = conversion.run if _COMPILES or "torch._dynamo" not in sys.modules else torch.compiler.disable(conversion.run)
+            return run(name, self, args, kwargs)
 
         method.__name__, method.__qualname__ = name, f"{cls.__qualname__}.{name}"
         method.__doc__ = original.__doc__

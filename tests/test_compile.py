@@ -12,7 +12,7 @@ from torch._dynamo.utils import counters
 from torch.nn import functional as F
 
 import rvconvert
-from rvconvert import RandomVariable
+from rvconvert import RandomVariable, converted
 from rvconvert import moments as gaussian
 from rvconvert.core.registry import REGISTRY
 from rvconvert.moments import compilation
@@ -86,6 +86,18 @@ def test_what_only_a_compiled_loop_calls_was_called(recwarn):
     train_step(torch.compile(model, backend="eager"), model, x)
     model.state_dict()
     assert not [each for each in recwarn if "never called" in str(each.message)]
+
+
+def test_under_an_earlier_compiler_a_converted_method_runs_eagerly(monkeypatch):
+    monkeypatch.setattr(converted, "_COMPILES", False)
+    model, x = model_and_data()
+    eager = copy.deepcopy(model)
+    compiled = torch.compile(model, backend="aot_eager")
+    for _ in range(3):
+        results, expected = train_step(compiled, model, x), train_step(eager, eager, x)
+        torch.testing.assert_close(results, expected, rtol=0, atol=0)
+        assert float(model.last_penalty) == float(eager.last_penalty) > 0
+    assert graphs() == 0
 
 
 @pytest.mark.parametrize("covariance", ["independent", "calibrated"])
