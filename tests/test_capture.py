@@ -142,6 +142,16 @@ def test_noise_by_numpy_on_the_input_is_another_one_at_every_call(name: str, mod
         torch.testing.assert_close(found[1].std(0), right[0].std(0), rtol=0.2, atol=0)
 
 
+def test_an_integer_tensor_of_zeros_is_no_draw_between_0_and_1() -> None:
+    def result(y: Tensor, x: Tensor, mu: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
+        noise = torch.from_numpy(np.random.rand(*x.shape)).float()
+        return y, noise * torch.LongTensor(np.zeros(x.shape, dtype=int))
+
+    rv = rvconvert.convert(VAE(SAMPLERS["randn_like"], result))
+    for _ in range(3):
+        assert rv(torch.rand(5, 6))[1].eq(0).all()
+
+
 def test_a_draw_that_numpy_works_on_is_no_constant() -> None:
     x = torch.rand(5, 6)
     vae = VAE(lambda mu, std: mu + std * torch.from_numpy(3 * np.random.randn(*std.shape)).float(), lambda y, x, mu, z: y)

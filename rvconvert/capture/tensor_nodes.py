@@ -132,8 +132,9 @@ class TensorNodes:
 
     def from_array(self, tensor: torch.Tensor) -> fx.Node:
         """The node of a tensor that no torch function made: what NumPy has drawn, in any dtype, or a constant."""
+        drawn = self.numpy_drawn if tensor.is_floating_point() else ()  # whole numbers are alike by chance
         with torch._C.DisableTorchFunction():
-            same = (x for x in self.numpy_drawn if x.shape == tensor.shape and torch.equal(x.to(tensor.dtype), tensor.cpu()))
+            same = (x for x in drawn if x.shape == tensor.shape and torch.equal(x.to(tensor.dtype), tensor.cpu()))
             made = next(same, None)
         if made is None:
             return self.constant(tensor)
