@@ -142,14 +142,13 @@ def test_noise_by_numpy_on_the_input_is_another_one_at_every_call(name: str, mod
         torch.testing.assert_close(found[1].std(0), right[0].std(0), rtol=0.2, atol=0)
 
 
-def test_an_integer_tensor_of_zeros_is_no_draw_between_0_and_1() -> None:
+def test_whole_numbers_that_a_draw_rounds_to_are_no_draw() -> None:
     def result(y: Tensor, x: Tensor, mu: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
         noise = torch.from_numpy(np.random.rand(*x.shape)).float()
-        return y, noise * torch.LongTensor(np.zeros(x.shape, dtype=int))
+        return y + noise, y * torch.BoolTensor(np.ones(x.shape, dtype=bool))
 
-    rv = rvconvert.convert(VAE(SAMPLERS["randn_like"], result))
-    for _ in range(3):
-        assert rv(torch.rand(5, 6))[1].eq(0).all()
+    rows = rvconvert.plan(VAE(SAMPLERS["randn_like"], result), example_inputs=torch.rand(5, 6)).rows
+    assert [row.operation for row in rows if "BoolTensor" in row.source] == ["Tensor.add", "Tensor.mul"]
 
 
 def test_a_draw_that_numpy_works_on_is_no_constant() -> None:
