@@ -23,6 +23,7 @@ from torch.func import functional_call
 
 import rvconvert
 from rvconvert import RandomVariable
+from rvconvert.capture.numpy_draws import drawn_by_torch
 from rvconvert.errors import ConversionError, NoReparameterizationError, TracingError
 
 ONCE = (False, True)  # the model reads a plain value, so that each call is recorded anew
@@ -140,6 +141,14 @@ def test_noise_by_numpy_on_the_input_is_another_one_at_every_call(name: str, mod
     if name != "of one value":
         torch.testing.assert_close(found[1].mean(0), right[0].mean(0), rtol=0, atol=0.08)
         torch.testing.assert_close(found[1].std(0), right[0].std(0), rtol=0.2, atol=0)
+
+
+def test_numpy_draws_on_the_processor_whatever_the_default_device() -> None:
+    original = np.random.normal
+    with torch.device("meta"), drawn_by_torch():
+        assert np.random.normal(1.0, 0.5, (3, 2)).shape == (3, 2)
+        assert np.random.normal() != np.random.normal()
+    assert np.random.normal is original
 
 
 def test_whole_numbers_that_a_draw_rounds_to_are_no_draw() -> None:

@@ -23,7 +23,7 @@ def _drawn(draw: Callable[..., torch.Tensor], size: Any, shift: Any = 0, scale: 
     size = tuple(size) if np.iterable(size) else (size,)
     if not size:
         return None
-    made = draw(size, dtype=torch.float64)
+    made = draw(size, dtype=torch.float64, device="cpu")
     made = made if scale == 1 else made * scale
     return made if shift == 0 else made + shift
 
