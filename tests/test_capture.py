@@ -277,6 +277,7 @@ CONTROL: dict[str, Callable[..., Any]] = {
     "flag": lambda y, x, mu, z, double=False: y * 2 if double else y,
     "write": lambda y, x, mu, z: written(y),
     "isinstance": lambda y, x, mu, z: y * 2 if isinstance(y, torch.Tensor) else None,
+    "unlike itself": lambda y, x, mu, z: torch.zeros_like(y) if (y != y).any() or bool(torch.ne(z, z).sum()) else y * 2,
     "mean method": lambda y, x, mu, z: y - y.mean(dim=1, keepdim=True),
     "no_grad": lambda y, x, mu, z: y + reference(y),
 }

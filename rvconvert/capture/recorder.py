@@ -110,6 +110,8 @@ class Recorder(TensorNodes, TorchFunctionMode, Handler):
             self.leaf.append(func)
             return func(*args, **kwargs)
         name = getattr(func, "__name__", "")
+        if name in _UNEQUAL and len(args) == 2 and args[0] is args[1]:  # x != x, of old
+            func, name, args = torch.isnan, "isnan", args[:1]
         if func in _TENSOR_PROPERTIES or name == "size":
             return self.property(func, args, kwargs)
         if name == "numel" and args and args[0].ndim and not args[0].is_floating_point():  # as torch counts a permutation
@@ -585,6 +587,7 @@ def _times(value: Any, factor: float) -> Any:
 
 
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.DataParallel)
+_UNEQUAL = frozenset("ne __ne__ not_equal".split())
 _KEEPS_ROWS = frozenset("T t view reshape flatten squeeze unsqueeze".split())
 _RESHAPES = frozenset("view view_as reshape reshape_as flatten unflatten squeeze unsqueeze".split())
 
