@@ -8,6 +8,7 @@ p take the interpolation to third order. Gradients need less: partial derivative
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -226,18 +227,34 @@ class Curve:
         raise NotImplementedError
 
 
+def kept(most: int | None = None) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Decorate a function whose tables, the last ``most`` of them, are made once, at first use, so that they serve everywhere."""
+
+    def decorate(fill: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.lru_cache(most)
+        @functools.wraps(fill)
+        def filled(*arguments: Any) -> Any:
+            with torch.inference_mode(False), torch.no_grad(), torch.device("cpu"):
+                return fill(*arguments)
+
+        return filled
+
+    return decorate
+
+
 CURVES: list[Any] = []
-_TABLES: dict[tuple[int, torch.device], tuple[Tensor, ...]] = {}
+
+
+@kept()
+def _filled(number: int, device: torch.device) -> tuple[Tensor, ...]:
+    return tuple(each.to(device) for each in CURVES[number].fill())
 
 
 @torch.compiler.assume_constant_result
 def table_of(number: int, device: torch.device) -> tuple[Tensor, ...]:
-    """A curve's table in float32 on a device, made at first use; a constant of a compiled graph."""
-    key = (number, device)
-    if key not in _TABLES:
-        with torch.inference_mode(False), torch.no_grad(), torch.device("cpu"):  # what is kept must serve everywhere
-            _TABLES[key] = tuple(each.to(device) for each in CURVES[number].fill())
-    return _TABLES[key]
+    """A curve's table in float32 on a device; a constant of a compiled graph."""
+    made: tuple[Tensor, ...] = _filled(number, device)
+    return made
 
 
 # ---- reading -----------------------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ from torch import Tensor
 from rvconvert.moments.compilation import fused
 from rvconvert.moments.normal import Moments, affine, at_least_float32, mills, standardize, step
 from rvconvert.moments.quadrature import density
-from rvconvert.moments.table import Grid, as_table, in_images
+from rvconvert.moments.table import Grid, as_table, in_images, kept
 
 # Of a alone; beyond the ends V and T are what they are there: next to nothing, and no denormal number, which is slow to make.
 _GRID = Grid(end=11, in_p=3 << 13, in_q=0, spacing=0)
@@ -48,14 +48,13 @@ def _closed(mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return small, small + mean.clamp(min=0.0), torch.lerp(small_var, large_var, step(mean))
 
 
-@functools.lru_cache(_TABLES)
+@kept(_TABLES)
 def _filled(c: float, device: torch.device) -> Tensor:
     """What ``_kernel`` reads: (1, 2, 1, corners) in float32, of Var/v and of the mean's share of s, in units of x."""
-    with torch.inference_mode(False), torch.no_grad(), torch.device("cpu"):  # what is kept must serve everywhere
-        a = torch.from_numpy(_GRID.corners()[0])
-        small, _, ratio = _closed(a, torch.ones_like(a))
-        ratio = (1 - c) ** 2 * ratio + 2 * c * (1 - c) * torch.special.ndtr(a) + c * c
-        return as_table(torch.stack((ratio, _GRID.end * (1 - c) * small))[:, None].numpy()).to(device)
+    a = torch.from_numpy(_GRID.corners()[0])
+    small, _, ratio = _closed(a, torch.ones_like(a))
+    ratio = (1 - c) ** 2 * ratio + 2 * c * (1 - c) * torch.special.ndtr(a) + c * c
+    return as_table(torch.stack((ratio, _GRID.end * (1 - c) * small))[:, None].numpy()).to(device)
 
 
 def _of_standard(a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -71,12 +70,11 @@ def _densely() -> list[np.ndarray]:
     return [x.numpy() for x in (a, *_of_standard(a))]
 
 
-@functools.cache
+@kept()
 def _filled_of_result(device: torch.device) -> Tensor:
     """P(X > 0) and phi sqrt(V) of k, (1, 2, 1, corners) in float32; 0 where k < 0, which it never is."""
-    with torch.inference_mode(False), torch.no_grad(), torch.device("cpu"):
-        _, k, *values = _densely()
-        return as_table(np.stack([np.interp(_RESULT_GRID.corners()[0], k, x) for x in values])[:, None]).to(device)
+    _, k, *values = _densely()
+    return as_table(np.stack([np.interp(_RESULT_GRID.corners()[0], k, x) for x in values])[:, None]).to(device)
 
 
 def _of_result(k: Tensor) -> tuple[Tensor, Tensor]:

@@ -70,6 +70,7 @@ def _nothing_to_convert(
     model: nn.Module = method.__self__  # type: ignore[attr-defined]
     reason = "no draw from a Gaussian was found in it"
     by_python = any(why.startswith("Python draws") for why in recording.once)
+    # Where NumPy has worked on a draw of its own, what torch drew in its place has no use.
     drawn = [short_place(str(n.meta["where"])) for n in recording.draws if n.users or not by_python]
     if drawn:
         places = ", ".join(dict.fromkeys(drawn))
